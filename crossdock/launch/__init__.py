@@ -1,0 +1,1 @@
+"""Launch: starts processes, and nothing else may; every launcher ends in `worker.main`."""

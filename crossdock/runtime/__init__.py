@@ -1,0 +1,1 @@
+"""Runtime: moves tokens and weights between ranks, and trains."""
