@@ -31,17 +31,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from crossdock.atomic import write_json
 from crossdock.errors import BadData, CrossdockError, PeerLost, Unavailable, UsageError
 
 Describe = Callable[[int], str]
 HOSTS_ROOT = Path("/etc/netns")  # `ip netns exec NAME` binds the files of /etc/netns/NAME over /etc
-MARKER = "crossdock-netlab.json"
+MARKERS = Path("/run/crossdock-netlab")  # one file for each namespace that this program made
 PORT = 29_511  # any port is free in a fresh namespace
 
 # $@: namespaces. Ends the processes inside, then removes the namespace and its files; one without our marker is left alone.
 _CLEANUP = f"""
 for name in "$@"; do
-  [ -e {HOSTS_ROOT}/"$name"/{MARKER} ] || continue
+  [ -e {MARKERS}/"$name".json ] || continue
   for attempt in 1 2 3 4 5 6 7 8 9 10; do
     pids=$(ip netns pids "$name" 2>/dev/null)
     [ -n "$pids" ] || break
@@ -49,7 +50,7 @@ for name in "$@"; do
     sleep 0.05
   done
   if [ -e /run/netns/"$name" ]; then ip netns delete "$name" || exit 1; fi
-  rm -rf {HOSTS_ROOT}/"$name"
+  rm -rf {HOSTS_ROOT}/"$name" {MARKERS}/"$name".json
 done
 """
 
@@ -96,7 +97,7 @@ class Lab:
     @classmethod
     def attach(cls, name: str) -> "Lab":
         """The standing laboratory `name`, from any process (also one that runs on its hosts); it stays its owner's to remove."""
-        marker = HOSTS_ROOT / f"{name}-switch" / MARKER
+        marker = MARKERS / f"{name}-switch.json"
         try:
             described = json.loads(marker.read_text())
         except FileNotFoundError:
@@ -180,9 +181,12 @@ class Lab:
         directory.mkdir(parents=True)
         (directory / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         (directory / "resolv.conf").write_text("")  # no name is looked up outside
-        (directory / MARKER).write_text(json.dumps({"nodes": self.nodes, "rate_bit_per_s": self.rate_bit_per_s}))
+        self._mark(namespace)
         _command(["ip", "netns", "add", namespace])
         _ip(namespace, "link set lo up")
+
+    def _mark(self, namespace: str) -> None:
+        write_json(MARKERS / f"{namespace}.json", {"nodes": self.nodes, "rate_bit_per_s": self.rate_bit_per_s})
 
     # ---- the links
 
@@ -192,7 +196,7 @@ class Lab:
         self._shape(self.rate_bit_per_s, rate)
         self.rate_bit_per_s = rate
         for namespace in self.namespaces:
-            (HOSTS_ROOT / namespace / MARKER).write_text(json.dumps({"nodes": self.nodes, "rate_bit_per_s": rate}))
+            self._mark(namespace)
 
     def _shape(self, before: float | None, rate: float | None) -> None:
         ends = [(self.namespace(node), "eth0") for node in range(self.nodes)]
@@ -274,7 +278,7 @@ class Lab:
 
 def standing() -> list[str]:
     """Names of the laboratories that stand on this machine, whoever owns them."""
-    return sorted(marker.parent.name.removesuffix("-switch") for marker in HOSTS_ROOT.glob(f"*-switch/{MARKER}"))
+    return sorted(marker.name.removesuffix("-switch.json") for marker in MARKERS.glob("*-switch.json"))
 
 
 @contextlib.contextmanager

@@ -45,6 +45,10 @@ def namespaces_of(name: str) -> list[str]:
     return [word for word in listed if word.startswith(name)]
 
 
+def files_of(name: str) -> list[Path]:
+    return [*netlab.HOSTS_ROOT.glob(f"{name}*"), *netlab.MARKERS.glob(f"{name}*")]
+
+
 def send(lab: Lab, seconds: float) -> tuple[int, float]:
     """Bytes that host 0 sent to host 1 over TCP, and the seconds until the last of them had arrived."""
     receiver = subprocess.Popen(lab.command(1, [sys.executable, "-c", RECEIVER]), stdout=subprocess.PIPE, text=True)
@@ -151,7 +155,7 @@ def test_an_exception_takes_the_laboratory_and_its_processes_down() -> None:
         fail_inside()
     assert sleepers[0].wait(10) == -signal.SIGKILL
     assert namespaces_of(lab.name) == []
-    assert list(netlab.HOSTS_ROOT.glob(f"{lab.name}*")) == []
+    assert files_of(lab.name) == []
 
 
 @needs_lab
@@ -175,10 +179,10 @@ time.sleep(600)
         os.killpg(owner.pid, cause)  # as Ctrl-C does: everything in the group
         owner.wait(20)
     deadline_s = time.monotonic() + 20
-    while (namespaces_of(name) or list(netlab.HOSTS_ROOT.glob(f"{name}*"))) and time.monotonic() < deadline_s:
+    while (namespaces_of(name) or files_of(name)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert namespaces_of(name) == []
-    assert list(netlab.HOSTS_ROOT.glob(f"{name}*")) == []
+    assert files_of(name) == []
 
 
 @needs_lab
