@@ -1,0 +1,147 @@
+"""What a solver is asked and what it answers: the problem with its constraints, and the solution."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdock.errors import BadData, InfeasiblePlan, UsageError
+from crossdock.placement.affinity import Affinity
+from crossdock.placement.cost import Workload
+from crossdock.placement.plan import Mode, Plan
+from crossdock.placement.topology import Topology
+
+Objective = Literal["seconds", "devices", "nodes", "hops"]
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Expert `expert` of layer `layer` has a copy on device `device`."""
+
+    layer: int
+    expert: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a plan must keep to.
+
+    load_cap          the busiest device of a layer gets at most this multiple of the mean load, 1.0 or more; None for no cap
+    slots             slots of every device in every layer; None for as many as one copy of each expert needs
+    memory_fraction   share of each device's memory that experts with their optimizer state may take, over all layers; None for no limit
+    pins              copies that must be where they are
+    """
+
+    load_cap: float | None = None
+    slots: int | None = None
+    memory_fraction: float | None = None
+    pins: tuple[Pin, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.load_cap is not None and not (np.isfinite(self.load_cap) and self.load_cap >= 1.0):
+            raise UsageError(f"load cap is {self.load_cap}; the busiest device is never below the mean, so give 1.0 or more")
+        if self.slots is not None and self.slots < 1:
+            raise UsageError(f"slots is {self.slots}; give at least 1")
+        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
+            raise UsageError(f"memory fraction is {self.memory_fraction}; give more than 0 and at most 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Place the experts that `affinity` counted on `topology` for `workload`.
+
+    mode        "home": tokens return to their home after every layer. "coherent" is refused: nothing here solves it yet
+    objective   "seconds" of the predicted step; mean distinct "devices" or "nodes" of a token's experts in one layer; "hops", the
+                fraction of consecutive layers whose first choices live on different devices
+    Raises `UsageError`, `BadData` and `InfeasiblePlan`.
+    """
+
+    affinity: Affinity
+    topology: Topology
+    workload: Workload
+    mode: Mode = "home"
+    objective: Objective = "seconds"
+    constraints: Constraints = field(default_factory=Constraints)
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode)
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"objective is {self.objective!r}; choose from {', '.join(OBJECTIVES)}")
+        num_slots, num_experts = int(self.slots_R.sum()), self.num_experts
+        if num_slots < num_experts:
+            raise InfeasiblePlan(
+                f"{num_experts} experts do not fit into {num_slots} slots on {self.num_devices} devices ({self.slots_R.min()} to "
+                f"{self.slots_R.max()} each); give {-(-num_experts // self.num_devices)} slots per device, more memory or more devices"
+            )
+        self._check_pins()
+
+    @property
+    def num_layers(self) -> int:
+        return self.affinity.num_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.affinity.num_experts
+
+    @property
+    def num_devices(self) -> int:
+        return self.topology.num_devices
+
+    @property
+    def slots_R(self) -> NDArray[np.int64]:
+        """int64 [R]: how many experts of one layer each device may hold."""
+        wanted = self.constraints.slots or -(-self.num_experts // self.num_devices)
+        slots_R = np.full(self.num_devices, min(wanted, self.num_experts), dtype=np.int64)
+        if self.constraints.memory_fraction is None:
+            return slots_R
+        layer_bytes_R = self.topology.memory_bytes_R * self.constraints.memory_fraction / self.num_layers
+        return np.minimum(slots_R, (layer_bytes_R // self.workload.expert_state_bytes).astype(np.int64))
+
+    @property
+    def tokens_per_trace_token(self) -> float:
+        """Tokens of one micro-batch over all devices for every token of the trace: scales counts of the trace to counts of the block."""
+        return self.workload.tokens_per_rank * self.num_devices / self.affinity.num_tokens
+
+    def _check_pins(self) -> None:
+        pinned_LR = np.zeros((self.num_layers, self.num_devices), dtype=np.int64)
+        for pin in set(self.constraints.pins):
+            for name, value, size in (
+                ("layer", pin.layer, self.num_layers),
+                ("expert", pin.expert, self.num_experts),
+                ("device", pin.device, self.num_devices),
+            ):
+                if not 0 <= value < size:
+                    raise BadData(f"{pin}: {name} {value} does not exist; it is 0..{size - 1}")
+            pinned_LR[pin.layer, pin.device] += 1
+        if (pinned_LR > self.slots_R).any():
+            layer, device = np.argwhere(pinned_LR > self.slots_R)[0]
+            raise InfeasiblePlan(
+                f"{pinned_LR[layer, device]} experts of layer {layer} are pinned to device {device}, "
+                f"which has {self.slots_R[device]} slots; unpin some"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solver's answer.
+
+    `cost` is the objective's value under `plan` (seconds of a step, or a mean per token), `bound` a proven lower bound on it, or None.
+    `seconds` is how long the search took and `stopped_by` why it ended: "done", "optimal", "seconds", "iterations".
+    """
+
+    plan: Plan
+    cost: float
+    bound: float | None
+    seconds: float
+    stopped_by: str
+
+
+def check_mode(mode: str) -> None:
+    """Raise `UsageError` for anything but "home", the one mode that the cost model and the runtime both know."""
+    if mode == "coherent":
+        raise UsageError("mode coherent (tokens stay where their expert ran) is not available yet; use mode home")
+    if mode != "home":
+        raise UsageError(f"mode is {mode!r}; choose home")
