@@ -1,0 +1,343 @@
+"""The only module that moves data through `torch.distributed`: all-to-alls with explicit waits, reductions, and control records.
+
+An all-to-all is started and waited for by two calls, each an autograd Function of its own, so that other work can stand between them.
+Autograd runs its nodes in reverse order of creation: the wait's backward launches the gradient's all-to-all, the start's backward joins it,
+and the gradients of whatever stood between run in between. No hook, no extra schedule for the backward pass.
+
+On CUDA the collectives run on the process group's own stream: a start makes that stream wait for the rows, a wait makes the compute stream
+wait for the collective, and neither blocks the host. Buffers are held here until they are joined, so that the allocator cannot hand them out
+earlier.
+
+Every rank of a group must start the same all-to-alls in the same order, empty ones included.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossdock.errors import PeerLost
+from crossdock.runtime.ledger import Bytes, Direction, Kind, Mark, Stage
+from crossdock.runtime.mesh import Group, Mesh
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """Something under way; `wait` may be called once, and gives the result."""
+
+    def wait(self) -> T_co:
+        """Block (on CUDA: make the compute stream wait) until the result is there."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How many rows go to and come from each rank of a group, and under which name the ledger knows them."""
+
+    mesh: Mesh
+    group: Group
+    send_R: tuple[int, ...]
+    receive_R: tuple[int, ...]
+    layer: int
+    stage: Stage
+    kind: Kind
+    movement: int
+
+    def back(self, stage: Stage) -> "Route":
+        """The way back: what came from a rank goes to it again."""
+        return Route(self.mesh, self.group, self.receive_R, self.send_R, self.layer, stage, self.kind, self.movement)
+
+
+def all_to_all_start(rows: Tensor, route: Route) -> Pending[Tensor]:
+    """Send `rows` [sum(send_R), ...], grouped by destination; `wait()` gives [sum(receive_R), ...], grouped by source, in the same dtype.
+
+    Differentiable where the dtype is; the gradients go the same way back in the same dtype. `rows` must not be changed before the wait.
+    In a group of one nothing is copied: the result shares its memory with `rows`.
+    """
+    assert rows.shape[0] == sum(route.send_R), f"{rows.shape[0]} rows for {sum(route.send_R)} announced"
+    if route.group is None:
+        return _LocalCrossing(rows, route)
+    return _Crossing(rows, route)
+
+
+class _Flying:
+    """One all-to-all under way, in one direction: its buffers, torch's work object and its entry in the ledger."""
+
+    def __init__(self, rows: Tensor, route: Route, direction: Direction) -> None:
+        mesh = route.mesh
+        send, receive = (route.send_R, route.receive_R) if direction == "forward" else (route.receive_R, route.send_R)
+        self.route, self.direction = route, direction
+        self.sent = rows.contiguous()
+        self.received = self.sent.new_empty((sum(receive), *rows.shape[1:]))
+        self.bytes = bytes_sent(mesh, send, rows) if mesh.ledger.enabled else (0, 0, 0)
+        self.launched = mesh.ledger.now()
+        with _naming_lost_peers(route, mesh):
+            self.work = dist.all_to_all_single(self.received, self.sent, list(receive), list(send), group=route.group, async_op=True)
+
+    def join(self) -> Tensor:
+        route, ledger = self.route, self.route.mesh.ledger
+        wait_begin = ledger.now()
+        with _naming_lost_peers(route, route.mesh):
+            self.work.wait()
+        ledger.record(
+            route.layer, route.stage, self.direction, route.kind, self.bytes, self.launched, wait_begin, ledger.now(), route.movement
+        )
+        return self.received
+
+
+class _Crossing:
+    """A differentiable all-to-all: the flight forward, and later the flight of its gradient."""
+
+    def __init__(self, rows: Tensor, route: Route) -> None:
+        self.route = route
+        self.forward: _Flying | None = None
+        self.backward: _Flying | None = None
+        self.in_flight: Tensor | None = _Start.apply(rows, self)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Tensor:
+        assert self.in_flight is not None, "waited for twice"
+        in_flight, self.in_flight = self.in_flight, None
+        return _Wait.apply(in_flight, self)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, crossing: _Crossing) -> Tensor:
+        ctx.crossing = crossing
+        crossing.forward = _Flying(rows.detach(), crossing.route, "forward")
+        received = crossing.forward.received
+        if not received.is_floating_point():
+            ctx.mark_non_differentiable(received)
+        return received
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    def backward(ctx: Any, _placeholder: Tensor) -> tuple[Tensor, None]:
+        flying, ctx.crossing.backward = ctx.crossing.backward, None
+        return flying.join(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, in_flight: Tensor, crossing: _Crossing) -> Tensor:
+        assert crossing.forward is not None
+        ctx.crossing = crossing
+        ctx.mark_dirty(in_flight)
+        flying, crossing.forward = crossing.forward, None
+        flying.join()
+        return in_flight
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.crossing.backward = _Flying(grad, ctx.crossing.route, "backward")
+        # The gradient is still on its way, and _Start picks it up there; autograd only wants to see the shape.
+        return grad.new_empty(()).expand(grad.shape), None
+
+
+class _LocalCrossing:
+    """The same in a group of one: nothing moves, and the ledger still sees when it would have and how much stayed on the device."""
+
+    def __init__(self, rows: Tensor, route: Route) -> None:
+        self.route, self.ledger = route, route.mesh.ledger
+        self.bytes = bytes_sent(route.mesh, route.send_R, rows)
+        self.in_flight: Tensor | None = rows.view_as(rows)
+        self.launched = self.ledger.now()
+        self.launched_backward: Mark = 0.0
+        if rows.requires_grad and self.ledger.enabled:
+            self.in_flight.register_hook(self._joined_backward)
+
+    def wait(self) -> Tensor:
+        assert self.in_flight is not None, "waited for twice"
+        arrived, self.in_flight = self.in_flight.view_as(self.in_flight), None
+        self._record("forward", self.launched)
+        if arrived.requires_grad and self.ledger.enabled:
+            arrived.register_hook(self._launched_backward)
+        return arrived
+
+    def _launched_backward(self, _grad: Tensor) -> None:
+        self.launched_backward = self.ledger.now()
+
+    def _joined_backward(self, _grad: Tensor) -> None:
+        self._record("backward", self.launched_backward)
+
+    def _record(self, direction: Direction, launched: Mark) -> None:
+        now = self.ledger.now()
+        self.ledger.record(
+            self.route.layer, self.route.stage, direction, self.route.kind, self.bytes, launched, now, now, self.route.movement
+        )
+
+
+def bytes_sent(mesh: Mesh, send_R: Sequence[int], rows: Tensor) -> Bytes:
+    """Bytes of `rows` that go to each class of link when `send_R` of them go to each rank of the expert group."""
+    row_bytes = rows.element_size() * rows[0:1].numel() if rows.shape[0] else 0
+    totals = [0, 0, 0]
+    for link_class, num_rows in zip(mesh.link_class_of_peer, send_R, strict=True):
+        totals[link_class] += num_rows * row_bytes
+    return totals[0], totals[1], totals[2]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the ranks of an expert group told each other, once on the device and once on the CPU; rows are ranks, [R, X]."""
+
+    sent: Tensor
+    received: Tensor
+    sent_cpu: Tensor
+    received_cpu: Tensor
+
+
+def counts_start(sent_RX: Tensor, mesh: Mesh, layer: int, movement: int) -> Pending[Counts]:
+    """Tell every rank of the expert group one row of `sent_RX`, int64 [R, X]. Waiting blocks the host, the only time in a dispatch."""
+    return _PendingCounts(sent_RX, mesh, layer, movement)
+
+
+class _PendingCounts:
+    def __init__(self, sent_RX: Tensor, mesh: Mesh, layer: int, movement: int) -> None:
+        self.sent_RX = sent_RX
+        even = (1,) * len(sent_RX)
+        self.flying = None
+        if mesh.count_group is not None:
+            self.flying = _Flying(sent_RX, Route(mesh, mesh.count_group, even, even, layer, "dispatch", "counts", movement), "forward")
+
+    def wait(self) -> Counts:
+        sent = self.sent_RX
+        received = sent if self.flying is None else self.flying.join()
+        if sent.device.type == "cpu":
+            return Counts(sent, received, sent, received)
+        both = torch.cat((sent, received)).cpu()
+        return Counts(sent, received, both[: len(sent)], both[len(sent) :])
+
+
+class _SumOverWorld(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, mesh: Mesh) -> Tensor:
+        ctx.world_size = mesh.world_size
+        return all_reduce(value.detach().clone(), mesh.dense_group)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.world_size, None
+
+
+def sum_over_world(value: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `value` over all ranks, for losses of the global batch (balance, z-loss).
+
+    Every rank computes the same loss from the sum, and gradients are averaged over the ranks: the gradient of a rank's own `value` is
+    therefore the sum's gradient times the world size, without communication.
+    """
+    if mesh.dense_group is None:
+        return value
+    return _SumOverWorld.apply(value, mesh)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def all_reduce(value: Tensor, group: Group) -> Tensor:
+    """Sum `value` over the group, in place, and return it; in a group of one it is left as it is."""
+    if group is not None:
+        with _naming_lost_peers():
+            dist.all_reduce(value, group=group)
+    return value
+
+
+def all_reduce_start(value: Tensor, group: Group) -> Pending[Tensor]:
+    """Start summing `value` over the group, in place; `wait()` gives it back."""
+    return _PendingReduction(value, None if group is None else dist.all_reduce(value, group=group, async_op=True))
+
+
+class _PendingReduction:
+    def __init__(self, value: Tensor, work: Any) -> None:
+        self.value, self.work = value, work
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            with _naming_lost_peers():
+                self.work.wait()
+        return self.value
+
+
+def broadcast(value: Tensor, source_rank: int, group: Group) -> Tensor:
+    """Overwrite `value` with that of world rank `source_rank`, in place, and return it."""
+    if group is not None:
+        with _naming_lost_peers():
+            dist.broadcast(value, src=source_rank, group=group)
+    return value
+
+
+def all_gather_rows(rows: Tensor, group: Group) -> list[Tensor]:
+    """`rows` of every rank of the group, in rank order; only the first dimension may differ between ranks. Not differentiable."""
+    if group is None:
+        return [rows]
+    with _naming_lost_peers():
+        count = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, count, group=group)
+        sizes = [int(n) for n in torch.cat(counts).tolist()]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows.detach()
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=group)
+    return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+
+def gather_objects(value: Any, mesh: Mesh) -> list[Any] | None:
+    """Every rank's picklable `value`, in rank order, on rank 0; None elsewhere. For control records, between ranks of one run."""
+    if mesh.control_group is None:
+        return [value]
+    gathered = [None] * mesh.world_size if mesh.rank == 0 else None
+    with _naming_lost_peers():
+        dist.gather_object(value, gathered, dst=0, group=mesh.control_group)
+    return gathered
+
+
+def all_gather_objects(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    if mesh.control_group is None:
+        return [value]
+    gathered: list[Any] = [None] * mesh.world_size
+    with _naming_lost_peers():
+        dist.all_gather_object(gathered, value, group=mesh.control_group)
+    return gathered
+
+
+def broadcast_object(value: Any, mesh: Mesh, source_rank: int = 0) -> Any:
+    """World rank `source_rank`'s picklable `value`, on every rank: how a decision taken on one rank becomes everybody's."""
+    if mesh.control_group is None:
+        return value
+    box = [value]
+    with _naming_lost_peers():
+        dist.broadcast_object_list(box, src=source_rank, group=mesh.control_group)
+    return box[0]
+
+
+def barrier(mesh: Mesh) -> None:
+    """Return when every rank of the world has come here."""
+    if mesh.control_group is not None:
+        with _naming_lost_peers():
+            dist.barrier(group=mesh.control_group)
+
+
+_LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|reset by peer|broken pipe", re.IGNORECASE)
+
+
+class _naming_lost_peers:
+    """Turn what a backend says when a peer is gone into `PeerLost`; leave every other error as it is."""
+
+    def __init__(self, route: Route | None = None, mesh: Mesh | None = None) -> None:
+        self.route, self.mesh = route, mesh
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            what = "a collective" if self.route is None else f"{self.route.stage} of layer {self.route.layer} ({self.route.kind})"
+            where = "" if self.mesh is None else f" on rank {self.mesh.rank} of {self.mesh.world_size}"
+            detail = (str(error).strip().splitlines() or ["no detail"])[0]
+            raise PeerLost(f"{what}{where} failed: another rank is gone or stopped answering ({detail})") from error

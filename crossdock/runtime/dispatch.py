@@ -1,0 +1,52 @@
+"""The dispatcher contract: tokens to experts and back in four explicit steps, so that a schedule can put work between any two of them.
+
+    pending = dispatcher.dispatch_start(x_TD, assignment)      tokens leave
+    rows_MD, count_S, handle = pending.wait()                  rows are here, sorted by local slot
+    pending = dispatcher.combine_start(bank(rows_MD, count_S), handle)
+    y_TD = pending.wait()                                      weighted sums are home
+
+All four are differentiable; the backward pass runs them mirrored. Handles are frozen, and several dispatches may be in flight. Every rank of
+the expert group makes the same calls in the same order, also with no tokens at all. `reference.py` says in a few slow lines what must come out.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.collectives import Pending
+from crossdock.runtime.dispatch_deduplicated import Deduplicated
+from crossdock.runtime.dispatch_flat import Flat
+from crossdock.runtime.layout import ExpertLayout
+from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.movement import Dispatched, Handle
+
+__all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending"]
+
+
+class Dispatcher(Protocol):
+    """Moves tokens to their experts and the experts' outputs back."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks between which tokens move."""
+        ...
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Where the experts live."""
+        ...
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """Send `x_TD` [T, D] to the experts of `assignment`. The exchange of counts blocks; the tokens then travel in the background."""
+        ...
+
+    def combine_start(self, rows_MD: Tensor, handle: Any) -> Pending[Tensor]:
+        """Send the experts' outputs [M, D], in the order of the dispatched rows, back; the wait gives y_TD in the dtype of `x_TD`."""
+        ...
+
+
+DISPATCHERS: dict[str, Callable[[Mesh, ExpertLayout, torch.dtype | None], Dispatcher]] = {"flat": Flat, "deduplicated": Deduplicated}
+"""Dispatchers by the name they have in a configuration."""

@@ -1,0 +1,85 @@
+"""Flat dispatch: one row per (token, expert); combine weights are applied at home."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.collectives import Counts, Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.layout import ExpertLayout
+from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
+from crossdock.runtime.rows import RowMap, count_of, inverse, spread
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """Dispatcher that sends a token once for each of its experts. The result does not depend on where the experts live.
+
+    `wire_dtype` is that of rows between ranks, gradients included; None: that of the tokens.
+    """
+
+    mesh: Mesh
+    layout: ExpertLayout
+    wire_dtype: torch.dtype | None = None
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """Sort the entries by global slot and send one row for each; see `dispatch.Dispatcher`."""
+        mesh, layout = self.mesh, self.layout
+        wire_dtype = self.wire_dtype or x_TD.dtype
+        slot_A = layout.slot_of_expert_E[assignment.expert_A]
+        movement = mesh.ledger.next_movement()
+        counts = counts_start(
+            count_of(slot_A, layout.num_ranks * layout.num_slots).view(layout.num_ranks, -1), mesh, layout.layer, movement
+        )
+        order_A = torch.argsort(slot_A, stable=True)
+        home = RowMap(assignment.token_A[order_A], inverse(order_A), assignment.offset_T)
+        rows = spread(x_TD, home, wire_dtype)
+        counted = counts.wait()
+        route = Route(
+            mesh,
+            mesh.token_group,
+            send_R=tuple(counted.sent_cpu.sum(1).tolist()),
+            receive_R=tuple(counted.received_cpu.sum(1).tolist()),
+            layer=layout.layer,
+            stage="dispatch",
+            kind="tokens",
+            movement=movement,
+        )
+        pending = all_to_all_start(rows, route)
+        return _PendingRows(pending, route, home, counted, assignment.weight_A, x_TD.dtype, wire_dtype)
+
+    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
+        """Send expert outputs home; see `dispatch.Dispatcher`."""
+        return combine_start(rows_MD, handle)
+
+
+@dataclass(frozen=True, eq=False)
+class _PendingRows:
+    pending: Pending[Tensor]
+    route: Route
+    home: RowMap
+    counted: Counts
+    weight_A: Tensor
+    dtype: torch.dtype
+    wire_dtype: torch.dtype
+
+    def wait(self) -> Dispatched:
+        count_RS = self.counted.received_cpu
+        arrival = _by_slot(self.counted.received, sum(self.route.receive_R))
+        rows_MD = spread(self.pending.wait(), arrival, self.dtype)
+        handle = Handle(self.route, self.home, arrival, self.weight_A, None, self.dtype, self.wire_dtype)
+        return Dispatched(rows_MD, count_RS.sum(0), handle)
+
+
+def _by_slot(count_RS: Tensor, num_rows: int) -> RowMap:
+    """From rows in blocks by (source, slot), as they arrive, to blocks by (slot, source), as the experts want them."""
+    num_ranks, num_slots = count_RS.shape
+    if num_ranks == 1 or num_slots == 1:
+        return RowMap.identity()
+    count_SR = count_RS.t().reshape(-1)
+    begin_RS = (count_RS.reshape(-1).cumsum(0) - count_RS.reshape(-1)).view(num_ranks, num_slots)
+    shift_SR = begin_RS.t().reshape(-1) - (count_SR.cumsum(0) - count_SR)
+    source_M = torch.arange(num_rows, device=count_RS.device) + shift_SR.repeat_interleave(count_SR, output_size=num_rows)
+    return RowMap.permutation(source_M)

@@ -1,0 +1,58 @@
+"""What every dispatcher hands back: rows for the local experts, and a frozen handle by which their outputs find home."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossdock.runtime.collectives import Pending, Route, all_to_all_start
+from crossdock.runtime.rows import RowMap, merge
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """The way of one dispatch's rows, kept for the combine. Tokens fan out to copies at home, and copies to expert rows on arrival."""
+
+    route: Route
+    """The dispatch's; the combine goes it backwards."""
+    home: RowMap
+    """Narrow: this rank's T tokens; wide: the copies it sent."""
+    arrival: RowMap
+    """Narrow: the copies that arrived; wide: the M rows sorted by local slot."""
+    home_weight: Tensor | None
+    """Combine weights where they are applied at home, in `home.position_M` order."""
+    arrival_weight: Tensor | None
+    """Combine weights where they travelled along and are applied at the experts, in `arrival.position_M` order."""
+    dtype: torch.dtype
+    """Of the tokens, and of the result."""
+    wire_dtype: torch.dtype
+    """Of rows between ranks."""
+
+
+class Dispatched(NamedTuple):
+    """What a dispatch gives a rank."""
+
+    rows_MD: Tensor
+    """Token rows for the local experts, sorted by local slot, then source rank, then token."""
+    count_S: Tensor
+    """int64 [S] on the CPU: rows of each local slot."""
+    handle: Handle
+
+
+class PendingTokens:
+    """The way home under way."""
+
+    def __init__(self, pending: Pending[Tensor], handle: Handle) -> None:
+        self._pending, self._handle = pending, handle
+
+    def wait(self) -> Tensor:
+        """y_TD: the weighted sum of each token's expert outputs, in the tokens' dtype; zero for a token without experts."""
+        handle = self._handle
+        return merge(self._pending.wait(), handle.home, handle.dtype, handle.home_weight)
+
+
+def combine_start(rows_MD: Tensor, handle: Handle) -> PendingTokens:
+    """Send expert outputs (in the order in which the rows came) back to their tokens' ranks."""
+    copies = merge(rows_MD, handle.arrival, handle.wire_dtype, handle.arrival_weight)
+    return PendingTokens(all_to_all_start(copies, handle.route.back("combine")), handle)
