@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from crossdock import atomic
 from crossdock.errors import PeerLost, Unavailable
 from crossdock.launch.rendezvous import local_environment
 
@@ -51,8 +52,8 @@ def available_cores() -> int:
         return max(1, cores)
 
 
-def run_ranks(config_path: Path, num_ranks: int) -> Outcome:
-    """Run `num_ranks` workers on the config at `config_path` until all have ended; the outcome of the whole is its root cause.
+def run_ranks(arguments: Sequence[str], num_ranks: int) -> Outcome:
+    """Run `python ARGUMENTS... OUTCOME_FILE` once for every rank until all have ended; the outcome of the whole is its root cause.
 
     SIGINT ends the ranks and gives exit code 130; SIGTERM is passed on, so that they can save their state. When one rank dies the others
     are given a few seconds to report and are then ended.
@@ -64,7 +65,7 @@ def run_ranks(config_path: Path, num_ranks: int) -> Outcome:
         with _signals_caught() as caught:
             try:
                 for rank, outcome_path in enumerate(outcome_paths):
-                    command = [sys.executable, "-m", "crossdock.launch.worker", str(config_path), str(outcome_path)]
+                    command = [sys.executable, *arguments, str(outcome_path)]
                     environment = local_environment(rank, num_ranks, f"{scratch}/store", threads_per_rank)
                     children.append(_start(command, environment))
                 stopped_by, first_dead = _watch(children, caught)
@@ -153,6 +154,11 @@ def _kill(children: Sequence["subprocess.Popen[bytes]"]) -> frozenset[int]:
                 os.killpg(child.pid, signal.SIGKILL)  # start_new_session: the group is the child's own
         child.wait()
     return alive
+
+
+def write_outcome(path: Path, exit_code: int, message: str = "", traceback: str = "") -> None:
+    """Called by a rank as its last act, for `run_ranks` to read."""
+    atomic.write_json(path, {"exit_code": exit_code, "message": message, "traceback": traceback})
 
 
 def _read_outcome(rank: int, child: "subprocess.Popen[bytes]", path: Path) -> Outcome:

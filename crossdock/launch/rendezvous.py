@@ -169,6 +169,9 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
     while time.monotonic() < deadline_s:
         try:
             token, host, port = shared.get(_MEETING_KEY).decode().split()
+            socket.create_connection(
+                (host, int(port)), timeout=_CONNECT_S
+            ).close()  # the store's client would not take a refusal for an answer
             own = _tcp_store(host, int(port), env, listening=False, timeout_s=min(_CONNECT_S, timeout_s))
             if (
                 own.get("token").decode() == token
@@ -178,8 +181,8 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
                 own.set_timeout(_timedelta(timeout_s))
                 return own
             problem = f"{host}:{port} belongs to an earlier start"
-        except (RuntimeError, CrossdockError) as failure:
-            problem = str(failure).splitlines()[0]
+        except (RuntimeError, OSError, CrossdockError) as failure:
+            problem = (str(failure).splitlines() or ["no reason given"])[0]
         time.sleep(_RETRY_S)
     raise PeerLost(f"rank {env.rank} did not find rank 0 within {timeout_s:g} s ({problem}); see why rank 0 did not start")
 

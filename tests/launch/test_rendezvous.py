@@ -1,0 +1,120 @@
+"""WorkerEnv: each launcher's variables give the same record, and a restart never meets the dead."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from crossdock.errors import CrossdockError, PeerLost, Unavailable, UsageError
+from crossdock.launch.rendezvous import Meeting, WorkerEnv, gather_nodes, local_environment, open_store, worker_env
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "29400",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+def test_torchrun() -> None:
+    assert worker_env(TORCHRUN) == WorkerEnv(3, 4, 1, 2, 1, Meeting("shared", host="head", port=29400), "torchrun")
+    own = {name: value for name, value in TORCHRUN.items() if name not in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK")}
+    assert worker_env(own) == WorkerEnv(3, 4, 1, 2, 1, Meeting("listen", host="head", port=29400), "torchrun")
+
+
+def test_nobody_started_us() -> None:
+    assert worker_env({"MASTER_ADDR": "head", "PATH": "/bin"}) is None
+
+
+def test_a_local_rank_forgets_any_outer_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    environment = local_environment(1, 2, "/tmp/store", 3)
+    assert worker_env(environment) == WorkerEnv(1, 2, 1, 2, 0, Meeting("file", path="/tmp/store"), "local")
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.parametrize(
+    ("change", "piece"),
+    [
+        ({"RANK": "4"}, "rank 4 of 4"),
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"LOCAL_RANK": "2"}, "local rank 2 of 2"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "of 9"),
+    ],
+)
+def test_variables_that_do_not_fit_are_named(change: dict[str, str | None], piece: str) -> None:
+    environ = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
+    with pytest.raises(UsageError, match=piece):
+        worker_env(environ)
+
+
+def ranks_meet(envs: list[WorkerEnv], timeout_s: float = 20.0) -> list[tuple[int, ...] | CrossdockError]:
+    """What every rank learns of the others' nodes, all of them in threads of this process."""
+    found: list[tuple[int, ...] | CrossdockError] = [()] * len(envs)
+    stores = []  # rank 0's store serves the others: none may go before all are done
+
+    def meet(place: int, env: WorkerEnv) -> None:
+        try:
+            store = open_store(env, timeout_s)
+            stores.append(store)
+            found[place] = gather_nodes(store, env)
+        except CrossdockError as failure:
+            found[place] = failure
+
+    threads = [threading.Thread(target=meet, args=(place, env)) for place, env in enumerate(envs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def world(meeting: Meeting, size: int = 3) -> list[WorkerEnv]:
+    return [WorkerEnv(rank, size, 0, 1, node=rank, meeting=meeting, launcher="torchrun") for rank in range(size)]
+
+
+def test_ranks_meet_at_a_file(tmp_path: Path) -> None:
+    assert ranks_meet(world(Meeting("file", path=str(tmp_path / "store")))) == [(0, 1, 2)] * 3
+
+
+def test_restarts_meet_afresh_in_the_agents_store() -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = Meeting("shared", host="127.0.0.1", port=agent.port)
+    agent.set("crossdock/meeting", "a-dead-rank-0 127.0.0.1 1")  # what a killed incarnation leaves behind
+    assert ranks_meet(world(meeting)) == [(0, 1, 2)] * 3
+    assert ranks_meet(world(meeting, size=2)) == [(0, 1)] * 2  # and again with another world, on what the first one left
+
+
+def test_a_living_store_of_an_earlier_start_is_not_joined() -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = Meeting("shared", host="127.0.0.1", port=agent.port)
+    earlier = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    earlier.set("token", "t")
+    earlier.set("world_size", "2")
+    earlier.add("arrived/1", 1)  # the earlier rank 1 has been here
+    agent.set("crossdock/meeting", f"t 127.0.0.1 {earlier.port}")
+    [alone] = ranks_meet(world(meeting, size=2)[1:], timeout_s=1.0)
+    assert isinstance(alone, PeerLost)
+    assert "rank 1 did not find rank 0" in str(alone)
+    assert ranks_meet(world(meeting, size=2)) == [(0, 1)] * 2
+
+
+def test_an_address_where_nobody_listens_is_named() -> None:
+    [failure] = ranks_meet(world(Meeting("shared", host="127.0.0.1", port=1), size=2)[1:], timeout_s=1.0)
+    assert isinstance(failure, Unavailable)
+    assert "127.0.0.1:1" in str(failure)
+
+
+def test_a_world_of_one_needs_no_store() -> None:
+    assert open_store(WorkerEnv.single(), 1.0) is None
+    assert gather_nodes(None, WorkerEnv.single()) == (0,)
+    with pytest.raises(UsageError, match="no store"):
+        WorkerEnv(0, 2, 0, 2, 0, None, "single")
