@@ -12,9 +12,10 @@ class Assignment:
     """A variable-length list of entries, so that fixed-k, top-p, ReLU and expert-choice gates all fit; a dropped entry is simply missing.
 
     Entries are sorted by token; within a token their order is the gate's (best first), and outputs are summed in that order.
-    An example, three tokens of which the second lost one of its two experts to a full capacity (num_tokens 3, uniform_k None, num_dropped 1):
+    An example, three tokens of which the second lost one of its two experts to a full capacity:
 
         token_A  [0, 0, 1, 2, 2]    expert_A  [4, 1, 4, 0, 3]    weight_A  [.7, .3, .9, .6, .4]
+        num_tokens 3            uniform_k None              num_dropped 1
     """
 
     token_A: Tensor

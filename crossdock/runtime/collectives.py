@@ -5,8 +5,8 @@ Autograd runs its nodes in reverse order of creation: the wait's backward launch
 and the gradients of whatever stood between run in between. No hook, no extra schedule for the backward pass.
 
 On CUDA the collectives run on the process group's own stream: a start makes that stream wait for the rows, a wait makes the compute stream
-wait for the collective, and neither blocks the host. Buffers are held here until they are joined, so that the allocator cannot hand them out
-earlier.
+wait for the collective, and neither blocks the host. Buffers are held here until they are joined, so that the allocator cannot hand them
+out earlier.
 
 Every rank of a group must start the same all-to-alls in the same order, empty ones included.
 """
@@ -78,7 +78,7 @@ class _Flying:
         self.bytes = bytes_sent(mesh, send, rows) if mesh.ledger.enabled else (0, 0, 0)
         self.launched = mesh.ledger.now()
         with _naming_lost_peers(route, mesh):
-            self.work = dist.all_to_all_single(self.received, self.sent, list(receive), list(send), group=route.group, async_op=True)
+            self.work = _exchange(self.received, self.sent, list(receive), list(send), route.group)
 
     def join(self) -> Tensor:
         route, ledger = self.route, self.route.mesh.ledger
@@ -91,6 +91,34 @@ class _Flying:
         return self.received
 
 
+def _exchange(received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], group: Group) -> Any:
+    """Start torch's all-to-all, or on the CPU our own over gloo; the result's `wait()` ends it."""
+    if sent.device.type == "cpu":
+        return _GlooExchange(received, sent, receive_R, send_R, group)
+    return dist.all_to_all_single(received, sent, receive_R, send_R, group=group, async_op=True)
+
+
+class _GlooExchange:
+    """An all-to-all over gloo that posts every receive before any send.
+
+    gloo announces a posted receive through the same queue that carries data to that peer. Its own all-to-all posts each send before the
+    receive, so where the peer was quicker, the announcement stands behind our data and the two directions of a link take turns instead of
+    sharing it: 4 MiB a rank over a 500 Mbit/s link took 70 to 118 ms (median 92), and this way takes 69 to 71.
+    """
+
+    def __init__(self, received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], group: Group) -> None:
+        here, num_ranks = group.rank(), group.size()
+        into_R, from_R = received.split(receive_R), sent.split(send_R)
+        peers = [(here + distance) % num_ranks for distance in range(1, num_ranks)]
+        self.works = [group.recv([into_R[peer]], peer, 0) for peer in reversed(peers) if into_R[peer].numel()]
+        self.works += [group.send([from_R[peer]], peer, 0) for peer in peers if from_R[peer].numel()]
+        into_R[here].copy_(from_R[here])
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 class _Crossing:
     """A differentiable all-to-all: the flight forward, and later the flight of its gradient."""
 
@@ -98,12 +126,12 @@ class _Crossing:
         self.route = route
         self.forward: _Flying | None = None
         self.backward: _Flying | None = None
-        self.in_flight: Tensor | None = _Start.apply(rows, self)  # type: ignore[no-untyped-call]
+        self.in_flight: Tensor | None = _Start.apply(rows, self)
 
     def wait(self) -> Tensor:
         assert self.in_flight is not None, "waited for twice"
         in_flight, self.in_flight = self.in_flight, None
-        return _Wait.apply(in_flight, self)  # type: ignore[no-any-return,no-untyped-call]
+        return _Wait.apply(in_flight, self)
 
 
 class _Start(torch.autograd.Function):
@@ -117,7 +145,7 @@ class _Start(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, _placeholder: Tensor) -> tuple[Tensor, None]:
         flying, ctx.crossing.backward = ctx.crossing.backward, None
         return flying.join(), None
@@ -134,7 +162,7 @@ class _Wait(torch.autograd.Function):
         return in_flight
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.crossing.backward = _Flying(grad, ctx.crossing.route, "backward")
         # The gradient is still on its way, and _Start picks it up there; autograd only wants to see the shape.
@@ -222,7 +250,7 @@ class _SumOverWorld(torch.autograd.Function):
         return all_reduce(value.detach().clone(), mesh.dense_group)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.world_size, None
 
@@ -235,7 +263,7 @@ def sum_over_world(value: Tensor, mesh: Mesh) -> Tensor:
     """
     if mesh.dense_group is None:
         return value
-    return _SumOverWorld.apply(value, mesh)  # type: ignore[no-any-return,no-untyped-call]
+    return _SumOverWorld.apply(value, mesh)
 
 
 def all_reduce(value: Tensor, group: Group) -> Tensor:

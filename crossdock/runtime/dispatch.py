@@ -5,8 +5,9 @@
     pending = dispatcher.combine_start(bank(rows_MD, count_S), handle)
     y_TD = pending.wait()                                      weighted sums are home
 
-All four are differentiable; the backward pass runs them mirrored. Handles are frozen, and several dispatches may be in flight. Every rank of
-the expert group makes the same calls in the same order, also with no tokens at all. `reference.py` says in a few slow lines what must come out.
+All four are differentiable; the backward pass runs them mirrored. Handles are frozen, and several dispatches may be in flight. Every rank
+of the expert group makes the same calls in the same order, also with no tokens at all. `reference.py` says in a few slow lines what must
+come out.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """De-duplicated dispatch: one copy per (token, device); the device weights and sums its experts' outputs and returns one row per copy.
 
-Beside the tokens travel, on a group of their own, which copy goes to which slot (int32) and with which weight (the gate's dtype; its gradient
-comes back the same way). They are counted as metadata.
+Beside the tokens travel, on a group of their own, which copy goes to which slot (int32) and with which weight (the gate's dtype; its
+gradient comes back the same way). They are counted as metadata.
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,8 @@ class Flight:
     wait_begin_s: float
     wait_end_s: float
     movement: int = 0
-    """Number shared by the flights of one dispatch and its combine, forward and backward: tells apart chunks that are in flight together."""
+    """Number shared by the flights of one dispatch and its combine, forward and backward: tells apart chunks that are in flight
+    together."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Ledger:
         taken, self._flights = self._flights, deque(maxlen=CAPACITY)
         if self._on_cuda and taken:
             torch.cuda.synchronize()
-        return tuple(Flight(*entry[:5], *(self._seconds(mark) for mark in entry[5:8]), movement=entry[8]) for entry in taken)
+        return tuple(Flight(*entry[:5], *map(self._seconds, entry[5:8]), entry[8]) for entry in taken)
 
     def _event(self) -> Mark:
         event = torch.cuda.Event(enable_timing=True)

@@ -6,8 +6,9 @@ Expert parallelism lies inside data parallelism. With 4 ranks and expert_paralle
     expert group   0  0  1  1      = replica: contiguous ranks; one group together holds every expert
     expert rank    0  1  0  1      ranks with the same expert rank hold the same experts
 
-Tokens travel inside an expert group. Expert gradients are summed over the ranks with the same expert rank, dense gradients over the world, and
-both are divided by the world size. Kinds of traffic that may be in flight together have groups of their own, so that none can overtake another.
+Tokens travel inside an expert group. Expert gradients are summed over the ranks with the same expert rank, dense gradients over the
+world, and both are divided by the world size. Kinds of traffic that may be in flight together have groups of their own, so that none can
+overtake another.
 """
 
 import contextlib

@@ -60,7 +60,7 @@ def spread(rows_CD: Tensor, row_map: RowMap, dtype: torch.dtype) -> Tensor:
     """Copy narrow rows to the wide side, in `dtype`: [C, D] -> [M, D]. The gradient is summed in the wider of both dtypes."""
     if row_map.is_identity:
         return rows_CD.to(dtype)
-    return _Spread.apply(rows_CD, row_map, dtype)  # type: ignore[no-any-return,no-untyped-call]
+    return _Spread.apply(rows_CD, row_map, dtype)
 
 
 def merge(rows_MD: Tensor, row_map: RowMap, dtype: torch.dtype, weight_M: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def merge(rows_MD: Tensor, row_map: RowMap, dtype: torch.dtype, weight_M: Tensor
     if row_map.is_identity and weight_M is None:
         return rows_MD.to(dtype)
     assert not row_map.is_identity, "weights need an explicit map"
-    return _Merge.apply(rows_MD, weight_M, row_map, dtype)  # type: ignore[no-any-return,no-untyped-call]
+    return _Merge.apply(rows_MD, weight_M, row_map, dtype)
 
 
 class _Spread(torch.autograd.Function):
@@ -80,10 +80,10 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, rows_CD: Tensor, row_map: RowMap, dtype: torch.dtype) -> Tensor:
         ctx.row_map, ctx.dtype = row_map, rows_CD.dtype
         # Rounding first moves fewer bytes, and a copy of a rounded row is the rounded copy of the row.
-        return rows_CD.detach().to(dtype).index_select(0, row_map.source_M)  # type: ignore[arg-type]
+        return _gather(rows_CD.detach().to(dtype), row_map)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         work = torch.promote_types(grad_MD.dtype, ctx.dtype)
         return _sum(grad_MD.to(work), ctx.row_map, None).to(ctx.dtype), None, None
@@ -99,19 +99,25 @@ class _Merge(torch.autograd.Function):
         return _sum(rows_MD, row_map, None if weight_M is None else weight_M.detach().to(work)).to(dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call,untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_CD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows_MD, weight_M = ctx.saved_tensors
         row_map: RowMap = ctx.row_map
         grad_rows = grad_weight = None
         if weight_M is None:
-            return grad_CD.to(ctx.dtype).index_select(0, row_map.source_M), None, None, None  # type: ignore[arg-type]
+            return _gather(grad_CD.to(ctx.dtype), row_map), None, None, None
         grad_CD = grad_CD.to(ctx.work)
         if ctx.needs_input_grad[0]:
             grad_rows = _scaled_gather(grad_CD, row_map, weight_M.to(ctx.work)).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _dots(grad_CD, rows_MD, row_map).to(weight_M.dtype)
         return grad_rows, grad_weight, None, None
+
+
+def _gather(rows_CD: Tensor, row_map: RowMap) -> Tensor:
+    """Each wide row's narrow row, [C, D] -> [M, D]."""
+    assert row_map.source_M is not None
+    return rows_CD.index_select(0, row_map.source_M)
 
 
 def _sum(rows_MD: Tensor, row_map: RowMap, weight_M: Tensor | None) -> Tensor:
@@ -143,6 +149,6 @@ def _dots(grad_CD: Tensor, rows_MD: Tensor, row_map: RowMap) -> Tensor:
     if offset_C is None:
         offset_C = torch.arange(position_M.numel(), device=position_M.device)
     # The kernel behind embedding_bag's own gradient: one pass, nothing of shape [M, D] is made.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad_CD.contiguous(), rows_MD.contiguous(), position_M, offset_C, source_M[position_M], 0
     )
