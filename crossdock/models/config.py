@@ -1,0 +1,167 @@
+"""The model's configuration: what a YAML under `model:` may say, what follows from it, and what does not go together."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from crossdock.errors import BadConfig
+from crossdock.models.gates.noisy_topk import NoisyTopKConfig
+from crossdock.models.gates.table import AnyGateConfig
+from crossdock.strict_yaml import StrictModel
+
+Stage = Literal["attention", "mlp", "shared"]
+
+
+class ShortcutConfig(StrictModel):
+    """Where a ScMoE block's routed experts read, and how the shared expert joins them (arXiv 2404.05019, section 3)."""
+
+    position: Literal[1, 2, 3] = 2
+    """Input of the routed experts: 1 the preceding block's output, 2 between its attention and MLP, 3 its input."""
+    coefficient: Literal["direct", "cg1", "cg2"] = "cg1"
+    """direct: plain sum. cg1: sigmoid(x W) scales the shared expert. cg2: softmax(x W) weighs shared and routed."""
+
+
+class ScheduleConfig(StrictModel):
+    """What runs while tokens travel: see `crossdock.runtime.overlap`."""
+
+    overlap: bool = True
+    expert_slot: Literal["auto"] | int = "auto"
+    """Stages of the shared stream before the experts run; auto: windows as even as possible by FLOP."""
+
+
+class ModelConfig(StrictModel):
+    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU, and routed experts in every or every second layer."""
+
+    vocab_size: int = Field(256, ge=2)
+    num_layers: int = Field(4, ge=1)
+    model_width: int = Field(128, ge=2)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values, shared by equal groups of query heads; as many as query heads where left out."""
+    mlp_width: int | None = Field(None, ge=1)
+    """Hidden width of dense SwiGLU layers; 8/3 of the model width, rounded up to a multiple of 8, where left out."""
+    rope_base: float = Field(10_000.0, gt=1)
+    norm_eps: float = Field(1e-6, gt=0)
+    tied_head: bool = True
+    """The output projection is the embedding's transpose."""
+    initial_std: float = Field(0.02, gt=0)
+    """Residual output projections get this over sqrt(2 x num_layers) (GPT-2)."""
+
+    block: Literal["dense", "top_k", "shared_expert", "scmoe"] = "scmoe"
+    moe_every: Literal[1, 2] = 2
+    """Routed experts in every layer, or in the second of every pair."""
+    num_experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    """Routed experts per token; with block scmoe, 1 is the paper's ScMoE and 2 its ScMoE-2."""
+    expert_width: int | None = Field(None, ge=1)
+    """Hidden width of a routed expert; mlp_width where left out."""
+    shared_expert_width: int | None = Field(None, ge=1)
+    """Hidden width of the shared expert; expert_width where left out."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Of the routed experts."""
+    gate: AnyGateConfig = NoisyTopKConfig()
+    shortcut: ShortcutConfig | None = None
+    """Of block scmoe only; position 2 (1 with moe_every 1) and cg1 where left out."""
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Self:
+        if self.model_width % self.num_heads:
+            raise BadConfig(
+                f"model_width {self.model_width} does not divide over num_heads {self.num_heads}; choose a multiple of {self.num_heads}"
+            )
+        if self.head_width % 2:
+            raise BadConfig(
+                f"model_width {self.model_width} over num_heads {self.num_heads} gives heads of odd width {self.head_width}, and RoPE "
+                f"turns pairs; choose model_width as a multiple of {2 * self.num_heads}"
+            )
+        if self.num_heads % self.kv_heads:
+            divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            raise BadConfig(
+                f"num_heads {self.num_heads} do not divide over num_kv_heads {self.kv_heads}; choose num_kv_heads from {divisors}"
+            )
+        if self.block == "dense":
+            return self
+        if self.num_layers % self.moe_every:
+            raise BadConfig(
+                f"moe_every 2 pairs the layers, and num_layers {self.num_layers} is odd; choose num_layers: {self.num_layers + 1}, "
+                "or moe_every: 1"
+            )
+        if self.shortcut is not None and self.block != "scmoe":
+            raise BadConfig(f"model.shortcut belongs to block scmoe, block is {self.block}; leave it out, or set block: scmoe")
+        if self.block == "scmoe" and self.moe_every == 1 and self.position != 1:
+            raise BadConfig(
+                f"shortcut.position {self.position} reads inside the preceding dense layer, and with moe_every 1 there is none; "
+                "choose position: 1, or moe_every: 2"
+            )
+        self.gate.check(self.num_experts, self.top_k)
+        slot, stages = self.schedule.expert_slot, self.window
+        if slot != "auto" and not 0 <= slot <= len(stages):
+            raise BadConfig(
+                f"schedule.expert_slot {slot} is not among the slots of block {self.block} with stages ({', '.join(stages)}); "
+                f"choose 0 to {len(stages)}, or auto"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.model_width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def dense_width(self) -> int:
+        return self.mlp_width or -(-8 * self.model_width // 24) * 8
+
+    @property
+    def routed_width(self) -> int:
+        return self.expert_width or self.dense_width
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared_expert_width or self.routed_width
+
+    @property
+    def position(self) -> int:
+        """Where ScMoE's routed experts read, 1 to 3."""
+        if self.shortcut is not None:
+            return self.shortcut.position
+        return 1 if self.moe_every == 1 else 2
+
+    @property
+    def coefficient(self) -> Literal["direct", "cg1", "cg2"]:
+        """How shared and routed outputs are joined; only ScMoE has anything but the plain sum."""
+        if self.block != "scmoe":
+            return "direct"
+        return self.shortcut.coefficient if self.shortcut is not None else "cg1"
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers, the L of a plan."""
+        return 0 if self.block == "dense" else self.num_layers // self.moe_every
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The shared stream of one block: one layer, or a pair of them where every second one is MoE."""
+        if self.block == "dense":
+            return ("attention", "mlp")
+        own: tuple[Stage, ...] = ("attention",) if self.block == "top_k" else ("attention", "shared")
+        return own if self.moe_every == 1 else ("attention", "mlp", *own)
+
+    @property
+    def source(self) -> int:
+        """How many stages run before the routed experts' input is known."""
+        if self.block == "scmoe":
+            return 3 - self.position if self.moe_every == 2 else 0
+        return 3 if self.moe_every == 2 else 1
+
+    @property
+    def window(self) -> tuple[Stage, ...]:
+        """The stages that may run while tokens travel."""
+        return self.stages[self.source :] if self.block != "dense" else ()
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers if self.block == "dense" else self.num_moe_layers

@@ -1,0 +1,1 @@
+"""Gates: which experts a token goes to, with what weight, and what keeps their load even."""

@@ -1,0 +1,129 @@
+"""MoELayer: a gate, a dispatcher and this rank's experts; drops into any PyTorch model on one process or many (`examples/drop_in.py`)."""
+
+import torch
+from torch import Tensor, nn
+
+from crossdock.errors import BadConfig
+from crossdock.models.gates.base import Routing, reduce_statistics
+from crossdock.models.gates.noisy_topk import NoisyTopKConfig
+from crossdock.models.gates.table import AnyGateConfig, build_gate
+from crossdock.models.initial import named_fill
+from crossdock.placement.plan import Plan
+from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.collectives import all_reduce
+from crossdock.runtime.context import StepContext
+from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
+from crossdock.runtime.experts import ExpertBank
+from crossdock.runtime.layout import ExpertLayout
+from crossdock.runtime.mesh import Mesh
+
+
+class MoELayer(nn.Module):
+    """Routed experts: y = sum over the chosen experts i of weight_i x expert_i(x).
+
+    In a model of Crossdock a schedule drives it step by step: `route`, `dispatch_start`, `compute`, `combine_start`. Anywhere else
+    `layer(x)` does all of it, and `layer.losses` then holds the balance losses to add to the training loss. `layer.finish_gradients()`
+    after the backward pass turns the experts' gradients into those of the loss's mean over ranks, as `DistributedDataParallel` does for
+    the rest of the model.
+    """
+
+    def __init__(
+        self,
+        model_width: int,
+        expert_width: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate: AnyGateConfig | None = None,
+        activation: str = "swiglu",
+        mesh: Mesh | None = None,
+        plan: Plan | None = None,
+        layer: int = 0,
+        dispatch: str = "deduplicated",
+        wire_dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        initial_std: float = 0.02,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.mesh = mesh if mesh is not None else Mesh.single()
+        self.layer, self.seed = layer, seed
+        self.dispatch, self.wire_dtype = dispatch, wire_dtype
+        if dispatch not in DISPATCHERS:
+            raise BadConfig(f"no dispatcher is called {dispatch!r}; choose from {', '.join(DISPATCHERS)}")
+        self.plan_has_copies = plan is not None and plan.has_replicas
+        layout = ExpertLayout.contiguous(layer, num_experts, self.mesh) if plan is None else ExpertLayout.from_plan(plan, layer, self.mesh)
+        self.gate = build_gate(gate or NoisyTopKConfig(), layer, model_width, num_experts, top_k, dtype).to(self.mesh.device)
+        self.bank = ExpertBank(layout, model_width, expert_width, activation=activation, dtype=dtype, device=self.mesh.device)
+        self._set_dispatcher(layout)
+        self.gate.reset_parameters(named_fill(seed, f"moe.{layer}.gate."), initial_std)
+        self.bank.reset_parameters(seed, initial_std, output_scale)
+        self.losses: dict[str, Tensor] = {}
+        self._num_forwards = 0
+
+    def forward(self, x: Tensor, context: StepContext | None = None) -> Tensor:
+        """Route `x` [..., T, D] and return y of its shape; leading dimensions are sequences. Sets `self.losses`, equal on every rank.
+
+        Without a context, steps are counted by forwards in training mode, and every rank must bring equally many tokens.
+        """
+        x_TD = x.reshape(-1, x.shape[-1])
+        if context is None:
+            context = self._plain_context(x_TD)
+        routing = self.route(x_TD, context, x.shape[-2])
+        received = self.dispatch_start(x_TD, routing.assignment).wait()
+        y_TD = self.combine_start(self.compute(received)).wait()
+        (statistics,) = reduce_statistics([routing.statistics], self.mesh)
+        self.losses = self.gate.balance(statistics, context.training).losses
+        return y_TD.view(x.shape)
+
+    def route(self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int) -> Routing:
+        """The gate's choice, shown to every listener of the context."""
+        routing: Routing = self.gate(x_TD, context, tokens_per_sequence)
+        for listener in context.listeners:
+            listener(self.layer, routing.assignment)
+        return routing
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """Send tokens [T, D] to the ranks of their experts."""
+        return self.dispatcher.dispatch_start(x_TD, assignment)
+
+    def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
+        """Run this rank's experts over the rows that arrived, sorted by slot."""
+        rows_MD, count_S, handle = received
+        return self.bank(rows_MD, count_S), handle
+
+    def combine_start(self, computed: tuple[Tensor, Handle]) -> Pending[Tensor]:
+        """Send the experts' rows back to the ranks of their tokens; the result is y [T, D]."""
+        rows_MD, handle = computed
+        return self.dispatcher.combine_start(rows_MD, handle)
+
+    def set_layout(self, layout: ExpertLayout, tensors: dict[str, Tensor]) -> None:
+        """Take over a new placement and this rank's expert tensors under it, after a migration."""
+        self.bank.replace_layout(layout, tensors)
+        self._set_dispatcher(layout)
+
+    def finish_gradients(self) -> None:
+        """Sum the experts' gradients over the copies of the expert group and divide them by the world size: call once after backward.
+
+        Only for loops that reduce gradients themselves; the engine of Crossdock does it for its own models. Raises `BadConfig` for a plan
+        that holds several copies of an expert in one group: they need the engine.
+        """
+        if self.plan_has_copies:
+            raise BadConfig(
+                "finish_gradients cannot sum copies of an expert inside a group; use a plan without copies, or runtime.engine.Engine"
+            )
+        for parameter in self.bank.parameters():
+            if parameter.grad is None:  # no token of any rank came here, but the other copies may have had some
+                parameter.grad = torch.zeros_like(parameter)
+            all_reduce(parameter.grad, self.mesh.expert_replica_group).div_(self.mesh.world_size)
+
+    def _set_dispatcher(self, layout: ExpertLayout) -> None:
+        self.layout = layout
+        self.dispatcher: Dispatcher = DISPATCHERS[self.dispatch](self.mesh, layout, self.wire_dtype)
+
+    def _plain_context(self, x_TD: Tensor) -> StepContext:
+        step = self._num_forwards
+        self._num_forwards += self.training
+        unknown_T = torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device)
+        return StepContext(self.seed, step, self.training, unknown_T, first_token=self.mesh.rank * len(x_TD))

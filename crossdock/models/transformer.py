@@ -1,0 +1,132 @@
+"""The decoder-only transformer: embedding, blocks, norm, head; built the same on every rank, with its experts where the plan says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossdock.models.attention import RMSNorm
+from crossdock.models.blocks import DenseBlock, MoEBlock
+from crossdock.models.config import ModelConfig
+from crossdock.models.gates.base import Routing, reduce_statistics
+from crossdock.models.initial import named_fill
+from crossdock.models.moe import MoELayer
+from crossdock.placement.plan import Plan
+from crossdock.runtime.context import StepContext
+from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.overlap import Schedule, check_expert_slot
+
+RESIDUAL_OUTPUTS = ("out.weight", "down.weight")
+"""Names of the matrices that write into the residual stream."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """What a forward pass returns. Losses and loads are those of the global batch, equal on every rank."""
+
+    logits_QPV: Tensor
+    losses: Mapping[str, Tensor]
+    """Balance losses by name, summed over layers and already times their coefficients: add them to the training loss."""
+    load_LE: Tensor
+    """Assignments that each expert served, after drops: float64, no gradient."""
+    dropped: Tensor
+    """Assignments beyond capacity, summed over layers; scalar, no gradient."""
+
+
+class Transformer(nn.Module):
+    """`config`'s model on this rank of `mesh`, its experts placed by `plan` (contiguous where None), initial values keyed by `seed`.
+
+    Raises `BadData` where the plan is for another model or another number of devices.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        plan: Plan | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        *,
+        dispatch: str = "deduplicated",
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.mesh = mesh if mesh is not None else Mesh.single()
+        if plan is not None:
+            plan.check_model(config.num_moe_layers, config.num_experts, self.mesh.expert_parallel)
+        residual_std = config.initial_std / (2 * config.num_layers) ** 0.5
+        self.embedding = nn.Embedding(config.vocab_size, config.model_width, dtype=dtype)
+        self.blocks = nn.ModuleList()
+        self.moe_layers: list[MoELayer] = []
+        """The MoE layers in the order of a plan's layers."""
+        for number in range(config.num_blocks):
+            if config.block == "dense":
+                self.blocks.append(DenseBlock(config, dtype))
+                continue
+            moe = MoELayer(
+                config.model_width,
+                config.routed_width,
+                config.num_experts,
+                config.top_k,
+                gate=config.gate,
+                activation=config.activation,
+                mesh=self.mesh,
+                plan=plan,
+                layer=number,
+                dispatch=dispatch,
+                wire_dtype=wire_dtype,
+                dtype=dtype,
+                seed=seed,
+                initial_std=config.initial_std,
+                output_scale=residual_std / config.initial_std,
+            )
+            self.moe_layers.append(moe)
+            self.blocks.append(MoEBlock(config, moe, dtype))
+        self.norm = RMSNorm(config.model_width, config.norm_eps, dtype)
+        if not config.tied_head:
+            self.head = nn.Linear(config.model_width, config.vocab_size, bias=False, dtype=dtype)
+        self.to(self.mesh.device)
+        self._fill_dense(seed, config.initial_std, residual_std)
+
+    def forward(self, token_QP: Tensor, context: StepContext) -> ModelOutput:
+        """Logits [Q, P, V] for Q sequences of P tokens, and the balance of all layers, summed over the world in one all-reduce."""
+        x_QPD = self.embedding(token_QP)
+        routings: list[Routing] = []
+        for block in self.blocks:
+            if isinstance(block, MoEBlock):
+                x_QPD, routing = block(x_QPD, context)
+                routings.append(routing)
+            else:
+                x_QPD = block(x_QPD)
+        head = self.embedding.weight if self.config.tied_head else self.head.weight
+        logits_QPV = F.linear(self.norm(x_QPD), head)
+        return self._balanced(logits_QPV, routings, context)
+
+    def set_schedules(self, schedules: Sequence[Schedule]) -> None:
+        """Give each MoE layer its schedule; the same on every rank. Raises `BadConfig` for a slot that a block does not have."""
+        assert len(schedules) == len(self.moe_layers), f"{len(schedules)} schedules for {len(self.moe_layers)} MoE layers"
+        for block, schedule in zip(self.blocks, schedules, strict=True):
+            check_expert_slot(schedule.expert_slot, len(self.config.window))
+            assert isinstance(block, MoEBlock)
+            block.schedule = schedule
+
+    def _balanced(self, logits_QPV: Tensor, routings: Sequence[Routing], context: StepContext) -> ModelOutput:
+        nothing = torch.zeros((), dtype=torch.float64, device=logits_QPV.device)
+        if not routings:
+            return ModelOutput(logits_QPV, {}, nothing.new_zeros((0, self.config.num_experts)), nothing)
+        statistics = reduce_statistics([routing.statistics for routing in routings], self.mesh)
+        balances = [moe.gate.balance(sums, context.training) for moe, sums in zip(self.moe_layers, statistics, strict=True)]
+        losses = {name: torch.stack([balance.losses[name] for balance in balances]).sum() for name in balances[0].losses}
+        load_LE = torch.stack([balance.load_E for balance in balances])
+        return ModelOutput(logits_QPV, losses, load_LE, torch.stack([balance.dropped for balance in balances]).sum())
+
+    def _fill_dense(self, seed: int, std: float, residual_std: float) -> None:
+        """Normal initial values for all matrices but those of the MoE layers, which have filled their own; norms are ones already."""
+        fill = named_fill(seed)
+        own = {id(parameter) for moe in self.moe_layers for parameter in moe.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in own and parameter.ndim == 2:
+                fill(name, parameter, residual_std if name.endswith(RESIDUAL_OUTPUTS) else std)
