@@ -160,16 +160,17 @@ class Topology:
         Raises `MissingInput` where there is neither, naming the presets, and `BadData` where the file is malformed.
         """
         path = Path(path)
-        if not path.exists():
-            preset = preset_directory() / f"{path.name.removesuffix('.yaml')}.yaml"
-            if path.parent != Path() or not preset.is_file():
-                raise MissingInput(f"{path}: no such topology; give a YAML file, or a preset: {', '.join(preset_names())}")
+        preset = preset_directory() / f"{path.name.removesuffix('.yaml')}.yaml"
+        if not path.is_file() and path.parent == Path() and preset.is_file():
             path = preset
+        elif not path.exists():
+            raise MissingInput(f"{path}: no such topology; give a YAML file, or a preset: {', '.join(preset_names())}")
         document = strict_yaml.load(path, error=BadData)
+        file = _parsed(document)
         try:
-            return _from_document(document, path.stem)
+            return _from_long(file, path.stem) if isinstance(file, _LongForm) else _from_short(file, path.stem)
         except BadData as error:
-            raise error if str(path) in str(error) or path.name in str(error) else BadData(f"{path}: {error}") from error
+            raise BadData(f"{path}: {error}") from error
 
     def save(self, path: Path | str) -> None:
         """Write YAML atomically: the short form where devices and links are uniform, else the long one. `load` gives the same digest."""
@@ -279,10 +280,10 @@ class _LongForm(StrictModel):
     node_bytes_per_s: float | None = Field(default=None, gt=0)
 
 
-def _from_document(document: Document, stem: str) -> Topology:
+def _parsed(document: Document) -> _ShortForm | _LongForm:
     if isinstance(document.value, dict) and "devices" in document.value:
-        return _from_long(strict_yaml.validated(_LongForm, document, error=BadData), stem)
-    return _from_short(strict_yaml.validated(_ShortForm, document, error=BadData), stem)
+        return strict_yaml.validated(_LongForm, document, error=BadData)
+    return strict_yaml.validated(_ShortForm, document, error=BadData)
 
 
 def _from_short(file: _ShortForm, stem: str) -> Topology:
