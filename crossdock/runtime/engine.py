@@ -24,10 +24,10 @@ from crossdock.runtime.reduction import GradientReducer
 
 @dataclass(frozen=True)
 class StepReport:
-    """What all ranks agree on: the global norm before clipping, and the mean over ranks of each scalar given to `Engine.step`."""
+    """What all ranks agree on: the global norm before clipping, and the sum over ranks of each scalar given to `Engine.step`."""
 
     grad_norm: float
-    means: Mapping[str, float]
+    sums: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Engine:
     A step is: `backward(loss / n, last=False)` n - 1 times, `backward(loss / n, last=True)`, then `step`.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan | None, config: OptimizerConfig) -> None:
         self.model, self.mesh, self.config = model, mesh, config
         self.banks: dict[str, ExpertBank] = {name: module for name, module in model.named_modules() if isinstance(module, ExpertBank)}
         self.optimizer = MasterAdamW(config)
@@ -57,8 +57,9 @@ class Engine:
 
     # ---- parameters ------------------------------------------------------------------------------------------
 
-    def _attach(self, plan: Plan, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _attach(self, plan: Plan | None, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Make buckets for the parameters as they are now; parameters named in `states` continue from there, others are new or stay."""
+        assert plan is not None or not self.banks, "experts live where a plan says"
         self.plan = plan
         bank_of = {name: bank for bank, names in self.expert_names.items() for name in names}
         named = dict(self.model.named_parameters())
@@ -68,8 +69,15 @@ class Engine:
             # matrices decay; norms, biases and scalars do not. An expert tensor has its slots in front
             decays = parameter.ndim - (name in bank_of) >= 2
             self.optimizer.add(name, parameter, self.reducer.gradient_of[parameter], decays, states.get(name))
-        self._weight_of = {name: self._slot_weights(plan, bank).to(self.mesh.device) for name, bank in self.banks.items()}
-        self._copies = tuple(copies for name, bank in self.banks.items() if (copies := self._find_copies(plan, name, bank)))
+        self._weight_of: dict[str, Tensor] = {}
+        self._copies: list[_Copies] = []
+        for name, bank in self.banks.items():
+            assert plan is not None
+            copies_E = (plan.slot_LRE[bank.layout.layer] != EMPTY).sum(axis=0)
+            weights = [0.0 if expert == EMPTY else 1.0 / copies_E[expert] for expert in bank.layout.local_experts]
+            self._weight_of[name] = torch.tensor(weights, dtype=torch.float64, device=self.mesh.device)
+            if (copies_E > 1).any():
+                self._copies.append(self._copies_of(name, bank, (copies_E > 1).nonzero()[0].tolist()))
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The live optimizer state of every parameter by name; see `optimizer.STATES`."""
@@ -100,7 +108,7 @@ class Engine:
     def step(self, step: int, lr: float, scalars: Mapping[str, Tensor | float]) -> StepReport:
         """Agree, clip, update and clear: the second half of a step, after `reduce`.
 
-        `scalars` (the same keys on every rank; `loss` among them) come back as means over ranks. Raises `NonFiniteLoss` on every rank,
+        `scalars` (the same keys on every rank; `loss` among them) come back as sums over ranks. Raises `NonFiniteLoss` on every rank,
         before the update, where a loss or the norm of any rank is not finite.
         """
         dense_sq, expert_sq = self._squared_norms()
@@ -130,7 +138,7 @@ class Engine:
             torch._foreach_mul_([bucket.flat for bucket in self.reducer.buckets], scale * clip)
         self.optimizer.update(lr)
         self.reducer.zero()
-        return StepReport(grad_norm, {name: total * scale for name, total in zip(scalars, sums, strict=True)})
+        return StepReport(grad_norm, dict(zip(scalars, sums, strict=True)))
 
     def _squared_norms(self) -> tuple[Tensor, Tensor]:
         """Squared norms of the summed gradients: of all dense parameters, and of this rank's experts, each copy counted by its share."""
@@ -147,16 +155,7 @@ class Engine:
 
     # ---- copies of an expert inside a group ------------------------------------------------------------------
 
-    def _slot_weights(self, plan: Plan, bank: ExpertBank) -> Tensor:
-        """float64 [S]: one over the number of copies of the slot's expert; 0 for an empty slot."""
-        copies_E = (plan.slot_LRE[bank.layout.layer] != EMPTY).sum(axis=0)
-        return torch.tensor([0.0 if e == EMPTY else 1.0 / copies_E[e] for e in bank.layout.local_experts], dtype=torch.float64)
-
-    def _find_copies(self, plan: Plan, name: str, bank: ExpertBank) -> _Copies | None:
-        copies_E = (plan.slot_LRE[bank.layout.layer] != EMPTY).sum(axis=0)
-        copied = [expert for expert, count in enumerate(copies_E) if count > 1]
-        if not copied:
-            return None
+    def _copies_of(self, name: str, bank: ExpertBank, copied: list[int]) -> _Copies:
         here = [(slot, copied.index(expert)) for slot, expert in enumerate(bank.layout.local_experts) if expert in copied]
         slots, places = (torch.tensor([pair[side] for pair in here], dtype=torch.int64, device=self.mesh.device) for side in (0, 1))
         return _Copies(name, len(copied), slots, places)
