@@ -1,10 +1,10 @@
 """What every benchmark program shares: the machine, interleaved repeats, medians with their spread, and one way to print and save rows.
 
-A program builds rows (flat dictionaries, units in the keys), and ends with `publish(rows, ...)`: a table for people on stdout, or with
-`json_only` the same as JSON alone; and, where a path is given, the file `{machine, commit, what, rows}` written atomically.
+A program builds rows (flat dictionaries, units in the keys), and ends with `publish(rows, ...)`: a table for people on stdout,
+or with `json_only` the same as JSON alone; and, where a path is given, the file `{machine, commit, what, rows}` written atomically.
 
-Timing on a shared machine: wall time says what a user waits for, CPU-seconds (this process, all its threads) say what work was done and hold
-when others load the machine. Compare only what ran interleaved in one run: A B C, A B C, ..., never AAA BBB.
+Timing on a shared machine: wall time says what a user waits for, CPU-seconds (this process, all its threads) say what work was done
+and hold when others load the machine. Compare only what ran interleaved in one run: A B C, A B C, ..., never AAA BBB.
 """
 
 import json
@@ -133,7 +133,7 @@ def publish(
     columns: Sequence[str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Print `rows` under the title `what` and, where `out` is given, save them; returns the document `{machine, commit, what, rows, **extra}`.
+    """Print `rows` under the title `what`, save them where `out` is given, and return the document `{machine, commit, what, rows, **extra}`.
 
     `columns` chooses and orders what the printed table shows (default: every key of the first row); the JSON always holds every key.
     With `json_only` stdout is the JSON document alone.
