@@ -1,16 +1,13 @@
 """ExpertLayout: where the experts of one MoE layer live, as one rank sees it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crossdock.errors import BadData
+from crossdock.placement.plan import Plan, choose_replica
 from crossdock.runtime.mesh import Mesh
-
-if TYPE_CHECKING:
-    from crossdock.placement.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,38 +39,29 @@ class ExpertLayout:
         return self.slot_of_expert_E.numel()
 
     @classmethod
-    def from_plan(cls, plan: "Plan", layer: int, mesh: Mesh) -> "ExpertLayout":
+    def from_plan(cls, plan: Plan, layer: int, mesh: Mesh) -> "ExpertLayout":
         """The layout of `layer` under `plan` on this rank; the copy used is `placement.plan.choose_replica`'s, as in the evaluator.
 
         Raises `BadData` where the plan is for another number of devices or has no such layer.
         """
-        from crossdock.placement.plan import choose_replica
-
         if plan.num_devices != mesh.expert_parallel or not 0 <= layer < plan.num_layers:
             raise BadData(
                 f"the plan places {plan.num_layers} layers on {plan.num_devices} devices, but layer {layer} on {mesh.expert_parallel} "
-                f"expert-parallel ranks was asked for; solve a plan for this model and expert_parallel"
+                f"expert-parallel ranks was asked for; solve a plan for this model and this expert_parallel"
             )
-        slot_E = choose_replica(plan, mesh.node_of_expert_rank)[layer, mesh.expert_rank]
-        return cls(
-            layer=layer,
-            slot_of_expert_E=torch.as_tensor(slot_E, dtype=torch.int64, device=mesh.device),
-            local_experts=tuple(int(expert) for expert in plan.slots_LRS[layer, mesh.expert_rank]),
-            num_ranks=mesh.expert_parallel,
-        )
+        return cls._of(plan, layer, layer, mesh)
 
     @classmethod
     def contiguous(cls, layer: int, num_experts: int, mesh: Mesh) -> "ExpertLayout":
-        """Experts 0..S-1 on the first rank, the next S on the second, and so on: the layout without a plan.
+        """The layout without a plan: the first experts on the first rank, and so on, in blocks that differ by one at most."""
+        return cls._of(Plan.contiguous(1, num_experts, mesh.expert_parallel), 0, layer, mesh)
 
-        Raises `BadData` where the experts do not divide over the ranks.
-        """
-        num_ranks = mesh.expert_parallel
-        if num_experts % num_ranks:
-            divisors = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
-            raise BadData(
-                f"{num_experts} experts do not divide over {num_ranks} ranks; choose expert_parallel from {divisors}, or give a plan"
-            )
-        num_slots = num_experts // num_ranks
-        first = mesh.expert_rank * num_slots
-        return cls(layer, torch.arange(num_experts, device=mesh.device), tuple(range(first, first + num_slots)), num_ranks)
+    @classmethod
+    def _of(cls, plan: Plan, layer_of_plan: int, layer: int, mesh: Mesh) -> "ExpertLayout":
+        slot_E = choose_replica(plan, mesh.node_of_expert_rank)[layer_of_plan, mesh.expert_rank]
+        return cls(
+            layer=layer,
+            slot_of_expert_E=torch.as_tensor(slot_E, dtype=torch.int64, device=mesh.device),
+            local_experts=tuple(plan.slots_LRS[layer_of_plan, mesh.expert_rank].tolist()),
+            num_ranks=mesh.expert_parallel,
+        )

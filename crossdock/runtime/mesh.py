@@ -184,7 +184,7 @@ def initialise(
             store=store,
             timeout=timedelta(seconds=timeout_s),
         )
-    except (dist.DistError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError) as error:  # gloo reports a timeout as a bare RuntimeError
         raise PeerLost(f"rank {rank} of {world_size} could not join the others within {timeout_s:g} s: {_first_line(error)}") from error
 
 

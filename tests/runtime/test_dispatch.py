@@ -1,0 +1,173 @@
+"""Dispatchers equal the reference and one rank, outputs and every gradient, whatever the plan and the routing."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossdock.runtime import reference
+from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.dispatch import DISPATCHERS, Deduplicated, Flat
+from crossdock.runtime.layout import ExpertLayout
+from tests.pool import Pool, mesh_for
+from tests.runtime.movement_cases import WIDTH, Case, as_slots, assert_equals_one_process, inputs, random_slots, run_layer
+
+NAMES = sorted(DISPATCHERS)
+CONTIGUOUS = {1: ((0, 1, 2, 3),), 2: ((0, 1), (2, 3)), 4: ((0,), (1,), (2,), (3,))}
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+
+
+def routing(seed: int, world_size: int, num_experts: int, num_tokens: int = 7, top_k: int = 2) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(tuple(tuple(int(e) for e in rng.permutation(num_experts)[:top_k]) for _ in range(num_tokens)) for _ in range(world_size))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("world_size", "expert_parallel"), LAYOUTS)
+def test_contiguous_plan(ranks: Pool, name: str, world_size: int, expert_parallel: int) -> None:
+    assert_equals_one_process(ranks, name, Case(expert_parallel, 4, CONTIGUOUS[expert_parallel], routing(1, world_size, 4)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("expert_parallel", [2, 4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_random_plan_with_replicas_and_empty_slots(ranks: Pool, name: str, expert_parallel: int, seed: int) -> None:
+    slots = as_slots(random_slots(np.random.default_rng(seed), 6, expert_parallel, 12 // expert_parallel, copies=3))
+    assert_equals_one_process(
+        ranks, name, Case(expert_parallel, 6, slots, routing(seed, 4, 6, top_k=3), node_of_rank=(0, 0, 1, 1), seed=seed)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param((((0, 1),) * 4, (), ((2, 0),), ((3, 2),) * 3), id="a rank without tokens"),
+        pytest.param(((), (), (), ()), id="no token at all"),
+        pytest.param(((), (), ((1, 3),), ()), id="one token"),
+        pytest.param((((2,),) * 5,) * 4, id="all tokens on one expert"),
+        pytest.param((((), (1,), (3, 0, 1), ()), ((2, 1),), ((), ()), ((0, 1, 2, 3), (3,), ())), id="variable number of experts"),
+        pytest.param((((), ()),) * 4, id="every entry dropped"),
+    ],
+)
+@pytest.mark.parametrize("expert_parallel", [1, 2, 4])
+def test_odd_routing(ranks: Pool, name: str, chosen: tuple[tuple[tuple[int, ...], ...], ...], expert_parallel: int) -> None:
+    assert_equals_one_process(ranks, name, Case(expert_parallel, 4, CONTIGUOUS[expert_parallel], chosen))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    world_size = draw(st.sampled_from([2, 4]))
+    expert_parallel = draw(st.sampled_from([r for r in (1, 2, 4) if r <= world_size]))
+    num_experts = draw(st.integers(1, 6))
+    num_slots = draw(st.integers(-(-num_experts // expert_parallel), num_experts))
+    copies = draw(st.integers(0, expert_parallel * num_slots - num_experts))
+    seed = draw(st.integers(0, 99))
+    token = st.lists(st.integers(0, num_experts - 1), max_size=3, unique=True).map(tuple)
+    uniform = draw(st.booleans())
+    if uniform:
+        top_k = draw(st.integers(1, min(3, num_experts)))
+        token = st.lists(st.integers(0, num_experts - 1), min_size=top_k, max_size=top_k, unique=True).map(tuple)
+    chosen = tuple(draw(st.lists(token, max_size=6).map(tuple)) for _ in range(world_size))
+    slots = random_slots(np.random.default_rng(seed), num_experts, expert_parallel, num_slots, copies)
+    nodes = draw(st.sampled_from([None, tuple(rank // 2 for rank in range(world_size))]))
+    return Case(expert_parallel, num_experts, as_slots(slots), chosen, nodes, seed, chunks=draw(st.integers(1, 3)))
+
+
+@given(case=cases(), name=st.sampled_from(NAMES))
+def test_any_routing_any_plan(ranks: Pool, case: Case, name: str) -> None:
+    assert_equals_one_process(ranks, name, case)
+
+
+def rows_of_rank(rank: int, world_size: int, name: str, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    mesh = mesh_for(rank, world_size, case.expert_parallel, case.node_of_rank)
+    x, assignment, _ = inputs(case, rank)
+    dispatcher = DISPATCHERS[name](mesh, ExpertLayout.from_plan(case.plan, 0, mesh), None)
+    rows, count_S, handle = dispatcher.dispatch_start(x.detach(), assignment).wait()
+    dispatcher.combine_start(rows, handle).wait()
+    return rows, count_S
+
+
+def layouts_of(rank: int, world_size: int, case: Case) -> ExpertLayout:
+    return ExpertLayout.from_plan(case.plan, 0, mesh_for(rank, world_size, case.expert_parallel, case.node_of_rank))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_arrive_in_the_order_of_the_reference(ranks: Pool, name: str) -> None:
+    slots = as_slots(random_slots(np.random.default_rng(5), 6, 4, 3, copies=3))
+    case = Case(4, 6, slots, routing(5, 4, 6, top_k=3), node_of_rank=(0, 0, 1, 1))
+    got = ranks.run(4, rows_of_rank, name, case)
+    given_ = [inputs(case, rank) for rank in range(4)]
+    x, assignments = [g[0].detach() for g in given_], [g[1] for g in given_]
+    arrived = reference.dispatch(x, assignments, ranks.run(4, layouts_of, case))
+    for (rows, count_S), wanted in zip(got, arrived, strict=True):
+        assert torch.equal(rows, wanted.rows_MD)
+        assert torch.equal(count_S, wanted.count_S)
+    doubled = reference.combine([a.rows_MD * 2 for a in arrived], arrived, assignments)
+    wanted = [reference.moe(x[r], assignments[r], lambda _, row: row * 2) for r in range(4)]
+    for y, z in zip(doubled, wanted, strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
+
+
+def test_flat_does_not_depend_on_the_plan_at_all(ranks: Pool) -> None:
+    chosen = routing(3, 4, 6, top_k=3)
+    plans = [as_slots(random_slots(np.random.default_rng(seed), 6, 4, 3, copies=0)) for seed in (1, 2)]
+    # With identity experts there is no GEMM whose shape could differ: what is left is the order of summation.
+    one, two = (ranks.run(4, identity_experts, Case(4, 6, slots, chosen)) for slots in plans)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def identity_experts(rank: int, world_size: int, case: Case) -> torch.Tensor:
+    mesh = mesh_for(rank, world_size, case.expert_parallel)
+    x, assignment, _ = inputs(case, rank)
+    dispatcher = Flat(mesh, ExpertLayout.from_plan(case.plan, 0, mesh))
+    rows, _, handle = dispatcher.dispatch_start(x, assignment).wait()
+    return dispatcher.combine_start(rows, handle).wait().detach()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_world_and_plan_give_the_same_bits(ranks: Pool, name: str) -> None:
+    case = Case(4, 4, CONTIGUOUS[4], routing(9, 4, 4, num_tokens=33), dtype=torch.float32)
+    one, two = (ranks.run(4, run_layer, name, case) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.y, b.y)
+        assert torch.equal(a.grad_x, b.grad_x)
+        assert torch.equal(a.grad_weight, b.grad_weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("dtype", "wire_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+)
+def test_low_precision_on_the_wire_and_in_compute(ranks: Pool, name: str, dtype: torch.dtype, wire_dtype: torch.dtype | None) -> None:
+    case = Case(2, 4, CONTIGUOUS[2], routing(4, 4, 4), dtype=dtype, wire_dtype=wire_dtype)
+    got = ranks.run(4, run_layer, name, case)
+    exact = ranks.run(4, run_layer, name, Case(2, 4, CONTIGUOUS[2], case.chosen))
+    for mine, wanted in zip(got, exact, strict=True):
+        for field in ("y", "grad_x", "grad_weight"):
+            value = getattr(mine, field)
+            assert value.dtype == dtype
+            torch.testing.assert_close(value.double(), getattr(wanted, field), rtol=0.05, atol=0.1)
+    if wire_dtype == torch.bfloat16:
+        assert any(not torch.equal(mine.y.double(), wanted.y) for mine, wanted in zip(got, exact, strict=True))
+
+
+def test_wire_dtype_rounds_tokens_and_results_exactly_once() -> None:
+    mesh = mesh_for(0, 1, 1)
+    x = torch.randn(6, WIDTH)
+    assignment = Assignment.from_topk(torch.tensor([[0], [1]] * 3), torch.ones(6, 1))
+    for kind in (Flat, Deduplicated):
+        dispatcher = kind(mesh, ExpertLayout.contiguous(0, 2, mesh), torch.bfloat16)
+        rows, _, handle = dispatcher.dispatch_start(x, assignment).wait()
+        assert rows.dtype == torch.float32
+        assert torch.equal(dispatcher.combine_start(rows / 3, handle).wait(), (x.bfloat16().float() / 3).bfloat16().float())
+
+
+def test_a_single_rank_copies_nothing_over_the_wire() -> None:
+    mesh = mesh_for(0, 1, 1)
+    x = torch.randn(8, WIDTH)
+    assignment = Assignment.from_topk(torch.tensor([[0, 1]] * 8), torch.ones(8, 2))
+    dispatcher = Deduplicated(mesh, ExpertLayout.contiguous(0, 2, mesh))
+    pending = dispatcher.dispatch_start(x, assignment)
+    assert pending.rows.in_flight.data_ptr() == x.data_ptr()  # type: ignore[attr-defined]
