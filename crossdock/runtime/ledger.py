@@ -39,8 +39,7 @@ class Flight:
     wait_begin_s: float
     wait_end_s: float
     movement: int = 0
-    """Number shared by the flights of one dispatch and its combine, forward and backward: tells apart chunks that are in flight
-    together."""
+    """Shared by the flights of one dispatch and its combine, forward and backward; tells apart chunks that are in flight together."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,11 @@ class Ledger:
         taken, self._flights = self._flights, deque(maxlen=CAPACITY)
         if self._on_cuda and taken:
             torch.cuda.synchronize()
-        return tuple(Flight(*entry[:5], *map(self._seconds, entry[5:8]), entry[8]) for entry in taken)
+        at = self._seconds
+        return tuple(
+            Flight(layer, stage, direction, kind, amounts, at(launched), at(wait_begin), at(wait_end), movement)
+            for layer, stage, direction, kind, amounts, launched, wait_begin, wait_end, movement in taken
+        )
 
     def _event(self) -> Mark:
         event = torch.cuda.Event(enable_timing=True)
