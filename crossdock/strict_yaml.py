@@ -266,11 +266,18 @@ def _readable_problem(failure: yaml.MarkedYAMLError, text: str) -> str:
 
 
 def _describe(model: type[pydantic.BaseModel], document: Document, detail: Any) -> str:
-    path: KeyPath = tuple(detail["loc"])
     kind, given = detail["type"], detail["input"]
+    path = _as_written(tuple(detail["loc"]), document.value, kind)
     where, key = document.where(path), dotted(path)
+    if kind == "union_tag_invalid":
+        path, kind, given = (*path, detail["ctx"]["discriminator"].strip("'")), "literal_error", detail["ctx"]["tag"]
+        detail = {"ctx": {"expected": detail["ctx"]["expected_tags"]}}
+        where, key = document.where(path), dotted(path)
+    if kind == "union_tag_not_found":
+        path, kind = (*path, detail["ctx"]["discriminator"].strip("'")), "missing"
+        key = dotted(path)
     if kind == "extra_forbidden":
-        known = _fields_at(model, path[:-1])
+        known = _fields_at(model, tuple(detail["loc"])[:-1])
         parent = path[:-1]
         guess = nearest(str(path[-1]), tuple(known))
         hint = f"did you mean `{dotted((*parent, guess))}`? " if guess else ""
@@ -288,6 +295,19 @@ def _describe(model: type[pydantic.BaseModel], document: Document, detail: Any) 
     expectation = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Input should ")
     expected = _EXPECTED.get(kind, expectation)
     return f"{where}: `{key}` is {_value(given)}; expected {expected}{_cure(kind, given)}"
+
+
+def _as_written(path: KeyPath, value: Any, kind: str) -> KeyPath:
+    """`path` without the labels that pydantic puts in for the member of a union, which nobody wrote."""
+    written: list[str | int] = []
+    for depth, part in enumerate(path, start=1):
+        is_inside = isinstance(value, list) if isinstance(part, int) else isinstance(value, dict) and part in value
+        if is_inside:
+            value = value[part]
+            written.append(part)
+        elif kind == "missing" and depth == len(path):
+            written.append(part)
+    return tuple(written)
 
 
 _EXPECTED = {
@@ -344,10 +364,15 @@ def _fields_at(model: type[pydantic.BaseModel], path: KeyPath) -> list[str]:
         for candidate in here:
             if isinstance(part, str) and _is_model(candidate) and part in candidate.model_fields:
                 found.append(candidate.model_fields[part].annotation)
-            elif isinstance(part, int) or not _is_model(candidate):
+            elif isinstance(part, int) or not _is_model(candidate) or _has_tag(candidate, part):
                 found.append(candidate)
         here = [option for annotation in found for option in _models_in(annotation)]
     return sorted({name for candidate in here if _is_model(candidate) for name in candidate.model_fields})
+
+
+def _has_tag(model: type[pydantic.BaseModel], tag: str) -> bool:
+    """Whether `tag` names this member of a union told apart by a field that has one possible value."""
+    return any(get_args(field.annotation) == (tag,) for field in model.model_fields.values())
 
 
 def _models_in(annotation: Any) -> list[Any]:
