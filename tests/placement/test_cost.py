@@ -39,12 +39,12 @@ def test_transfer_takes_the_busiest_port() -> None:
         [
             [999, 30, 20, 10],
             [0, 0, 5, 0],
-            [0, 0, 0, 0],
+            [0, 15, 0, 0],
             [0, 50, 0, 0],
         ]
     )
-    # other node: device 0 sends 20 + 10, device 1 receives 50: 50 / 100 + 0.01. Same node: 30 / 1000 + 0.001. The diagonal costs nothing.
-    assert transfer_seconds(sent_RR, FOUR) == pytest.approx(0.51)
+    # other node: device 0 sends 20 + 10, device 1 receives 15 + 50: 65 / 100 + 0.01. Same node: 30 / 1000 + 0.001. The diagonal costs nothing.
+    assert transfer_seconds(sent_RR, FOUR) == pytest.approx(0.66)
     # without the traffic between nodes its latency stays: every rank takes part in the collective
     assert transfer_seconds(sent_RR * (FOUR.link_class_RR < 2), FOUR) == pytest.approx(0.031)
     assert transfer_seconds(np.zeros((4, 4)), FOUR) == pytest.approx(0.01)
@@ -58,7 +58,17 @@ def test_card_shared_by_a_node_adds_up_its_devices() -> None:
     assert transfer_seconds(sent_RR, shared) == pytest.approx(0.61)
     assert transfer_seconds(sent_RR.T, shared) == pytest.approx(0.61)
     sent_RR[3, 1] = 30.0  # the other way: the card is full duplex
+    sent_RR[0, 1] = 100.0  # inside the node: not on the card
     assert transfer_seconds(sent_RR, shared) == pytest.approx(0.61)
+
+
+def test_shared_card_of_three_nodes_sends_and_receives() -> None:
+    """One node sends to two, or two send to one: either way one card carries both."""
+    shared = Topology.uniform(3, 2, other_node_bytes_per_s=100.0, other_node_latency_s=0.0, same_node_latency_s=0.0, shared_by_node=True)
+    sent_RR = np.zeros((6, 6))
+    sent_RR[0, 2] = sent_RR[1, 4] = 30.0
+    assert transfer_seconds(sent_RR, shared) == pytest.approx(0.6)
+    assert transfer_seconds(sent_RR.T, shared) == pytest.approx(0.6)
 
 
 def test_one_device_sends_nothing() -> None:

@@ -29,6 +29,8 @@ def test_shape_and_first_choice() -> None:
     assert (trace.num_tokens, trace.num_layers, trace.top_k, trace.num_experts) == (3, 1, 2, 4)
     assert trace.first_choice_TL.tolist() == [[0], [3], [1]]  # the second token's larger weight stands second
     assert Trace(EXPERTS, 4).first_choice_TL.tolist() == [[0], [2], [1]]
+    absent_heavy = Trace(EXPERTS, 4, np.array([[[1, 0]], [[1, 0]], [[-0.5, 0.9]]]))  # the weight of an absent choice says nothing
+    assert absent_heavy.first_choice_TL.tolist() == [[0], [2], [1]]
 
 
 def test_arrays_cannot_be_written() -> None:
@@ -68,6 +70,7 @@ def test_digest_tells_traces_apart() -> None:
         Trace(EXPERTS, 4),
     ]
     assert len({trace.digest, *(other.digest for other in others)}) == 5
+    assert Trace(EXPERTS, 4, home_T=np.arange(3)).digest != Trace(EXPERTS, 4, token_T=np.arange(3)).digest
     assert Trace(EXPERTS, 4, source="a").digest == Trace(EXPERTS, 4, source="b").digest
 
 
