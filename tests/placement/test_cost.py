@@ -43,7 +43,8 @@ def test_transfer_takes_the_busiest_port() -> None:
             [0, 50, 0, 0],
         ]
     )
-    # other node: device 0 sends 20 + 10, device 1 receives 15 + 50: 65 / 100 + 0.01. Same node: 30 / 1000 + 0.001. The diagonal costs nothing.
+    # other node: device 0 sends 20 + 10, device 1 receives 15 + 50: 65 / 100 + 0.01. Same node: 30 / 1000 + 0.001.
+    # The diagonal costs nothing.
     assert transfer_seconds(sent_RR, FOUR) == pytest.approx(0.66)
     # without the traffic between nodes its latency stays: every rank takes part in the collective
     assert transfer_seconds(sent_RR * (FOUR.link_class_RR < 2), FOUR) == pytest.approx(0.031)
