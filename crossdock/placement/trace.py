@@ -8,7 +8,6 @@ alone, of any integer type, and an .npy of shape [T, L] (as ExFlow's published t
 import hashlib
 import json
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,11 +27,10 @@ MAX_EXPERTS = NO_EXPERT
 
 _PER_TOKEN = ("sequence", "home", "token")
 _KNOWN = ("experts", "weights", *_PER_TOKEN, "num_experts", "format_version", "source")
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _NPZ_MAGIC = b"PK"
 _NPY_MAGIC = b"\x93NUMPY"
 _CHUNK_CHOICES = 1 << 18  # choices checked at a time: small enough for the cache, so that checks cost no memory
-_FASTEST_DEFLATE = 1  # four times as fast as the default level on routing, for a tenth more bytes
+_FASTEST_DEFLATE = 1  # seven times as fast as the default level on real routing, for a tenth more bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +197,10 @@ def _read_file(path: Path) -> dict[str, NDArray[Any]]:
             return {"experts": np.load(path, allow_pickle=False)}
     except BadData:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # of damaged bytes the readers of zip and numpy raise anything, from zlib.error to tokenize.TokenError
+        why = " ".join(str(error).split())[:200]
         raise BadData(
-            f"damaged, truncated or holding pickled objects ({error}); copy or record it again, with plain integer arrays"
+            f"damaged, truncated or holding pickled objects ({why}); copy or record it again, with plain integer arrays"
         ) from error
     what = f"it begins with {magic!r}" if magic else "it is empty"
     raise BadData(f"neither .npz nor .npy: {what}; give what `crossdock trace capture` wrote, an .npz with `experts`, or an .npy")

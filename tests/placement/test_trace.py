@@ -148,6 +148,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "truncated npz": (NPZ[: len(NPZ) // 2], "damaged, truncated"),
     "truncated npz header": (NPZ[:7], "damaged, truncated"),
     "flipped byte": (flipped(NPZ, 200), "damaged, truncated"),
+    "header that opens a bracket more": (npy(EXPERTS).replace(b"'shape': (", b"'shape':(("), "damaged, truncated"),
     "truncated npy": (npy(EXPERTS)[:-4], "damaged, truncated"),
     "empty archive": (npz(), "no array named experts among none"),
     "no experts": (npz(routing=EXPERTS), "no array named experts among routing"),
