@@ -1,0 +1,78 @@
+"""The model's configuration: what is derived, and what does not go together."""
+
+from typing import Any
+
+import pytest
+
+from crossdock import strict_yaml
+from crossdock.errors import BadConfig
+from crossdock.models.config import ModelConfig
+
+
+def read(text: str) -> ModelConfig:
+    return strict_yaml.validated(ModelConfig, strict_yaml.parse(text, "model.yaml"))
+
+
+def test_what_follows_from_little() -> None:
+    config = read("model_width: 96\nnum_layers: 6\n")
+    assert (config.head_width, config.kv_heads) == (24, 4)
+    assert config.dense_width == config.routed_width == config.shared_width == 256
+    assert (config.num_moe_layers, config.position, config.coefficient) == (3, 2, "cg1")
+    assert config.stages == ("attention", "mlp", "attention", "shared")
+    assert config.window == ("mlp", "attention", "shared")
+    assert read("moe_every: 1").position == 1
+    assert read("block: dense").num_moe_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "stages", "window"),
+    [
+        ("block: top_k", 3, 0),
+        ("block: top_k\nmoe_every: 1", 1, 0),
+        ("block: shared_expert", 4, 1),
+        ("block: shared_expert\nmoe_every: 1", 2, 1),
+        ("moe_every: 1", 2, 2),
+        ("shortcut: {position: 1}", 4, 2),
+        ("shortcut: {position: 2}", 4, 3),
+        ("shortcut: {position: 3}", 4, 4),
+    ],
+)
+def test_windows(options: str, stages: int, window: int) -> None:
+    config = read(options)
+    assert (len(config.stages), len(config.window)) == (stages, window)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_width: 10\nnum_heads: 4", r"model_width 10 .* num_heads 4; choose a multiple of 4"),
+        ("model_width: 12\nnum_heads: 4", r"heads of odd width 3.*multiple of 8"),
+        ("num_heads: 4\nnum_kv_heads: 3", r"num_heads 4 .* num_kv_heads 3; choose num_kv_heads from 1, 2, 4"),
+        ("num_layers: 3", r"num_layers 3 is odd; choose num_layers: 4, or moe_every: 1"),
+        ("block: top_k\nshortcut: {position: 1}", r"shortcut belongs to block scmoe, block is top_k; leave it out"),
+        ("moe_every: 1\nshortcut: {position: 2}", r"position 2 .*choose position: 1, or moe_every: 2"),
+        ("top_k: 9", r"top_k 9 is more than num_experts 8; choose top_k from 1 to 8"),
+        ("top_k: 2\ngate: {kind: switch}", r"gate switch chooses 1 expert per token, top_k is 2; set top_k: 1"),
+        ("schedule: {expert_slot: 4}", r"expert_slot 4 .* stages \(mlp, attention, shared\); choose 0 to 3, or auto"),
+        ("schedule: {expert_slot: outo}", r"model.yaml:1: `schedule.expert_slot` is \"outo\".*did you mean auto"),
+        ("gate: {kind: swich}", r"model.yaml:1: `gate.kind` is \"swich\".*did you mean switch"),
+        ("gate: {capacity_factor: 1.0}", r"key `gate.kind` is missing"),
+        ("\ngate:\n  kind: gshard\n  jitter: 0.1", r"model.yaml:4: unknown key `gate.jitter`; .*random_second"),
+        ("gate: {kind: noisy_topk, capcity_factor: 1.0}", r"unknown key `gate.capcity_factor`; did you mean `gate.capacity_factor`"),
+        ("gate: {kind: noisy_topk, capacity_factor: 0}", r"`gate.capacity_factor`"),
+        ("gate: {kind: noisy_topk, z_loss: .nan}", r"not a number"),
+    ],
+)
+def test_contradictions_name_numbers_and_remedy(text: str, message: str) -> None:
+    with pytest.raises(BadConfig, match=message):
+        read(text)
+
+
+def test_a_saved_config_reads_back_equal() -> None:
+    options: dict[str, Any] = {
+        "gate": {"kind": "deepseek_v3", "num_groups": 2},
+        "shortcut": {"position": 3},
+        "schedule": {"expert_slot": 4},
+    }
+    config = ModelConfig.model_validate(options)
+    assert read(strict_yaml.dump(config.model_dump(mode="json"))) == config
