@@ -15,14 +15,13 @@ from crossdock.strict_yaml import StrictModel
 
 
 class CaptureConfig(StrictModel):
-    """The window at the end of a run in which routing is recorded and counted bytes are held against predicted ones."""
+    """The windows in which routing is recorded, and counted bytes are held against predicted ones."""
 
     steps: int = pydantic.Field(default=8, ge=0)
-    """Length of the window in optimizer steps; 0 records nothing."""
+    """Optimizer steps of each of two windows: the first calibrates the cost model, the second is held against what it predicts.
+    They lie on both sides of a re-planning, or at the end of the run. 0 records nothing."""
     weights: bool = False
     """Keep the gate's weights in the trace as well."""
-    forecast_trace: str | None = None
-    """The trace that the given plan was solved on: its bytes under the plan are the forecast in `result.json`."""
 
 
 def dense_TK(assignment: Assignment, top_k: int) -> tuple[Tensor, Tensor]:

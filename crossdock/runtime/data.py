@@ -75,7 +75,7 @@ class DataState:
 class Batch:
     """One rank's share of a micro-batch: int64 `token_BQ` and the next tokens `target_BQ` [sequences, seq_len].
 
-    `sequence_B` numbers each sequence in its corpus; `first_token` numbers the rank's first token among those of the whole micro-batch.
+    `sequence_B` numbers each sequence in its corpus; `first_token` numbers the rank's first token among those of the whole global batch.
     """
 
     token_BQ: npt.NDArray[np.int64]
@@ -152,7 +152,7 @@ class Sampler:
         sequence_B = np.empty(share, dtype=np.int64)
         for epoch in np.unique(epoch_B):
             sequence_B[epoch_B == epoch] = shuffled(position_B[epoch_B == epoch], self.num_sequences, self.seed, state.epoch + int(epoch))
-        return self._read(sequence_B, rank * share * self.seq_len)
+        return self._read(sequence_B, first * self.seq_len)
 
     def evaluation(self, batches: int, batch_sequences: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """At most `batches` batches spread evenly over the tokens, always the same ones; a short corpus gives fewer, at least one."""

@@ -2,7 +2,7 @@
 
 Every new slot takes its expert from the nearest rank that holds it under A (`choose_replica`; often from itself). Each expert group moves
 its own copies; all ranks know both plans, so nobody has to be asked what to send. Tensors go one by one, so that little is in flight.
- All ranks of the world call `migrate` together, between two steps.
+All ranks of the world call `migrate` together, between two steps.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.runtime import collectives
+from crossdock.runtime.dispatch import Dispatcher
 from crossdock.runtime.engine import Engine
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.layout import ExpertLayout
@@ -26,6 +27,7 @@ class RoutedLayer(Protocol):
     """What migration needs of a MoE layer."""
 
     bank: ExpertBank
+    dispatcher: Dispatcher
 
     def set_layout(self, layout: ExpertLayout, tensors: dict[str, Tensor]) -> None:
         """Adopt a new placement and this rank's tensors under it."""

@@ -1,0 +1,115 @@
+"""Calibration: a topology and a workload whose predicted step is the one that was just measured, so that other plans can be predicted."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdock.placement.cost import Window as Windows
+from crossdock.placement.cost import Workload, transfer_seconds
+from crossdock.placement.evaluate import Evaluation, evaluate
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
+from crossdock.runtime.windows import Measured, RankRecord, transfer_seconds_of
+
+SLOWEST_DEVICE, FASTEST_DEVICE = 0.25, 4.0
+"""Bounds on a device's measured speed over the mean: beyond them it is noise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """Topology and workload as measured, and what the cost model makes of the measured window itself."""
+
+    topology: Topology
+    workload: Workload
+    evaluation: Evaluation
+
+
+def calibrate(measured: Measured, plan: Plan, topology: Topology, workload: Workload) -> Calibrated:
+    """Fit the cost model to a window that ran under `plan`.
+
+    `workload` brings the sizes (tokens, widths, wire, dispatch, micro-batches), `topology` the devices and links. Windows are the ledger's
+    means; experts get a fixed cost and a speed per device by least squares; links that nobody measured are scaled, all alike, to the
+    median transfer; `other_s` is what is left of the median step.
+    """
+    groups = [measured.ranks[first : first + topology.num_devices] for first in range(0, len(measured.ranks), topology.num_devices)]
+    workload = dataclasses.replace(workload, window=_mean_windows(measured.ranks))
+    evaluations = [evaluate(trace, plan, topology, workload) for trace in measured.traces]
+    overhead_s, flop_per_s_R = _expert_speed(groups, evaluations, workload)
+    workload = dataclasses.replace(workload, expert_overhead_s=overhead_s)
+    topology = dataclasses.replace(topology, flop_per_s_R=flop_per_s_R)
+    if topology.num_devices > 1 and not topology.measured:
+        topology = _scaled_links(groups, evaluations, topology, workload)
+    blocks_s = evaluate(measured.trace, plan, topology, workload).step_s  # other_s is still 0
+    workload = dataclasses.replace(workload, other_s=max(0.0, measured.step_s - blocks_s))
+    return Calibrated(topology, workload, evaluate(measured.trace, plan, topology, workload))
+
+
+def _mean_windows(ranks: Sequence[RankRecord]) -> Windows:
+    profiles = [profile for rank in ranks for profile in rank.profile_of_layer.values()]
+    return Windows(**{field.name: statistics.fmean(getattr(p, field.name) for p in profiles) for field in dataclasses.fields(Windows)})
+
+
+def _expert_speed(
+    groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], workload: Workload
+) -> tuple[float, NDArray[np.float64]]:
+    """(fixed seconds of a block's experts in one direction, flop/s [R]), from the expert seconds and rows of every rank, layer, direction."""
+    points = []  # (rank, flop, seconds)
+    for ranks, evaluation in zip(groups, evaluations, strict=True):
+        rows_LR = evaluation.rows_LR * _per_micro_batch(evaluation, len(ranks), workload)
+        for rank, record in enumerate(ranks):
+            for layer, profile in record.profile_of_layer.items():
+                flop = rows_LR[layer, rank] * workload.row_flop
+                points += [(rank, flop, profile.expert_forward_s), (rank, 2.0 * flop, profile.expert_backward_s)]
+    rank_P, flop_P, seconds_P = (np.array(column) for column in zip(*points, strict=True))
+    overhead_s, s_per_flop = _line(flop_P, seconds_P)
+    predicted_R = np.bincount(rank_P, flop_P * s_per_flop)
+    measured_R = np.bincount(rank_P, np.maximum(seconds_P - overhead_s, 0.0))
+    relative_R = np.clip(
+        np.divide(predicted_R, measured_R, out=np.ones_like(predicted_R), where=measured_R > 0), SLOWEST_DEVICE, FASTEST_DEVICE
+    )
+    return overhead_s, relative_R / s_per_flop
+
+
+def _line(x_P: NDArray[np.float64], y_P: NDArray[np.float64]) -> tuple[float, float]:
+    """(intercept, slope) by least squares, neither negative and the slope positive; through the origin where the best line is not such."""
+    through_origin = max(float(y_P.sum() / max(x_P.sum(), 1.0)), 1e-18)
+    if np.ptp(x_P) == 0:
+        return 0.0, through_origin
+    slope, intercept = np.polyfit(x_P, y_P, 1)
+    return (float(intercept), float(slope)) if slope > 0 and intercept >= 0 else (0.0, through_origin)
+
+
+def _scaled_links(
+    groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], topology: Topology, workload: Workload
+) -> Topology:
+    """The latency of exchanged counts, and all links' bytes/s times the factor that makes the median transfer take what it took."""
+    latency_s = statistics.median(
+        min(flights) for ranks in groups for flights in zip(*(rank.count_flights_s for rank in ranks), strict=True)
+    )
+    apart_RR = ~np.eye(topology.num_devices, dtype=bool)
+    ideal = dataclasses.replace(topology, latency_s_RR=np.zeros_like(topology.latency_s_RR))
+    factors: dict[bool, list[float]] = {True: [], False: []}
+    for ranks, evaluation in zip(groups, evaluations, strict=True):
+        bytes_LRR = evaluation.copies_LRR * (_per_micro_batch(evaluation, len(ranks), workload) * workload.copy_bytes)
+        for (layer, stage, direction), (seconds, is_known) in transfer_seconds_of(ranks).items():
+            goes_out = (stage == "dispatch") == (direction == "forward")
+            port_s = float(transfer_seconds(bytes_LRR[layer] if goes_out else bytes_LRR[layer].T, ideal))
+            if port_s > 0:
+                factors[is_known].append(port_s / max(seconds - latency_s, 0.1 * seconds))
+    factor = statistics.median(factors[True] or factors[False] or [1.0])
+    return dataclasses.replace(
+        topology,
+        bytes_per_s_RR=np.where(apart_RR, topology.bytes_per_s_RR * factor, topology.bytes_per_s_RR),
+        latency_s_RR=np.where(apart_RR, latency_s, 0.0),
+        node_bytes_per_s=None if topology.node_bytes_per_s is None else topology.node_bytes_per_s * factor,
+        source=f"{topology.source}; links scaled to a live run's transfers".lstrip("; "),
+    )
+
+
+def _per_micro_batch(evaluation: Evaluation, num_devices: int, workload: Workload) -> float:
+    """What turns an evaluation's counts into those of one micro-batch."""
+    return workload.tokens_per_rank * num_devices / evaluation.num_tokens
