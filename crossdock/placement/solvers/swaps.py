@@ -1,0 +1,131 @@
+"""What a layer's token copies would become after each possible swap of two items, kept up to date while swaps are made.
+
+A layer has R * S items: its E experts, then one vacancy for every slot left over. Items stand on places (devices, or nodes); a token of
+de-duplicated dispatch sends one copy to every distinct place that its experts stand on. For the swap of items a and b, on places p and q,
+
+    copies leaving p  = tokens that used a and nothing else on p, unless they also use b       alone_II[a, a] - alone_II[a, b]
+    copies entering p = tokens that use b and nothing on p so far                              absent_IP[b, p]
+
+so that two tables give the change of every swap at once, and a swap changes only the terms of the token sets that hold a or b.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+_CHUNK = 1 << 16  # sets whose K x K pairs are held in memory at once
+
+
+class TokenSets:
+    """The distinct expert sets of one layer's tokens, with an index from item to sets; never changed after construction.
+
+    member_UK int64 [U, K] holds items, `num_items` where a set has fewer than K; count_U is the number of tokens with that set.
+    """
+
+    def __init__(self, member_UK: IntArray, count_U: NDArray[np.generic], num_items: int) -> None:
+        self.member_UK = np.ascontiguousarray(member_UK, dtype=np.int64)
+        self.count_U = np.asarray(count_U, dtype=np.float64)
+        self.num_items = num_items
+        flat = self.member_UK.ravel()
+        order = np.argsort(flat, kind="stable")
+        self._set_of_entry = order // max(1, self.member_UK.shape[1])
+        self._start = np.searchsorted(flat[order], np.arange(num_items + 1))
+
+    def holding(self, item: int) -> IntArray:
+        """Numbers of the sets that hold `item`."""
+        return self._set_of_entry[self._start[item] : self._start[item + 1]]
+
+
+class CopyState:
+    """Copies per place under an assignment of items to places, and the tables that price every swap. Changed by `swap` alone.
+
+    copies_P [P]: token copies sent to each place. alone_II, absent_IP: see the module. The last row and column of the tables
+    belong to the padding of short sets and are ignored.
+    """
+
+    def __init__(self, sets: TokenSets, place_I: NDArray[np.generic], num_places: int) -> None:
+        self.sets, self.num_places = sets, num_places
+        num_items = sets.num_items
+        member_UK, count_U = sets.member_UK, sets.count_U
+        self._place_of_item = np.append(np.asarray(place_I, dtype=np.int64), num_places)
+        place_UK = self._place_of_item[member_UK]
+        num_sets = len(count_U)
+        here_UP = np.bincount(
+            (np.arange(num_sets)[:, None] * (num_places + 1) + place_UK).ravel(), minlength=num_sets * (num_places + 1)
+        ).reshape(num_sets, num_places + 1)
+        here_UP[:, num_places] = 0  # padding is nowhere
+        self._here_UP = here_UP.astype(np.int16)
+        self.copies_P = count_U @ (here_UP[:, :num_places] > 0)
+        alone_UK = count_U[:, None] * (np.take_along_axis(here_UP, place_UK, axis=1) == 1)
+        self._alone = np.zeros((num_items + 1, num_items + 1))
+        for start in range(0, num_sets, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            self._alone += self._pairs(member_UK[part], member_UK[part], alone_UK[part])
+        self._absent = np.empty((num_items + 1, num_places))
+        for place in range(num_places):
+            absent_U = count_U * (here_UP[:, place] == 0)
+            self._absent[:, place] = np.bincount(member_UK.ravel(), np.repeat(absent_U, member_UK.shape[1]), num_items + 1)
+        self._marked_U = np.zeros(num_sets, dtype=bool)
+
+    @property
+    def place_I(self) -> IntArray:
+        return self._place_of_item[:-1]
+
+    def change_first(self, first: IntArray, second: IntArray) -> FloatArray:
+        """For swaps of items `first` and `second` (arrays that broadcast), the change of copies on the place of `first`.
+
+        With the arguments exchanged it is the change on the place of `second`; no other place changes. Meaningless where both items
+        stand on one place, where a swap changes nothing.
+        """
+        return self._alone[first, second] - self._alone[first, first] + self._absent[second, self._place_of_item[first]]
+
+    def change_first_all(self) -> FloatArray:
+        """`change_first` of all pairs, [I, I]: row is the first item."""
+        num_items = self.sets.num_items
+        alone_II = self._alone[:num_items, :num_items]
+        return alone_II - np.diag(alone_II)[:, None] + self._absent[:num_items].T[self.place_I]
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange the places of items a and b."""
+        p, q = int(self._place_of_item[a]), int(self._place_of_item[b])
+        if p == q:
+            return
+        touched, num_a, num_b = self._touched(a, b)
+        member_VK, count_V = self.sets.member_UK[touched], self.sets.count_U[touched]
+        before_VP = self._here_UP[touched]
+        after_VP = before_VP.copy()
+        after_VP[:num_a, p] -= 1
+        after_VP[:num_a, q] += 1
+        after_VP[num_a : num_a + num_b, q] -= 1
+        after_VP[num_a : num_a + num_b, p] += 1
+        alone_before_VK = np.take_along_axis(before_VP, self._place_of_item[member_VK], axis=1) == 1
+        self._place_of_item[a], self._place_of_item[b] = q, p
+        alone_after_VK = np.take_along_axis(after_VP, self._place_of_item[member_VK], axis=1) == 1
+        self._here_UP[touched] = after_VP
+        changed_V, changed_K = np.nonzero(alone_before_VK != alone_after_VK)
+        change = np.where(alone_after_VK[changed_V, changed_K], count_V[changed_V], -count_V[changed_V])
+        self._alone += self._pairs(member_VK[changed_V, changed_K][:, None], member_VK[changed_V], change[:, None])
+        for place in (p, q):
+            absent_change_V = np.subtract(after_VP[:, place] == 0, before_VP[:, place] == 0, dtype=np.int64) * count_V
+            changed_V = np.flatnonzero(absent_change_V)
+            weight = np.repeat(absent_change_V[changed_V], member_VK.shape[1])
+            self._absent[:, place] += np.bincount(member_VK[changed_V].ravel(), weight, self.sets.num_items + 1)
+            self.copies_P[place] -= absent_change_V.sum()
+
+    def _touched(self, a: int, b: int) -> tuple[IntArray, int, int]:
+        """Sets that hold a and not b, then b and not a, then both; and how many of the first two kinds."""
+        with_a, with_b, marked_U = self.sets.holding(a), self.sets.holding(b), self._marked_U
+        marked_U[with_b] = True
+        only_a, both = with_a[~marked_U[with_a]], with_a[marked_U[with_a]]
+        marked_U[with_b] = False
+        marked_U[with_a] = True
+        only_b = with_b[~marked_U[with_b]]
+        marked_U[with_a] = False
+        return np.concatenate([only_a, only_b, both]), len(only_a), len(only_b)
+
+    def _pairs(self, row: IntArray, column: IntArray, weight: FloatArray) -> FloatArray:
+        """Sum over sets of weight[u, i] at [row[u, i], column[u, j]] for all i, j, as [I + 1, I + 1]."""
+        size = self.sets.num_items + 1
+        key = row[:, :, None] * size + column[:, None, :]
+        return np.bincount(key.ravel(), np.repeat(weight.ravel(), column.shape[1]), size * size).reshape(size, size)
