@@ -56,7 +56,7 @@ def _mean_windows(ranks: Sequence[RankRecord]) -> Windows:
 def _expert_speed(
     groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], workload: Workload
 ) -> tuple[float, NDArray[np.float64]]:
-    """(fixed seconds of a block's experts in one direction, flop/s [R]), from the expert seconds and rows of every rank, layer, direction."""
+    """(fixed seconds of a block's experts in one direction, flop/s [R]) from the expert seconds and rows of every rank and layer."""
     points = []  # (rank, flop, seconds)
     for ranks, evaluation in zip(groups, evaluations, strict=True):
         rows_LR = evaluation.rows_LR * _per_micro_batch(evaluation, len(ranks), workload)

@@ -81,6 +81,7 @@ def migrate(engine: Engine, layers: Sequence[RoutedLayer], after: Plan, mesh: Me
     Values stay bitwise what they were. Raises `BadData` where `after` is for another model.
     """
     before = engine.plan
+    assert before is not None
     after.check_model(before.num_layers, before.num_experts, before.num_devices)
     sent_bytes = 0
     new_states: dict[str, dict[str, Tensor]] = {}

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluation, recorded windows, a re-planning on the way, checkpoints, and an orderly stop on SIGTERM.
 
-It receives a model and never imports one. Every decision is the same on every rank: it follows from the step number, from reduced numbers, or
-from one broadcast record.
+It receives a model and never imports one. Every decision is the same on every rank: it follows from the step number, from reduced numbers,
+or from one broadcast record.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,7 +35,7 @@ from crossdock.runtime.metrics import RunDirectory, console_line
 from crossdock.runtime.migrate import RoutedLayer, migrate
 from crossdock.runtime.optimizer import OptimizerConfig, learning_rate
 from crossdock.runtime.replan import ReplanConfig, decide, topology_of, window_steps, workload_of
-from crossdock.runtime.result import Speeds, TrainResult, WindowReport, median, plan_json, report_window
+from crossdock.runtime.result import Speeds, TrainResult, WindowReport, median, report_window
 from crossdock.runtime.stopwatch import Stopwatch, peak_memory_bytes
 from crossdock.runtime.windows import Measured, Window
 from crossdock.strict_yaml import StrictModel
@@ -98,13 +98,13 @@ class Training:
     corpus: Corpus
     seq_len: int
     directory: RunDirectory
-    config: TrainConfig = TrainConfig()
-    capture: CaptureConfig = CaptureConfig()
-    replan: ReplanConfig = ReplanConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    config: TrainConfig = field(default_factory=TrainConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    replan: ReplanConfig = field(default_factory=ReplanConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     topology: Topology | None = None
     """Declared devices and links; where None, this machine's, calibrated from the run."""
-    progress: Progress = Silent()
+    progress: Progress = field(default_factory=Silent)
     resume: bool = False
     """Continue from the newest valid checkpoint of the run directory."""
     keep_plan: bool = False
@@ -164,9 +164,7 @@ class _Run:
                 stop = self._train_step()
                 if stop and self.step < self.config.steps:
                     folder = self._save()
-                    raise Preempted(
-                        f"asked to stop after step {self.step} of {self.config.steps}; the state is saved in {folder}, resume the run"
-                    )
+                    raise Preempted(f"asked to stop after step {self.step} of {self.config.steps}; the state is saved in {folder}")
                 if self._due(self.training.checkpoint.every) and self.step < self.config.steps:
                     self._save()
         self._window_edges()
@@ -363,7 +361,7 @@ class _Run:
         plan, topology, replan = self.engine.plan, self.topology, self.training.replan
         assert plan is not None
         assert topology is not None
-        window = self.window if self.window is not None else None
+        window = self.window
         measured = window.close(self.mesh) if window is not None else None
         calibrated = None
         if measured is not None:
@@ -432,13 +430,10 @@ class _Run:
             self.event("checkpoint_passed_over", message=problem)
         saved_plan, plan = checkpoint.plan_of(manifest), self.engine.plan
         if saved_plan is not None and plan is not None and not self.training.keep_plan:
-            same_shape = (saved_plan.num_layers, saved_plan.num_experts, saved_plan.num_devices) == (
-                plan.num_layers,
-                plan.num_experts,
-                plan.num_devices,
-            )
-            if same_shape and (saved_plan.slots_LRS.shape != plan.slots_LRS.shape or saved_plan.digest != plan.digest):
+            same_devices = saved_plan.slots_LRS.shape[:2] == plan.slots_LRS.shape[:2] and saved_plan.num_experts == plan.num_experts
+            if same_devices and saved_plan.digest != plan.digest:
                 self._apply(saved_plan)
+                self.moves = None
         state = checkpoint.restore(folder, manifest, self.engine).state
         if state.seed != self.config.seed or state.corpus_digest != self.training.corpus.digest:
             raise BadData(
