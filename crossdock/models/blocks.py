@@ -115,12 +115,17 @@ class MoEBlock(nn.Module):
         normed_QPD = norm(x_QPD)
         normed_TD = normed_QPD.reshape(-1, normed_QPD.shape[-1])
         routing = self.moe.route(normed_TD, context, x_QPD.shape[1])
-        stages = [partial(_advance, stage, normed_QPD if shares_norm else None) for stage in self._stages[source:]]
+        stages = [partial(_advance, stage, normed_QPD if shares_norm else None) for stage in self.window_stages]
         stream, routed_TD = run(self.schedule_for(x_QPD.shape[1]), self.moe, normed_TD, routing.assignment, stages, Stream(x_QPD))
         routed_QPD = routed_TD.view_as(x_QPD)
         if stream.routed_scale is not None:
             routed_QPD = stream.routed_scale * routed_QPD
         return stream.x_QPD + routed_QPD, routing
+
+    @property
+    def window_stages(self) -> tuple[nn.Module, ...]:
+        """The stages that may run while tokens travel, in order."""
+        return self._stages[self.config.source :]
 
     def schedule_for(self, num_positions: int) -> Schedule:
         """The schedule that was set, or else the configured one; slot `auto` makes the windows as even as possible by FLOP."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -157,6 +158,4 @@ def check_equal(outcomes: list[Outcome], reference: Outcome, expert_parallel: in
 
 
 def _near(value: float) -> Any:
-    import pytest
-
     return pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE)

@@ -1,4 +1,4 @@
-"""Schedules: overlapped equals sequential to the last bit, movements really are under way while stages run, and the slot is the best one."""
+"""Schedules: overlapped equals sequential to the last bit, tokens really travel while stages run, and the chosen slot is the best one."""
 
 import itertools
 import time
