@@ -213,12 +213,12 @@ def _timedelta(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds)
 
 
-def gather_nodes(store: "Store | None", env: WorkerEnv) -> tuple[int, ...]:
-    """The node of every world rank, told by each rank through the store; hosts may hold unequal numbers of ranks."""
+def exchange(store: "Store | None", env: WorkerEnv, key: str, value: str) -> tuple[str, ...]:
+    """What every rank has to say under `key`, by rank; before there are process groups."""
     if store is None:
-        return (env.node,)
-    store.set(f"node/{env.rank}", str(env.node))
-    return tuple(int(value) for value in store.multi_get([f"node/{rank}" for rank in range(env.world_size)]))
+        return (value,)
+    store.set(f"{key}/{env.rank}", value)
+    return tuple(found.decode() for found in store.multi_get([f"{key}/{rank}" for rank in range(env.world_size)]))
 
 
 @contextlib.contextmanager

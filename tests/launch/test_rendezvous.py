@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from crossdock.errors import CrossdockError, PeerLost, Unavailable, UsageError
-from crossdock.launch.rendezvous import Meeting, WorkerEnv, gather_nodes, local_environment, open_store, worker_env
+from crossdock.launch.rendezvous import Meeting, WorkerEnv, exchange, local_environment, open_store, worker_env
 
 TORCHRUN = {
     "RANK": "3",
@@ -56,16 +56,16 @@ def test_variables_that_do_not_fit_are_named(change: dict[str, str | None], piec
         worker_env(environ)
 
 
-def ranks_meet(envs: list[WorkerEnv], timeout_s: float = 20.0) -> list[tuple[int, ...] | CrossdockError]:
+def ranks_meet(envs: list[WorkerEnv], timeout_s: float = 20.0) -> list[tuple[str, ...] | CrossdockError]:
     """What every rank learns of the others' nodes, all of them in threads of this process."""
-    found: list[tuple[int, ...] | CrossdockError] = [()] * len(envs)
+    found: list[tuple[str, ...] | CrossdockError] = [()] * len(envs)
     stores = []  # rank 0's store serves the others: none may go before all are done
 
     def meet(place: int, env: WorkerEnv) -> None:
         try:
             store = open_store(env, timeout_s)
             stores.append(store)
-            found[place] = gather_nodes(store, env)
+            found[place] = exchange(store, env, "node", str(env.node))
         except CrossdockError as failure:
             found[place] = failure
 
@@ -82,15 +82,15 @@ def world(meeting: Meeting, size: int = 3) -> list[WorkerEnv]:
 
 
 def test_ranks_meet_at_a_file(tmp_path: Path) -> None:
-    assert ranks_meet(world(Meeting("file", path=str(tmp_path / "store")))) == [(0, 1, 2)] * 3
+    assert ranks_meet(world(Meeting("file", path=str(tmp_path / "store")))) == [("0", "1", "2")] * 3
 
 
 def test_restarts_meet_afresh_in_the_agents_store() -> None:
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = Meeting("shared", host="127.0.0.1", port=agent.port)
     agent.set("crossdock/meeting", "a-dead-rank-0 127.0.0.1 1")  # what a killed incarnation leaves behind
-    assert ranks_meet(world(meeting)) == [(0, 1, 2)] * 3
-    assert ranks_meet(world(meeting, size=2)) == [(0, 1)] * 2  # and again with another world, on what the first one left
+    assert ranks_meet(world(meeting)) == [("0", "1", "2")] * 3
+    assert ranks_meet(world(meeting, size=2)) == [("0", "1")] * 2  # and again with another world, on what the first one left
 
 
 def test_a_living_store_of_an_earlier_start_is_not_joined() -> None:
@@ -104,7 +104,7 @@ def test_a_living_store_of_an_earlier_start_is_not_joined() -> None:
     [alone] = ranks_meet(world(meeting, size=2)[1:], timeout_s=1.0)
     assert isinstance(alone, PeerLost)
     assert "rank 1 did not find rank 0" in str(alone)
-    assert ranks_meet(world(meeting, size=2)) == [(0, 1)] * 2
+    assert ranks_meet(world(meeting, size=2)) == [("0", "1")] * 2
 
 
 def test_an_address_where_nobody_listens_is_named() -> None:
@@ -115,6 +115,6 @@ def test_an_address_where_nobody_listens_is_named() -> None:
 
 def test_a_world_of_one_needs_no_store() -> None:
     assert open_store(WorkerEnv.single(), 1.0) is None
-    assert gather_nodes(None, WorkerEnv.single()) == (0,)
+    assert exchange(None, WorkerEnv.single(), "node", "0") == ("0",)
     with pytest.raises(UsageError, match="no store"):
         WorkerEnv(0, 2, 0, 2, 0, None, "single")

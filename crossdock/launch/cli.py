@@ -1,0 +1,233 @@
+"""The `crossdock` command: reads its arguments, calls the rooms, and turns errors into one line and an exit code.
+
+Everything heavy is imported inside the commands: `crossdock --help` and `crossdock plan --help` answer in a quarter of a second.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crossdock.errors import BadCheckpoint, CrossdockError, OutOfMemory, Unavailable, UsageError
+from crossdock.launch.trace_commands import trace_app
+from crossdock.placement.cli import plan_app
+
+INTERRUPTED = 130
+# typer has brought its own copy of click since 0.26; before, this class was click's
+_ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="crossdock",
+    help="Train mixture-of-experts models across devices, and plan where their experts live.",
+    epilog="Begin with: crossdock demo. Every command has --help with an example.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(name="config", help="Show, check and describe run configurations.", no_args_is_help=True, rich_markup_mode=None)
+checkpoint_app = typer.Typer(name="checkpoint", help="Look after checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(plan_app, name="plan")
+app.add_typer(trace_app, name="trace")
+app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Config = Annotated[Path, typer.Argument(help="A run's YAML file, or the name of a shipped one (tiny, small, demo).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set, after YAML's rules.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="The run directory; a run that stands there is replaced.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a small ScMoE model on 2 ranks, plan where its experts live, train on, compare predictions with counts.
+
+    Offline, on the CPU, in well under a minute. It is `crossdock train demo` with a table at the end.
+
+    Example: crossdock demo
+    """
+    from crossdock.launch.demo import run_demo
+
+    raise typer.Exit(run_demo(out, overrides or (), as_json))
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, check it and its files, start nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="stdout is one JSON object alone: it always is, but for --dry-run.")] = False,
+) -> None:
+    """Train a model. Under torchrun it joins the other ranks; alone it starts local ranks itself.
+
+    Example: crossdock train configs/tiny.yaml train.steps=50 plan=plan.json
+
+    Example: torchrun --nproc-per-node 4 -m crossdock train configs/small.yaml parallel.expert=4
+    """
+    from crossdock.launch import start
+    from crossdock.launch.config import read_config
+
+    run_config = read_config(config, overrides or ())
+    if dry_run:
+        start.check_inputs(run_config)
+        _print_config(run_config, as_json)
+        return
+    raise typer.Exit(start.train(run_config))
+
+
+@app.command()
+def probe(
+    out: Annotated[Path, typer.Option("--out", help="Where the measured topology goes.")] = Path("topology.yaml"),
+    ranks: Annotated[int, typer.Option("--ranks", min=1, max=256, help="Ranks to start where no launcher did.")] = 2,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure links, latencies and GEMM speed of the ranks' devices, and write them as a topology.
+
+    Example: crossdock probe --ranks 4 --out topology.yaml
+    """
+    from crossdock.launch import start
+
+    raise typer.Exit(start.probe(out, ranks, device, as_json))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine offers a run, and what is wrong with it: versions, cores, memory, devices, network, disk.
+
+    Example: crossdock doctor
+    """
+    from crossdock.launch.doctor import as_json as described
+    from crossdock.launch.doctor import examine, show
+
+    checks = examine()
+    if as_json:
+        print_json(described(checks))
+    else:
+        show(checks)
+    if any(check.level == "bad" for check in checks):
+        raise typer.Exit(Unavailable.exit_code)
+
+
+@config_app.command("show")
+def config_show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved configuration: every key with its value.
+
+    Example: crossdock config show configs/tiny.yaml model.num_experts=16
+    """
+    from crossdock.launch.config import read_config
+
+    _print_config(read_config(config, overrides or ()), as_json)
+
+
+@config_app.command("check")
+def config_check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a configuration with the topology and the plan that it names, and say how large the model is.
+
+    Example: crossdock config check configs/tiny.yaml
+    """
+    from crossdock.launch import start
+    from crossdock.launch.config import read_config
+
+    run_config = read_config(config, overrides or ())
+    start.check_inputs(run_config)
+    facts = start.model_facts(run_config)
+    if as_json:
+        print_json({"ok": True, **facts})
+    else:
+        print(f"{config}: ok;", ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in facts.items()))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a run's YAML, for editors.
+
+    Example: crossdock config schema > crossdock.schema.json
+    """
+    from crossdock.launch.config import schema
+
+    print_json(schema(), indent=2)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory with checkpoints.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a checkpoint, or of all checkpoints of a run, against its manifest.
+
+    Example: crossdock checkpoint verify runs/tiny
+    """
+    from crossdock.launch.checkpoint_commands import verify
+
+    found = verify(path)
+    if as_json:
+        print_json({"ok": any(row["ok"] for row in found), "checkpoints": found})
+    else:
+        for row in found:
+            print(f"{row['path']}: {'ok, ' if row['ok'] else 'BAD: '}{row['finding']}")
+    if not any(row["ok"] for row in found):
+        raise typer.Exit(BadCheckpoint.exit_code)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """One JSON value on stdout; NaN and infinities are our own bug."""
+    sys.stdout.write(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def _print_config(run_config: Any, as_json: bool) -> None:
+    from crossdock import strict_yaml
+    from crossdock.launch.config import resolved
+
+    if as_json:
+        print_json(resolved(run_config))
+    else:
+        sys.stdout.write(strict_yaml.dump(resolved(run_config)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code: 0, or that of the error which stands in one line on stderr.
+
+    A traceback appears for bugs alone (exit code 1).
+    """
+    try:
+        returned = app(args=list(arguments), standalone_mode=False, prog_name="crossdock")
+        sys.stdout.flush()
+        return returned if isinstance(returned, int) else 0
+    except _ClickException as failure:
+        if type(failure).__name__ == "NoArgsIsHelpError":
+            print(failure.format_message())
+            return UsageError.exit_code
+        return _complain(failure.format_message().replace("\n", " "), UsageError.exit_code)
+    except CrossdockError as failure:
+        return _complain(str(failure), failure.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", INTERRUPTED)
+    except MemoryError:
+        return _complain("out of memory; use a smaller input or a larger machine", OutOfMemory.exit_code)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return _complain("this is a bug in Crossdock; please report it with the lines above", 1)
+
+
+def _complain(message: str, exit_code: int) -> int:
+    print(f"crossdock: error: {message}", file=sys.stderr)
+    return exit_code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

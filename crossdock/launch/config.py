@@ -1,0 +1,159 @@
+"""The run's configuration: every section's model stands with its owner, and this module alone reads the YAML of a run.
+
+Precedence: `a.b=c` on the command line, then the file, then the defaults. What was resolved is saved with the run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+
+from crossdock import atomic, strict_yaml
+from crossdock.errors import BadConfig, UsageError
+from crossdock.models.config import ModelConfig
+from crossdock.runtime.capture import CaptureConfig
+from crossdock.runtime.checkpoint import CheckpointConfig
+from crossdock.runtime.data import DataConfig
+from crossdock.runtime.train import ReplanConfig, TrainConfig
+from crossdock.strict_yaml import Document, StrictModel
+
+
+class RunSection(StrictModel):
+    """Where the run writes."""
+
+    dir: str | None = None
+    """The run directory; `./runs/<name of the config file>` where left out. Ranks on several nodes need one that all can reach."""
+    resume: Literal["auto", "never", "always"] = "auto"
+    """auto: an unfinished run goes on from its newest checkpoint, a finished one is moved aside. never: any earlier run is moved aside."""
+
+
+class ParallelConfig(StrictModel):
+    """How the ranks divide the work."""
+
+    expert: int = pydantic.Field(default=1, ge=1)
+    """Ranks of one expert-parallel group, the R of a plan; the rest of the world is copies of that group."""
+    ranks: int | None = pydantic.Field(default=None, ge=1, le=256)
+    """Ranks to start where no launcher did: `parallel.expert` of them where left out. Launchers bring their own number."""
+    timeout_s: float = pydantic.Field(default=300.0, gt=0.0)
+    """How long a collective may take before its ranks give up on their peers."""
+
+    @property
+    def local_ranks(self) -> int:
+        return self.ranks if self.ranks is not None else self.expert
+
+
+class PrecisionConfig(StrictModel):
+    """Number formats. Optimizer state and master weights are fp32 whatever is chosen (float64 for float64)."""
+
+    compute: Literal["fp32", "bf16", "fp64"] = "fp32"
+    wire: Literal["fp32", "bf16"] | None = None
+    """Of token rows on their way; the compute format where left out."""
+
+
+class RunConfig(StrictModel):
+    """All that decides a run."""
+
+    run: RunSection = RunSection()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    plan: str | None = None
+    """A plan.json to place experts by; contiguous where left out."""
+    topology: str | None = None
+    """A topology.yaml or a preset's name: the nodes of the ranks are declared by it, and predictions use its speeds."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: PrecisionConfig = PrecisionConfig()
+    dispatch: Literal["deduplicated", "flat"] = "deduplicated"
+    capture: CaptureConfig = CaptureConfig()
+    replan: ReplanConfig = ReplanConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _cross_check(self) -> Self:
+        num_experts, expert, ranks = self.model.num_experts, self.parallel.expert, self.parallel.local_ranks
+        if self.model.block != "dense" and self.plan is None and num_experts % expert:
+            raise BadConfig(
+                f"{num_experts} experts (model.num_experts) do not divide over {expert} ranks (parallel.expert); "
+                f"choose parallel.expert from {_divisors(num_experts)}"
+            )
+        if ranks % expert:
+            raise BadConfig(
+                f"{ranks} ranks (parallel.ranks) do not divide into expert groups of {expert} (parallel.expert); "
+                f"choose parallel.expert from {_divisors(ranks)}, or a multiple of {expert} ranks"
+            )
+        if self.precision.compute == "fp64" and self.precision.wire is not None:
+            raise BadConfig(f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out")
+        return self
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def shipped_configs() -> Path:
+    """Where the runs that come with Crossdock lie: inside an installed package, else in the `configs` of a source checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config at `path`, or the shipped one of that bare name, with `overrides` such as `train.steps=100` applied.
+
+    Raises `MissingInput`, `BadConfig`, and `UsageError` for an override that is none.
+    """
+    shipped = shipped_configs() / f"{path.name.removesuffix('.yaml')}.yaml"
+    if not path.exists() and path.parent == Path() and shipped.is_file():
+        path = shipped
+    document = strict_yaml.load(path)
+    if document.value is None:  # an empty file, or comments alone: all defaults
+        document = Document({}, document.name, document.line_of)
+    config = strict_yaml.validated(RunConfig, with_overrides(document, overrides))
+    if config.run.dir is not None:
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path("runs") / path.stem)})})
+
+
+def with_overrides(document: Document, overrides: Sequence[str]) -> Document:
+    """The document with `a.b=c` set, each after YAML's own rules for scalars and `[lists]`; messages name the override."""
+    if not isinstance(document.value, dict):
+        return document
+    value: dict[str, Any] = _copied(document.value)
+    line_of, origin_of = dict(document.line_of), dict(document.origin_of)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        parts = tuple(key.split("."))
+        if not separator or not all(parts):
+            raise UsageError(f"override {override!r} is not of the form a.b=c, as in train.steps=100")
+        here = value
+        for depth, part in enumerate(parts[:-1], start=1):
+            here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                raise BadConfig(
+                    f"override {override}: `{strict_yaml.dotted(parts[:depth])}` is no mapping of keys, so nothing can be set in it"
+                )
+        here[parts[-1]] = strict_yaml.parse(text, f"override {override}").value
+        line_of = {path: line for path, line in line_of.items() if path[: len(parts)] != parts}
+        origin_of = {path: origin for path, origin in origin_of.items() if path[: len(parts)] != parts}
+        origin_of[parts] = f"override {override}"
+    return Document(value, document.name, line_of, origin_of)
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every key with its value, as YAML and JSON can hold it."""
+    return config.model_dump(mode="json")
+
+
+def save_resolved(config: RunConfig, path: Path) -> None:
+    """Write the whole configuration; `read_config` gives back an equal one."""
+    atomic.write_text(path, f"# crossdock train {path.name}\n{strict_yaml.dump(resolved(config))}")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a run's YAML, for editors."""
+    return RunConfig.model_json_schema()

@@ -1,0 +1,141 @@
+"""What is asked of the ranks: a job with its configuration and files, and the run directory made ready for it."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crossdock import atomic, strict_yaml
+from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput
+from crossdock.launch.config import RunConfig, resolved
+from crossdock.runtime.data import sequences_per_rank
+from crossdock.runtime.mesh import check_expert_parallel
+from crossdock.runtime.metrics import RunDirectory
+from crossdock.strict_yaml import Document
+
+if TYPE_CHECKING:
+    from crossdock.placement.plan import Plan
+    from crossdock.placement.topology import Topology
+
+STATUS_OF_CODE = {0: "done", 75: "preempted", 130: "interrupted"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job by its name in `JOBS`, the run's configuration, and what else the job needs (plain JSON values)."""
+
+    job: str
+    config: RunConfig
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the request for ranks in other processes."""
+        atomic.write_json(path, {"job": self.job, "config": resolved(self.config), "arguments": dict(self.arguments)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Request":
+        """Read what `save` wrote."""
+        fields = json.loads(path.read_text())
+        config = strict_yaml.validated(RunConfig, Document(fields["config"], str(path), {}))
+        return cls(fields["job"], config, fields["arguments"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a job ended, the same for every launcher: `status`, `exit_code`, and the rest of the job's JSON object."""
+
+    exit_code: int
+    fields: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of `result.json`."""
+        return {"status": STATUS_OF_CODE.get(self.exit_code, "failed"), "exit_code": self.exit_code, **self.fields}
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The files that a configuration names, read and held against it."""
+
+    topology: "Topology | None"
+    plan: "Plan | None"
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Read the topology and the plan, and hold them against the model. Raises `BadData`, `BadConfig`, `MissingInput`."""
+    from crossdock.placement.plan import Plan
+    from crossdock.placement.topology import Topology
+
+    topology = None if config.topology is None else Topology.load(config.topology)
+    plan = None if config.plan is None else Plan.load(config.plan)
+    ranks = config.parallel.expert
+    if topology is not None and topology.num_devices != ranks:
+        raise BadConfig(
+            f"topology {config.topology} has {topology.num_devices} devices and parallel.expert is {ranks}; they describe the same ranks: "
+            f"set parallel.expert={topology.num_devices}, or choose another topology"
+        )
+    if plan is not None:
+        if config.model.num_moe_layers == 0:
+            raise BadConfig(f"plan {config.plan} places experts, and model.block dense has none; leave the plan out")
+        try:
+            plan.check_model(config.model.num_moe_layers, config.model.num_experts, ranks)
+        except BadData as failure:
+            raise BadData(f"{config.plan}: {failure}") from failure
+    return Inputs(topology, plan)
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Raise `BadConfig` where the ranks, the expert groups and the batch do not divide."""
+    check_expert_parallel(config.parallel.expert, world_size)
+    sequences_per_rank(config.train.batch_sequences, world_size, config.train.accumulate)
+
+
+def run_directory(config: RunConfig) -> Path:
+    """The run's folder, which `read_config` has settled."""
+    assert config.run.dir is not None
+    return Path(config.run.dir)
+
+
+def prepare_directory(config: RunConfig) -> bool:
+    """Make the run directory ready, by one process before the ranks begin; says whether to continue from its newest checkpoint.
+
+    `run.resume` auto: an unfinished run goes on where it has a checkpoint and begins again where it has none; a finished one is moved
+    aside to `<dir>.1`, `<dir>.2`, ... never: any earlier run is moved aside. always: there must be a checkpoint.
+    Raises `MissingInput`, `IoFailure`.
+    """
+    path, resume = run_directory(config), config.run.resume
+    has_checkpoint = any((path / "checkpoints").glob("step-*/manifest.json"))
+    if resume == "always" and not has_checkpoint:
+        raise MissingInput(f"run.resume is always, and {path} holds no checkpoint; name another run.dir, or set run.resume=auto")
+    finished = read_result(path).get("status") == "done"
+    if (path / "config.resolved.yaml").exists() and resume != "always" and (finished or resume == "never"):
+        aside = next(free for number in range(1, 10_000) if not (free := path.with_name(f"{path.name}.{number}")).exists())
+        try:
+            path.rename(aside)
+        except OSError as failure:
+            raise IoFailure(f"cannot move the earlier run {path} to {aside}: {failure.strerror}; choose another run.dir") from failure
+        has_checkpoint = False
+    directory = RunDirectory(path)
+    directory.result.unlink(missing_ok=True)
+    if not has_checkpoint:
+        directory.forget_after(0)
+    return has_checkpoint
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The object of a run directory's `result.json`; empty where there is none."""
+    try:
+        value = json.loads((path / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def record_failure(config: RunConfig, exit_code: int, message: str, rank: int) -> Result:
+    """The result of a run that failed so: what `result.json` already says, with the cause; written back there."""
+    known = {**read_result(run_directory(config)), "message": message, "rank": rank}
+    result = Result(exit_code, {name: value for name, value in known.items() if name not in ("status", "exit_code")})
+    with contextlib.suppress(CrossdockError):  # the disk may be what failed; the exit code still tells
+        RunDirectory(run_directory(config)).write_result(result.as_json())
+    return result

@@ -1,0 +1,132 @@
+"""Starts a job: joins the ranks that a launcher started, or starts local ranks, and reports one outcome either way."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crossdock import strict_yaml
+from crossdock.errors import BadData, CrossdockError
+from crossdock.launch.config import RunConfig, read_config
+from crossdock.launch.local import run_ranks
+from crossdock.launch.rendezvous import WorkerEnv, worker_env
+from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure
+from crossdock.launch.worker import run_job
+from crossdock.runtime.metrics import RunDirectory
+from crossdock.strict_yaml import Document
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Everything that can be said before a rank starts; raises what the ranks would raise."""
+    read_inputs(config)
+    env = worker_env()
+    check_world(config, config.parallel.local_ranks if env is None else env.world_size)
+
+
+def model_facts(config: RunConfig) -> dict[str, int]:
+    """Sizes of the configured model, from its numbers alone."""
+    from crossdock.models.counts import flop_per_token, parameter_count
+
+    count = parameter_count(config.model)
+    return {
+        "parameters": count.total,
+        "active_parameters": count.active,
+        "expert_parameters": count.routed,
+        "flop_per_token": flop_per_token(config.model, config.data.seq_len).training,
+        "moe_layers": config.model.num_moe_layers,
+    }
+
+
+def train(config: RunConfig) -> int:
+    """Train; returns the exit code. The last line on stdout is the object of `result.json`."""
+    result = run(Request("train", config))
+    print(json.dumps(result.as_json()), flush=True)
+    return result.exit_code
+
+
+def run(request: Request) -> Result:
+    """Do a job in this process, where a launcher started it or one rank is enough, else in local ranks. Errors stand on stderr in one line.
+
+    Under a launcher only rank 0 has a result to print: the process of another rank ends here, with its exit code.
+    """
+    env = worker_env()
+    if env is not None:
+        result = _run_here(request, env)
+        if env.rank != 0:
+            sys.exit(result.exit_code)
+        return result
+    num_ranks = request.config.parallel.local_ranks
+    if request.job == "train":
+        request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
+        try:
+            check_inputs(request.config)
+        except CrossdockError as failure:
+            record_failure(request.config, failure.exit_code, str(failure), 0)
+            raise
+    return _run_here(request, WorkerEnv.single()) if num_ranks == 1 else _run_in_local_ranks(request, num_ranks)
+
+
+def _run_here(request: Request, env: WorkerEnv) -> Result:
+    result = run_job(request, env)
+    if result.exit_code != 0:
+        _complain(f"rank {env.rank}: " if env.world_size > 1 else "", result.fields)
+    return result
+
+
+def _run_in_local_ranks(request: Request, num_ranks: int) -> Result:
+    with tempfile.TemporaryDirectory(prefix="crossdock-") as scratch:
+        path, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        Request(request.job, request.config, {**request.arguments, "answer": str(answer)}).save(path)
+        outcome = run_ranks(["-m", "crossdock.launch.worker", str(path)], num_ranks)
+        if outcome.exit_code == 0:
+            return Result(0, _without_ending(json.loads(answer.read_text())))
+    _complain("", {"message": outcome.message, "traceback": outcome.traceback})
+    if request.job == "train":
+        return record_failure(request.config, outcome.exit_code, outcome.message, outcome.rank)
+    return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
+
+
+def _without_ending(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in ("status", "exit_code")}
+
+
+def _complain(place: str, fields: Mapping[str, Any]) -> None:
+    sys.stderr.write(fields.get("traceback", ""))
+    print(f"crossdock: error: {place}{fields['message']}", file=sys.stderr, flush=True)
+
+
+def probe(out: Path, num_ranks: int, device: str, as_json: bool) -> int:
+    """Measure the topology of all ranks as one expert group and write it to `out`; returns the exit code."""
+    env = worker_env()
+    world_size = num_ranks if env is None else env.world_size
+    document = Document({"parallel": {"expert": world_size}, "model": {"num_experts": world_size}, "device": device}, "probe", {})
+    config = strict_yaml.validated(RunConfig, document)
+    result = run(Request("probe", config, {"out": str(out)}))
+    return _answer(result, as_json)
+
+
+def capture(source: str, overrides: Sequence[str], out: Path, steps: int, as_json: bool) -> int:
+    """Route held-out data through the model of a config or a checkpoint, and write the trace to `out`; returns the exit code."""
+    path = Path(source)
+    checkpoint = path if path.is_dir() else None
+    config = read_config(config_of_checkpoint(path) if checkpoint else path, overrides)
+    arguments = {"out": str(out), "steps": steps, "checkpoint": None if checkpoint is None else str(checkpoint)}
+    return _answer(run(Request("capture", config, arguments)), as_json)
+
+
+def config_of_checkpoint(folder: Path) -> Path:
+    """The configuration that a checkpoint, or a run directory with checkpoints, was made with: it lies in the run directory."""
+    for parent in (folder, *folder.absolute().parents[:2]):
+        if (found := RunDirectory(parent).config).is_file():
+            return found
+    raise BadData(f"{folder}: no config.resolved.yaml in it or in its run directory; give the run's YAML file instead")
+
+
+def _answer(result: Result, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(result.as_json()), flush=True)
+    elif result.exit_code == 0:
+        print("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in result.fields.items()))
+    return result.exit_code

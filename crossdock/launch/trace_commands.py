@@ -1,0 +1,133 @@
+"""`crossdock trace`: record routing, look at it, and exchange it with other systems' files."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from crossdock.errors import UsageError
+
+if TYPE_CHECKING:
+    from crossdock.placement.trace import Trace
+
+trace_app = typer.Typer(name="trace", help="Record, show, import and export routing.", no_args_is_help=True, rich_markup_mode=None)
+
+TracePath = Annotated[
+    Path, typer.Argument(help="A trace: .npz, or .npy of [tokens, layers] or [tokens, layers, choices].", show_default=False)
+]
+NumExperts = Annotated[int | None, typer.Option("--num-experts", min=1, help="Experts per layer, where the file does not say.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+@trace_app.command("capture")
+def capture(
+    config: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT", help="A run's YAML file, or a checkpoint.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the trace goes.")] = Path("trace.npz"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Batches of held-out data to route.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Route held-out data through a model, and record which experts every token chose.
+
+    Example: crossdock trace capture runs/tiny/checkpoints/step-00000200 --out trace.npz
+    """
+    from crossdock.launch import start
+
+    raise typer.Exit(start.capture(config, overrides or (), out, steps, as_json))
+
+
+@trace_app.command("show")
+def show(trace: TracePath, num_experts: NumExperts = None, as_json: AsJson = False) -> None:
+    """Say what a trace holds: its size, what is known of its tokens, and how evenly they spread.
+
+    Example: crossdock trace show trace.npz
+    """
+    from crossdock.placement.trace import Trace
+
+    facts = describe(Trace.load(trace, num_experts))
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):>28}  {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):>28}  {value}")
+
+
+@trace_app.command("import")
+def import_trace(
+    source: TracePath,
+    out: Annotated[Path, typer.Argument(help="The .npz to write.", show_default=False)],
+    num_experts: NumExperts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read another system's routing and write it as a trace.
+
+    Example: crossdock trace import exflow.npy trace.npz --num-experts 64
+    """
+    from crossdock.placement.trace import Trace
+
+    if out.suffix != ".npz":
+        raise UsageError(f"{out}: a trace is an .npz file; call it {out.with_suffix('.npz').name}")
+    trace = Trace.load(source, num_experts)
+    trace.save(out)
+    _say_written(out, trace, as_json)
+
+
+@trace_app.command("export")
+def export_trace(
+    trace: TracePath,
+    out: Annotated[Path, typer.Argument(help="The .npy to write.", show_default=False)],
+    top_1: Annotated[bool, typer.Option("--top-1", help="First choices alone, [tokens, layers], as ExFlow reads.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trace's choices as a plain .npy array of [tokens, layers, choices]; -1 stands for no choice.
+
+    Example: crossdock trace export trace.npz routing.npy --top-1
+    """
+    import numpy as np
+
+    from crossdock import atomic
+    from crossdock.placement.trace import NO_EXPERT, Trace
+
+    if out.suffix != ".npy":
+        raise UsageError(f"{out}: exported choices are an .npy file; call it {out.with_suffix('.npy').name}")
+    loaded = Trace.load(trace)
+    choices = loaded.first_choice_TL if top_1 else loaded.experts_TLK
+    with atomic.replacing(out) as aside, aside.open("wb") as file:
+        np.save(file, np.where(choices == NO_EXPERT, -1, choices.astype(np.int64)), allow_pickle=False)
+    _say_written(out, loaded, as_json)
+
+
+def describe(trace: "Trace") -> dict[str, Any]:
+    """What `trace show` prints. Load: assignments of the busiest expert over the mean, mean over layers."""
+    import numpy as np
+
+    from crossdock.placement.trace import NO_EXPERT
+
+    loads = [np.bincount(layer[layer != NO_EXPERT], minlength=trace.num_experts) for layer in trace.experts_TLK.swapaxes(0, 1)]
+    means = [load.mean() for load in loads]
+    return {
+        "tokens": trace.num_tokens,
+        "layers": trace.num_layers,
+        "choices_per_token": trace.top_k,
+        "experts": trace.num_experts,
+        "sequences": None if trace.sequence_T is None else len(np.unique(trace.sequence_T)),
+        "homes": None if trace.home_T is None else len(np.unique(trace.home_T)),
+        "weights": trace.weights_TLK is not None,
+        "token_ids": trace.token_T is not None,
+        "dropped_share": round(float((trace.experts_TLK == NO_EXPERT).mean()), 6),
+        "expert_load_max_over_mean": round(float(np.mean([load.max() / mean for load, mean in zip(loads, means, strict=True) if mean])), 4)
+        if any(means)
+        else None,
+        "source": trace.source,
+        "digest": trace.digest,
+    }
+
+
+def _say_written(out: Path, trace: "Trace", as_json: bool) -> None:
+    facts = {"path": str(out), "tokens": trace.num_tokens, "layers": trace.num_layers, "choices_per_token": trace.top_k}
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        print(f"{out}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, {trace.top_k} choices per token")

@@ -1,0 +1,152 @@
+"""What every launcher runs on every rank: join the others, do the job, leave; and an exit code with `result.json` for every ending.
+
+Ranks that `crossdock.launch.local` starts run `python -m crossdock.launch.worker REQUEST OUTCOME`; torchrun runs `crossdock train` itself.
+"""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from crossdock import atomic
+from crossdock.errors import BadConfig, CrossdockError, OutOfMemory, PeerLost, Unavailable
+from crossdock.launch.config import RunConfig
+from crossdock.launch.jobs import JOBS
+from crossdock.launch.local import tie_to_parent, write_outcome
+from crossdock.launch.rendezvous import WorkerEnv, exchange, network_interface, open_store, worker_env
+from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.runtime.mesh import Mesh, initialise, shutdown
+
+if TYPE_CHECKING:
+    from crossdock.placement.topology import Topology
+
+
+def main(config: RunConfig, env: WorkerEnv) -> Result:
+    """Train as `config` says, as the rank that `env` says; every launcher ends here. Never raises for what has an exit code."""
+    return run_job(Request("train", config), env)
+
+
+def run_job(request: Request, env: WorkerEnv) -> Result:
+    """Run the job to its end or to its error. Of a training run rank 0 makes the directory ready, unless the launcher has, and leaves
+    `result.json` in it however it ends."""
+    trains = request.job == "train"
+    try:
+        if trains and env.rank == 0 and "resume" not in request.arguments:
+            request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
+        with joined(request.config, env, trains=trains) as mesh:
+            return Result(0, JOBS[request.job](request, env, mesh))
+    except BaseException as failure:
+        code, message = explain(failure)
+        details = {"message": message, "rank": env.rank}
+        if code == 1:
+            details["traceback"] = "".join(traceback.format_exception(failure))
+        if trains and env.rank == 0:
+            return Result(code, {**record_failure(request.config, code, message, env.rank).fields, **details})
+        return Result(code, details)
+
+
+def explain(failure: BaseException) -> tuple[int, str]:
+    """Exit code and one line for whatever ended a job."""
+    first_line = (str(failure).splitlines() or [""])[0]
+    if isinstance(failure, CrossdockError):
+        return failure.exit_code, str(failure)
+    if isinstance(failure, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(failure, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(failure):
+        remedy = "lower train.batch_sequences, raise train.accumulate, or use more ranks"
+        return OutOfMemory.exit_code, f"out of memory ({first_line or 'no more on the host'}); {remedy}"
+    return 1, f"{type(failure).__name__}: {first_line}"
+
+
+@contextlib.contextmanager
+def joined(config: RunConfig, env: WorkerEnv, *, trains: bool) -> Iterator[Mesh]:
+    """The mesh of this world, left again when the block ends."""
+    if trains:
+        check_world(config, env.world_size)
+        check_reachable(config, env)
+    declared = read_inputs(config).topology
+    store = open_store(env, config.parallel.timeout_s)
+    device = choose_device(config, env, store)
+    started = tuple(int(node) for node in exchange(store, env, "node", str(env.node)))
+    if env.world_size == 1:
+        yield Mesh.single(device)
+        return
+    timeout_s = config.parallel.timeout_s
+    with network_interface(env):
+        try:
+            initialise(env.rank, env.world_size, device=device, store=store, timeout_s=timeout_s)
+            nodes = nodes_of_ranks(started, declared, config.parallel.expert)
+            mesh = Mesh.create(env.rank, env.world_size, config.parallel.expert, nodes, device, timeout_s)
+        except RuntimeError as failure:
+            first_line = (str(failure).splitlines() or ["no reason given"])[0]
+            raise PeerLost(
+                f"rank {env.rank} of {env.world_size} could not connect to the others ({first_line}); see which rank did not start, and "
+                "set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where hosts have several networks"
+            ) from failure
+    try:
+        yield mesh
+    finally:
+        shutdown()
+
+
+def nodes_of_ranks(started: tuple[int, ...], declared: "Topology | None", expert_parallel: int) -> tuple[int, ...]:
+    """The node of every world rank: as `declared` by a topology for each expert group, else as the launcher `started` them.
+
+    A topology may declare nodes on one host (as the demo does); where there really are several, the two must agree.
+    """
+    if declared is None:
+        return started
+    world_size = len(started)
+    nodes = tuple(declared.node_of_R[rank % expert_parallel] + declared.num_nodes * (rank // expert_parallel) for rank in range(world_size))
+    for rank in range(world_size):
+        for peer in range(rank - rank % expert_parallel, rank):
+            if len(set(started)) > 1 and (started[rank] == started[peer]) != (nodes[rank] == nodes[peer]):
+                really, said = ("one host", "different nodes") if started[rank] == started[peer] else ("different hosts", "one node")
+                raise BadConfig(
+                    f"ranks {peer} and {rank} run on {really}, and topology {declared.name} puts them on {said}; "
+                    "start as many ranks on each host as its nodes have devices, or choose another topology"
+                )
+    return nodes
+
+
+def choose_device(config: RunConfig, env: WorkerEnv, store: Any) -> torch.device:
+    """The device of this rank: `auto` is CUDA where every rank has a GPU of its own, the CPU otherwise."""
+    num_gpus = torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
+    everywhere = min(int(found) for found in exchange(store, env, "gpus_to_spare", str(num_gpus - env.local_world_size)))
+    if config.device == "cuda" and num_gpus < env.local_world_size:
+        raise Unavailable(
+            f"device cuda: {env.local_world_size} ranks on this host, {num_gpus} usable GPUs; start one rank a GPU, or choose device: cpu"
+        )
+    if config.device == "cpu" or (config.device == "auto" and everywhere < 0):
+        return torch.device("cpu")
+    return torch.device("cuda", env.local_rank)
+
+
+def check_reachable(config: RunConfig, env: WorkerEnv) -> None:
+    """Raise `BadConfig` where ranks on several hosts would write to places relative to each one's working directory."""
+    if env.local_world_size < env.world_size and not run_directory(config).is_absolute():
+        raise BadConfig(
+            f"run.dir {config.run.dir} is relative, and {env.world_size} ranks on several hosts must all reach it; "
+            "set run.dir to an absolute path on a file system that they share"
+        )
+
+
+def run_local_rank(request_path: Path, outcome_path: Path) -> int:
+    """One of the ranks that `crossdock.launch.start` asked `crossdock.launch.local` for: rank 0 leaves its result in `arguments.answer`."""
+    tie_to_parent()
+    env, request = worker_env(), Request.load(request_path)
+    assert env is not None
+    result = run_job(request, env)
+    if env.rank == 0:
+        atomic.write_json(Path(request.arguments["answer"]), result.as_json())
+    fields = result.fields if result.exit_code else {}
+    write_outcome(outcome_path, result.exit_code, fields.get("message", ""), fields.get("traceback", ""))
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_local_rank(Path(sys.argv[1]), Path(sys.argv[2])))
