@@ -47,7 +47,7 @@ def all_plans(num_experts: int, slots_R: np.ndarray):
 
 
 def brute_force(problem: Problem, layer_trace: Trace) -> float:
-    """The best cost of a problem, layer by layer: single layers are priced through the public cost, so that nothing of the solver is shared."""
+    """The best cost of a problem, layer by layer, priced through the public cost model: nothing of the search is shared."""
     best = 0.0
     for layer in range(problem.num_layers):
         one = Problem(

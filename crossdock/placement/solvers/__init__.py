@@ -48,6 +48,6 @@ def check_load_cap(problem: Problem, solution: Solution) -> None:
     peaks = load_peaks(problem, solution)
     if max(peaks) > cap + 1e-9:
         raise InfeasiblePlan(
-            f"method {solution.plan.method} loads a device of layer {peaks.index(max(peaks))} with {max(peaks):.3f} of the mean, above load cap {cap:g}; "
-            "use method anneal or ilp, or a higher cap"
+            f"method {solution.plan.method} loads a device of layer {peaks.index(max(peaks))} with {max(peaks):.3f} of the mean, "
+            f"above load cap {cap:g}; use method anneal or ilp, or a higher cap"
         )

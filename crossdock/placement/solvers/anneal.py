@@ -65,9 +65,9 @@ def check_load_cap(problem: Problem, placed_L: list[Placed]) -> None:
     expert = int(load_E.argmax())
     share = load_E[expert] / max(load_E.sum(), 1) * problem.num_devices
     raise InfeasiblePlan(
-        f"no plan found within load cap {problem.constraints.load_cap:g} in {len(broken)} of {problem.num_layers} layers; layer {broken[worst]} reaches "
-        f"{peaks[worst]:.3f} at best (its expert {expert} alone is {share:.3f} of a mean device); give --load-cap {np.ceil(max(peaks) * 100) / 100:g}, "
-        "more slots or more seconds"
+        f"no plan found within load cap {problem.constraints.load_cap:g} in {len(broken)} of {problem.num_layers} layers; "
+        f"layer {broken[worst]} reaches {peaks[worst]:.3f} at best (its expert {expert} alone is {share:.3f} of a mean device); "
+        f"give --load-cap {np.ceil(max(peaks) * 100) / 100:g}, more slots or more seconds"
     )
 
 

@@ -1,9 +1,9 @@
 """Proven lower bounds that cost milliseconds, for any number of experts: no plan without replicas is better, whatever solver made it.
 
-Distinct devices. A token whose set u has n experts on the device of expert e owes 1/n of a copy to e, so the copies of a layer are the sum over
-e and over the tokens that use e of 1 / (1 + partners), where partners counts e's fellow experts of the token on e's device. Because
-1 / (1 + m) >= 2 / (j + 2) - m / ((j + 1) (j + 2)) for all whole m and every whole j >= 0 (the chord through m = j and j + 1), and because e has at
-most S - 1 fellows on its device,
+Distinct devices. A token whose set u has n experts on the device of expert e owes 1/n of a copy to e, so the copies of a layer are the sum
+over e and over the tokens that use e of 1 / (1 + partners), where partners counts e's fellow experts of the token on e's device. Because
+1 / (1 + m) >= 2 / (j + 2) - m / ((j + 1) (j + 2)) for all whole m and every whole j >= 0 (the chord through m = j and j + 1), and because e
+has at most S - 1 fellows on its device,
 
     copies owed to e >= 2 load_e / (j + 2) - (sum of the S - 1 largest co-activations of e) / ((j + 1) (j + 2))      for every j.
 
@@ -80,7 +80,7 @@ def _least_busiest(ports: Ports, sent: float) -> float:
         b_eq=[1.0],
         method="highs",
     )
-    return float(answer.fun) * unit * (1.0 - 1e-9) if answer.success else 0.0
+    return float(answer.fun) * unit * (1.0 - 1e-9) if answer.fun is not None else 0.0
 
 
 def _hops(problem: Problem) -> float:

@@ -1,9 +1,9 @@
 """Annealing for objective hops, where each layer is tied to its neighbours: tokens' first choices should follow one another on one device.
 
-Given the neighbours, a layer is a linear assignment problem: expert e on device r keeps the tokens that come from r or go on to r. So a layer
-is annealed with its neighbours held still, sweep after sweep while the temperature falls, and the end is polished with exact assignments
-(the alternating sweep of `scipy.optimize.linear_sum_assignment`), or with swaps alone where a load cap couples the experts of a layer.
-The objective is ExFlow's (arXiv 2401.08383). In mode home it saves no bytes; it is here to be compared.
+Given the neighbours, a layer is a linear assignment problem: expert e on device r keeps the tokens that come from r or go on to r. So a
+layer is annealed with its neighbours held still, sweep after sweep while the temperature falls, and the end is polished with exact
+assignments (the alternating sweep of `scipy.optimize.linear_sum_assignment`), or with swaps alone where a load cap couples the experts of a
+layer. The objective is ExFlow's (arXiv 2401.08383). In mode home it saves no bytes; it is here to be compared.
 """
 
 import numpy as np
@@ -68,13 +68,14 @@ class Chain:
     def key(self) -> tuple[float, float]:
         """What makes one chain better than another: what breaks the load cap, then the tokens that move."""
         moved = sum(
-            float(transitions_II[self.device_LI[l][:, None] != self.device_LI[l + 1]].sum())
-            for l, transitions_II in enumerate(self.transitions_LII)
+            float(transitions_II[before_I[:, None] != after_I].sum())
+            for transitions_II, before_I, after_I in zip(self.transitions_LII, self.device_LI, self.device_LI[1:], strict=False)
         )
-        return float(sum(self.excess(self._load(l), self._load(l).mean()).sum() for l in range(len(self.device_LI)))), moved
+        load_LR = [self._load(layer) for layer in range(len(self.device_LI))]
+        return float(sum(self.excess(load_R, load_R.mean()).sum() for load_R in load_LR)), moved
 
     def anneal(self, layer: int, temperature: float, rng: np.random.Generator) -> None:
-        """As many Metropolis proposals in one layer as it has pairs, without rejections; at temperature 0 the best swaps until none helps."""
+        """As many Metropolis proposals in one layer as it has pairs, without rejections; at temperature 0 best swaps until none helps."""
         kept_IR, device_I, load_I = self.attraction(layer), self.device_LI[layer], self.load_LI[layer]
         free = np.flatnonzero(self.pinned_LI[layer] == EMPTY)
         first, second = (free[side] for side in np.triu_indices(len(free), 1))
@@ -132,7 +133,7 @@ class Chain:
         return np.asarray(self.device_LI[layer][:, None] == np.arange(self.problem.num_devices), dtype=np.float64)
 
     def _load(self, layer: int) -> FloatArray:
-        return np.bincount(self.device_LI[layer], self.load_LI[layer], self.problem.num_devices)
+        return np.asarray(np.bincount(self.device_LI[layer], self.load_LI[layer], self.problem.num_devices), dtype=np.float64)
 
 
 def solve(problem: Problem, seconds: float, seed: int) -> Solution:

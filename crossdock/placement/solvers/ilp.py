@@ -9,7 +9,8 @@ For small layers. Variables of one layer, e experts, r devices, n nodes, u disti
     slowest             seconds of the busiest device's experts, forward      (objective seconds)
     stage[1..4]         max(window, transfer) of the four transfers           (objective seconds)
 
-The search of method anneal runs first: its plan is the cut-off of the program, and the answer where the time ends before a better one is found.
+The search of method anneal runs first: its plan is the cut-off of the program, and the answer where the time ends before a better one is
+found.
 """
 
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def build(problem: Problem, layer: Layer, unit: float) -> tuple[Program, Rows, F
     Costs and times are in units of `unit`, so that the solver's tolerances (1e-6) are small beside them.
     """
     topology, R, E = problem.topology, problem.num_devices, layer.num_experts
-    U, K = layer.member_UK.shape
+    U = len(layer.member_UK)
     node_R = np.array(topology.node_of_R)
     by_node, by_time = problem.objective == "nodes", problem.objective == "seconds"
     program = Program(E, R, U, topology.num_nodes if by_node else 0, by_time)
@@ -276,7 +277,7 @@ def _solve_layer(problem: Problem, number: int, start: Placed, deadline: Deadlin
     if start.excess == 0.0:
         # cutoff: no dearer than the plan of the search
         constraints.append(LinearConstraint(cost[None], -np.inf, OBJECTIVE_SIZE * (1.0 + CUTOFF_SLACK)))
-    integral = np.zeros(program.num_columns)
+    integral = np.zeros(program.num_columns, dtype=np.int64)
     integral[: program.z] = 1
     answer = milp(
         cost,
@@ -287,7 +288,7 @@ def _solve_layer(problem: Problem, number: int, start: Placed, deadline: Deadlin
     )
     if answer.status == 2 and start.excess > 0.0:
         raise InfeasiblePlan(
-            f"HiGHS proved that no plan of layer {number} keeps to load cap {problem.constraints.load_cap}, slots and pins; raise one of them"
+            f"HiGHS proved that no plan of layer {number} keeps to load cap {problem.constraints.load_cap}, slots and pins; relax one"
         )
     finished = answer.status in (0, 2)  # infeasible below the cut-off: the plan of the search is optimal
     proven = answer.mip_dual_bound if answer.status != 2 else OBJECTIVE_SIZE
@@ -318,6 +319,6 @@ def _check_size(problem: Problem) -> None:
     if max(sizes) > MAX_COPY_VARIABLES:
         layer = int(np.argmax(sizes))
         raise UsageError(
-            f"method ilp is for small layers: layer {layer} has {sizes[layer] // problem.num_devices} distinct expert sets x {problem.num_devices} "
-            f"devices = {sizes[layer]} copy variables, above {MAX_COPY_VARIABLES}; use method anneal"
+            f"method ilp is for small layers: layer {layer} has {sizes[layer] // problem.num_devices} distinct expert sets x "
+            f"{problem.num_devices} devices = {sizes[layer]} copy variables, above {MAX_COPY_VARIABLES}; use method anneal"
         )

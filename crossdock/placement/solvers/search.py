@@ -47,7 +47,7 @@ class Deadline:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """An assignment `device_I` of one layer and its price; plans compare by what breaks the load cap, then by value with its tie-breaker."""
+    """An assignment `device_I` of one layer and its price; they compare by what breaks the load cap, then by value with its tie-breaker."""
 
     device_I: IntArray
     value: float
@@ -71,7 +71,7 @@ class LayerSearch:
         self.layer, self.price, self.node_R = layer, price, node_R
         self.copies = CopyState(sets, device_I, len(node_R))
         self.nodes = CopyState(sets, node_R[device_I], int(node_R.max()) + 1) if price.needs_nodes else None
-        self.load_R = np.bincount(device_I, layer.load_I, len(node_R))
+        self.load_R: FloatArray = np.bincount(device_I, layer.load_I, len(node_R)).astype(np.float64)
         free = np.flatnonzero(layer.pinned_I < 0)
         first, second = np.triu_indices(len(free), 1)
         expert_in_pair = free[first] < layer.num_experts
@@ -112,10 +112,10 @@ class LayerSearch:
     def energies(self, first: IntArray, second: IntArray) -> FloatArray:
         """Energy after each swap alone."""
         row, p, q = np.arange(len(first)), self.device_I[first], self.device_I[second]
-        copies = np.repeat(self.copies.copies_P[None], len(first), axis=0)
+        copies = np.tile(self.copies.copies_P, (len(first), 1))
         copies[row, p] += self.copies.change_first(first, second)
         copies[row, q] += self.copies.change_first(second, first)
-        load = np.repeat(self.load_R[None], len(first), axis=0)
+        load = np.tile(self.load_R, (len(first), 1))
         heavier = self.layer.load_I[second] - self.layer.load_I[first]
         load[row, p] += heavier
         load[row, q] -= heavier

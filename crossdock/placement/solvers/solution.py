@@ -66,5 +66,7 @@ def copies_to(problem: Problem, place_LE: IntArray, num_places: int) -> IntArray
 def hops_of(problem: Problem, device_LE: IntArray) -> float:
     """Fraction of consecutive layers whose first choices live on different devices; 0 where there is one layer."""
     transitions_LEE = problem.affinity.transitions_LEE
-    moved = [transitions_EE[device_LE[l][:, None] != device_LE[l + 1]].sum() for l, transitions_EE in enumerate(transitions_LEE)]
-    return float(sum(moved) / max(int(transitions_LEE.sum()), 1))
+    moved = 0
+    for transitions_EE, before_E, after_E in zip(transitions_LEE, device_LE, device_LE[1:], strict=False):
+        moved += int(transitions_EE[before_E[:, None] != after_E].sum())
+    return moved / max(int(transitions_LEE.sum()), 1)

@@ -128,4 +128,6 @@ class CopyState:
         """Sum over sets of weight[u, i] at [row[u, i], column[u, j]] for all i, j, as [I + 1, I + 1]."""
         size = self.sets.num_items + 1
         key = row[:, :, None] * size + column[:, None, :]
-        return np.bincount(key.ravel(), np.repeat(weight.ravel(), column.shape[1]), size * size).reshape(size, size)
+        return np.asarray(
+            np.bincount(key.ravel(), np.repeat(weight.ravel(), column.shape[1]), size * size).reshape(size, size), dtype=np.float64
+        )

@@ -1,5 +1,7 @@
 """Which devices and which whole nodes are interchangeable, so that an exact method need not look at the same plan twice."""
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,7 @@ def ordered_devices(problem: Problem) -> Pairs:
     """Neighbouring devices of a node that may be exchanged without changing anything."""
     pairs = []
     for devices in _devices_of_nodes(problem):
-        for earlier, later in zip(devices, devices[1:], strict=False):
+        for earlier, later in itertools.pairwise(devices):
             if _exchangeable(problem, np.array([earlier]), np.array([later])):
                 pairs.append((np.array([earlier]), np.array([later])))
     return pairs
@@ -24,7 +26,7 @@ def ordered_nodes(problem: Problem) -> Pairs:
     nodes = _devices_of_nodes(problem)
     return [
         (earlier, later)
-        for earlier, later in zip(nodes, nodes[1:], strict=False)
+        for earlier, later in itertools.pairwise(nodes)
         if len(earlier) == len(later) and _exchangeable(problem, earlier, later)
     ]
 
