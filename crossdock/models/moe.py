@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from crossdock.errors import BadConfig
+from crossdock.errors import BadConfig, BadData
 from crossdock.models.gates.base import Routing, reduce_statistics
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig, build_gate
@@ -54,6 +54,8 @@ class MoELayer(nn.Module):
             raise BadConfig(f"no dispatcher is called {dispatch!r}; choose from {', '.join(DISPATCHERS)}")
         self.plan_has_copies = plan is not None and plan.has_replicas
         layout = ExpertLayout.contiguous(layer, num_experts, self.mesh) if plan is None else ExpertLayout.from_plan(plan, layer, self.mesh)
+        if layout.num_experts != num_experts:
+            raise BadData(f"the plan places {layout.num_experts} experts, and the layer has {num_experts}; solve a plan for this model")
         self.gate = build_gate(gate or NoisyTopKConfig(), layer, model_width, num_experts, top_k, dtype).to(self.mesh.device)
         self.bank = ExpertBank(layout, model_width, expert_width, activation=activation, dtype=dtype, device=self.mesh.device)
         self._set_dispatcher(layout)

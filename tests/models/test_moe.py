@@ -69,6 +69,8 @@ def test_what_it_refuses() -> None:
         layer_of(dispatch="flatt")
     with pytest.raises(BadData, match=r"2 devices"):
         layer_of(plan=plan_of([0, 1, 2], [3, 4, 5]))
+    with pytest.raises(BadData, match=r"plan places 4 experts, and the layer has 6"):
+        layer_of(plan=Plan.contiguous(1, 4, 1))
 
 
 def refuse_copies(rank: int, world_size: int) -> None:
