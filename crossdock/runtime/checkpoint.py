@@ -89,7 +89,7 @@ def save(directory: Path, engine: Engine, state: RunState, mesh: Mesh, keep: int
             shutil.rmtree(final)
         aside.rename(final)
         _fsync(directory)
-        for old in _folders(directory)[keep:]:
+        for old in finished(directory)[keep:]:
             shutil.rmtree(old)
 
     _together(mesh, commit, only_rank=0)
@@ -186,7 +186,7 @@ def latest(directory: Path, mesh: Mesh) -> tuple[Path, dict[str, Any], tuple[str
 
     `directory` may also be one checkpoint's folder. Raises `MissingInput` where there is none, `BadCheckpoint` where none is whole.
     """
-    folders = collectives.broadcast_object([directory] if (directory / MANIFEST).exists() else _folders(directory), mesh)
+    folders = collectives.broadcast_object([directory] if (directory / MANIFEST).exists() else finished(directory), mesh)
     if not folders:
         raise MissingInput(f"{directory} holds no checkpoint; start the run anew, or name another run.dir")
     passed_over: list[str] = []
@@ -282,8 +282,8 @@ def _wanted(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield f"buffer/{name}", values
 
 
-def _folders(directory: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
+def finished(directory: Path) -> list[Path]:
+    """Folders of complete checkpoints, newest first; whether their contents are whole, `latest` checks."""
     if not directory.is_dir():
         return []
     steps = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()]

@@ -120,6 +120,12 @@ class RunDirectory:
         """Replace `result.json`."""
         atomic.write_json(self.result, finite(result))
 
+    def start_anew(self, keep_history: bool) -> None:
+        """Take away the result of an earlier run, and unless `keep_history` its metrics, events and traces."""
+        stale = [self.result] if keep_history else [self.result, self.metrics, self.events, self.trace, self.report]
+        for path in stale:
+            path.unlink(missing_ok=True)
+
     def forget_after(self, step: int) -> None:
         """Drop the metric lines of steps after `step`: a resumed run writes them anew, and a torn last line goes too."""
         if not self.metrics.exists():

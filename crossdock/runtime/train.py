@@ -9,63 +9,31 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-import pydantic
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
-from crossdock.placement.plan import Plan, choose_replica
-from crossdock.placement.topology import LINK_CLASSES, Topology
+from crossdock.placement.cost import Workload
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
 from crossdock.runtime import checkpoint, collectives
 from crossdock.runtime.calibrate import Calibrated, calibrate
 from crossdock.runtime.capture import Capture, CaptureConfig
 from crossdock.runtime.checkpoint import CheckpointConfig, RunState
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.data import Batch, Corpus, DataState, Sampler, sequences_per_rank
+from crossdock.runtime.data import Corpus, DataState
 from crossdock.runtime.engine import Engine
-from crossdock.runtime.ledger import bytes_by_class, exposed_s
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.metrics import RunDirectory, console_line
 from crossdock.runtime.migrate import RoutedLayer, migrate
-from crossdock.runtime.optimizer import OptimizerConfig, learning_rate
 from crossdock.runtime.replan import ReplanConfig, decide, topology_of, window_steps, workload_of
 from crossdock.runtime.result import Speeds, TrainResult, WindowReport, median, report_window
-from crossdock.runtime.stopwatch import Stopwatch, peak_memory_bytes
+from crossdock.runtime.steps import Stepper, TrainConfig
 from crossdock.runtime.windows import Measured, Window
-from crossdock.strict_yaml import StrictModel
 
 __all__ = ["ReplanConfig", "Silent", "TrainConfig", "TrainResult", "Training", "train"]
-
-
-class TrainConfig(StrictModel):
-    """How long and how to train."""
-
-    steps: int = pydantic.Field(default=200, ge=1)
-    seed: int = pydantic.Field(default=0, ge=0)
-    batch_sequences: int = pydantic.Field(default=32, ge=1)
-    """Sequences of one optimizer step over all ranks; must divide over ranks x accumulate."""
-    accumulate: int = pydantic.Field(default=1, ge=1)
-    """Micro-batches of one optimizer step."""
-    eval_every: int = pydantic.Field(default=0, ge=0)
-    """Steps between evaluations on held-out text; 0 evaluates once, at the end."""
-    eval_batches: int = pydantic.Field(default=4, ge=0)
-    """Batches of `batch_sequences` held-out sequences per evaluation; 0 never evaluates."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-
-
-class Output(Protocol):
-    """What the model returns: see `models.transformer.ModelOutput`."""
-
-    logits_QPV: Tensor
-    losses: Mapping[str, Tensor]
-    load_LE: Tensor
-    dropped: Tensor
 
 
 class Progress(Protocol):
@@ -131,17 +99,15 @@ class _Run:
     """The state of a run between steps; mutable."""
 
     def __init__(self, training: Training) -> None:
-        config, mesh, corpus = training.config, training.mesh, training.corpus
+        config, mesh = training.config, training.mesh
         self.training, self.config, self.mesh, self.directory = training, config, mesh, training.directory
-        self.share = sequences_per_rank(config.batch_sequences, mesh.world_size, config.accumulate)
-        self.sampler = Sampler(corpus.train, training.seq_len, corpus.vocab_size, config.seed, corpus.source)
-        self.held_out = Sampler(corpus.held_out, training.seq_len, corpus.vocab_size, config.seed, corpus.source)
         self.layers: Sequence[RoutedLayer] = tuple(getattr(training.model, "moe_layers", ()))
         self.windows = window_steps(config.steps, training.capture.steps, training.replan) if self.layers else None
         if training.replan.at_step is not None and not self.layers:
             raise BadConfig("replan.at_step is set, and the model has no experts to move; choose a block with experts")
         self.topology = topology_of(mesh, training.topology) if self.layers else None
         self.engine = Engine(training.model, mesh, training.plan, config.optimizer)
+        self.stepper = Stepper(training.model, self.engine, training.corpus, training.seq_len, config, mesh)
         self.state, self.step, self.stop_asked = DataState(), 0, False
         self.window: Window | None = None
         self.before: tuple[Measured, Calibrated] | None = None
@@ -150,11 +116,11 @@ class _Run:
         self.loss: float | None = None
         self.eval_loss: float | None = None
         self.moves: int | None = None
-        self._share_of: tuple[Plan, np.ndarray] | None = None
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
+        self._clear_the_directory()
         self._announce()
         if self.training.resume:
             self._resume()
@@ -177,6 +143,15 @@ class _Run:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _clear_the_directory(self) -> None:
+        """Take away what an earlier run in the same directory left; raises `BadConfig` where that would be its checkpoints."""
+        if not self.training.resume and collectives.broadcast_object(checkpoint.finished(self.directory.checkpoints), self.mesh):
+            raise BadConfig(
+                f"{self.directory.path} holds checkpoints of an earlier run; resume that run, set run.dir to another folder, or remove them"
+            )
+        if self.mesh.rank == 0:
+            self.directory.start_anew(keep_history=self.training.resume)
 
     def _announce(self) -> None:
         ranks = collectives.gather_objects((self.mesh.rank, os.getpid(), self.mesh.node_of_rank[self.mesh.rank]), self.mesh)
@@ -221,121 +196,24 @@ class _Run:
 
     def _train_step(self) -> bool:
         """One optimizer step and what belongs to it; says whether any rank was asked to stop."""
-        config, mesh = self.config, self.mesh
-        watch = Stopwatch(mesh.device)
-        self.training.model.train()
-        losses: dict[str, Tensor] = {}
-        load_LE = dropped = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        for micro in range(config.accumulate):
-            batch = self.sampler.batch(
-                self.state, config.batch_sequences, rank=mesh.rank, world_size=mesh.world_size, micro=micro, accumulate=config.accumulate
-            )
-            token_QP, target_QP = self._on_device(batch)
-            watch.lap("data_s")
-            output: Output = self.training.model(token_QP, self._context(batch, token_QP, training=True))
-            parts = {
-                "loss": cross_entropy(output.logits_QPV, target_QP),
-                **{f"loss_{name}": value for name, value in output.losses.items()},
-            }
-            total = torch.stack([part.to(parts["loss"].dtype) for part in parts.values()]).sum() / config.accumulate
-            watch.lap("forward_s")
-            self.engine.backward(total, last=micro == config.accumulate - 1)
-            watch.lap("backward_s")
-            losses = {name: losses.get(name, 0) + part.detach() / config.accumulate for name, part in parts.items()}
-            load_LE, dropped = load_LE + output.load_LE, dropped + output.dropped
-        self.engine.reduce()
-        watch.lap("reduce_s")
-        flights = mesh.ledger.take()
-        sent = dict(zip(LINK_CLASSES, bytes_by_class(flights), strict=True))
-        blocked = {name: seconds for name, seconds in watch.read().items() if name in ("data_s", "forward_s", "backward_s", "reduce_s")}
-        blocked["exposed_s"] = exposed_s(flights)
-        lr = learning_rate(config.optimizer, self.step, config.steps)
-        epoch = self.state.epoch
-        report = self.engine.step(
-            self.step + 1, lr, {**losses, **blocked, **{f"bytes_{k}": v for k, v in sent.items()}, "stop": float(self.stop_asked)}
-        )
-        watch.lap("update_s")
-        phases = watch.read()
-        self.state = self.sampler.after(self.state, config.batch_sequences)
+        config = self.config
+        step = self.stepper.run(self.step, self.state, None if self.window is None else self.window.capture, self.stop_asked)
+        self.state = self.stepper.after(self.state)
         self.step += 1
-        mean = {name: value / mesh.world_size for name, value in report.sums.items()}
-        step_s = sum(phases.values())
-        tokens = config.batch_sequences * self.training.seq_len
-        self.loss = mean["loss"]
-        self.speeds.tokens_per_s.append(tokens / step_s)
-        self.speeds.step_s.append(step_s)
-        self.speeds.exposed_s.append(mean["exposed_s"])
-        step_bytes = {name: int(report.sums[f"bytes_{name}"]) for name in LINK_CLASSES}
+        self.loss = step.loss
+        self.speeds.tokens_per_s.append(step.metrics["tokens_per_s"])
+        self.speeds.step_s.append(step.step_s)
+        self.speeds.exposed_s.append(step.exposed_s)
         if self.window is not None:
-            self.window.add(flights, step_bytes.values(), step_s, mean["exposed_s"])
-        evaluated = {}
+            self.window.add(step.flights, step.bytes_by_class, step.step_s, step.exposed_s)
+        row = step.metrics
         if config.eval_batches and (self.step == config.steps or self._due(config.eval_every)):
-            self.eval_loss = self._evaluate()
-            evaluated = {"eval_loss": self.eval_loss}
-        if mesh.rank == 0:
-            row = {
-                "step": self.step,
-                "epoch": epoch,
-                "tokens": tokens,
-                **{name: mean[name] for name in losses},
-                "grad_norm": report.grad_norm,
-                "lr": lr,
-                "tokens_per_s": tokens / step_s,
-                "step_s": step_s,
-                **{name: mean[name] for name in blocked},
-                "update_s": phases["update_s"],
-                **{f"bytes_{name}": size for name, size in step_bytes.items()},
-                **self._loads(load_LE.cpu().numpy(), float(dropped)),
-                "memory_bytes": peak_memory_bytes(mesh.device),
-                **evaluated,
-            }
+            self.eval_loss = self.stepper.evaluate()
+            row = {**row, "eval_loss": self.eval_loss}
+        if self.mesh.rank == 0:
             self.directory.write_metrics(row)
             self.training.progress.step(row, console_line(row, config.steps))
-        return report.sums["stop"] > 0
-
-    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        pair = (torch.from_numpy(np.ascontiguousarray(values)) for values in (batch.token_BQ, batch.target_BQ))
-        token_QP, target_QP = (values.to(self.mesh.device, non_blocking=True) for values in pair)
-        return token_QP, target_QP
-
-    def _context(self, batch: Batch, token_QP: Tensor, training: bool) -> StepContext:
-        token_T, listeners = token_QP.reshape(-1), ()
-        if training and self.window is not None:
-            sequence_B = torch.from_numpy(batch.sequence_B).to(self.mesh.device)
-            self.window.capture.begin(token_T, sequence_B.repeat_interleave(self.training.seq_len, output_size=len(token_T)))
-            return StepContext(self.config.seed, self.step, training, token_T, batch.first_token, (self.window.capture.listener,))
-        return StepContext(self.config.seed, self.step, training, token_T, batch.first_token, listeners)
-
-    @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Mean cross-entropy per token on held-out text, the same on every rank and for every world."""
-        mesh, model = self.mesh, self.training.model
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self.held_out.evaluation(
-            self.config.eval_batches, self.share * mesh.world_size, rank=mesh.rank, world_size=mesh.world_size
-        ):
-            token_QP, target_QP = self._on_device(batch)
-            output: Output = model(token_QP, self._context(batch, token_QP, training=False))
-            sums += torch.tensor([float(cross_entropy(output.logits_QPV, target_QP)) * target_QP.numel(), target_QP.numel()])
-        collectives.all_reduce(sums, mesh.control_group)
-        mesh.ledger.take()  # evaluation's traffic is no step's
-        return float(sums[0] / sums[1])
-
-    def _loads(self, load_LE: np.ndarray, dropped: float) -> dict[str, Any]:
-        """Load of devices and of experts over their means, averaged over layers; the share dropped; the plan."""
-        plan = self.engine.plan
-        if plan is None:
-            return {"load_max_over_mean": 1.0, "expert_load_max_over_mean": 1.0, "dropped": 0.0}
-        if self._share_of is None or self._share_of[0] is not plan:
-            self._share_of = (plan, device_shares_LER(plan, self.mesh.node_of_expert_rank))
-        load_LR = np.einsum("le,ler->lr", load_LE, self._share_of[1])
-        return {
-            "load_max_over_mean": _max_over_mean(load_LR),
-            "expert_load_max_over_mean": _max_over_mean(load_LE),
-            "dropped": dropped / max(1.0, dropped + float(load_LE.sum())),
-            "plan": plan.digest[:12],
-        }
+        return step.stop
 
     # ---- windows and re-planning ---------------------------------------------------------------------------------
 
@@ -349,6 +227,9 @@ class _Run:
             self._cross_boundary()
         elif self.windows.begin <= self.step < self.windows.boundary and self.window is None:
             self.window = self._new_window()  # later than `begin` where a run was resumed inside the window
+
+    def _workload(self) -> Workload:
+        return workload_of(self.layers[0], self.stepper.tokens_per_rank, self.config.accumulate)
 
     def _new_window(self) -> Window:
         plan = self.engine.plan
@@ -365,8 +246,7 @@ class _Run:
         measured = window.close(self.mesh) if window is not None else None
         calibrated = None
         if measured is not None:
-            tokens_per_rank = self.share * self.training.seq_len
-            calibrated = calibrate(measured, plan, topology, workload_of(self.layers[0], tokens_per_rank, self.config.accumulate))
+            calibrated = calibrate(measured, plan, topology, self._workload())
             self.before = (measured, calibrated)
             self.reports["before"] = report_window(measured, plan, topology, calibrated, None, self.mesh)
         if replan.at_step is not None and window is not None:
@@ -409,9 +289,7 @@ class _Run:
             return
         measured.trace.save(self.directory.trace)
         earlier = self.before[0] if self.before is not None else None
-        tokens_per_rank = self.share * self.training.seq_len
-        workload = workload_of(self.layers[0], tokens_per_rank, self.config.accumulate)
-        calibrated = self.before[1] if self.before is not None else calibrate(measured, plan, topology, workload)
+        calibrated = self.before[1] if self.before is not None else calibrate(measured, plan, topology, self._workload())
         self.reports["after"] = report = report_window(measured, plan, topology, calibrated, earlier, self.mesh)
         self.event("window_measured", step=self.step, **report.as_json())
 
@@ -437,7 +315,7 @@ class _Run:
         state = checkpoint.restore(folder, manifest, self.engine).state
         if state.seed != self.config.seed or state.corpus_digest != self.training.corpus.digest:
             raise BadData(
-                f"{folder} was made with seed {state.seed} on data {state.corpus_digest[:12]}, and this run has seed {self.config.seed} and "
+                f"{folder} was made with seed {state.seed} on data {state.corpus_digest[:12]}, and this run seed {self.config.seed} and "
                 f"data {self.training.corpus.digest[:12]}; resume with the same seed and files, or start a new run.dir"
             )
         self.step, self.state = state.step, state.data
@@ -449,26 +327,8 @@ class _Run:
         self.stop_asked = True
 
 
-def cross_entropy(logits_QPV: Tensor, target_QP: Tensor) -> Tensor:
-    """Mean over the rank's tokens, in fp32 or wider."""
-    wide = logits_QPV.to(torch.promote_types(logits_QPV.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, -2), target_QP.flatten())
-
-
-def device_shares_LER(plan: Plan, node_of_R: Sequence[int]) -> np.ndarray:
-    """float64 [L, E, R]: the part of each expert's assignments that each device computes, homes being equally many everywhere."""
-    device_LRE = choose_replica(plan, node_of_R) // plan.slots_per_device
-    return (device_LRE[:, :, :, None] == np.arange(plan.num_devices)).mean(axis=1)
-
-
-def _max_over_mean(load_LX: np.ndarray) -> float:
-    mean_L = load_LX.mean(axis=1)
-    busy_L = mean_L > 0
-    return float((load_LX.max(axis=1)[busy_L] / mean_L[busy_L]).mean()) if busy_L.any() else 1.0
-
-
 @contextlib.contextmanager
-def _on_sigterm(call: Any) -> Iterator[None]:
+def _on_sigterm(call: Callable[[], None]) -> Iterator[None]:
     """While the block runs, SIGTERM calls `call`; only the main thread can have it so."""
     if threading.current_thread() is not threading.main_thread():
         yield
