@@ -1,0 +1,243 @@
+"""`crossdock plan`: solve, compare, show, diff, check and report. Everything heavy is imported inside the commands."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crossdock.errors import UsageError
+
+plan_app = typer.Typer(
+    name="plan", help="Decide where experts live, and say what a plan is worth.", no_args_is_help=True, rich_markup_mode=None
+)
+
+METHODS = "contiguous, random, balance, anneal, ilp"
+DEFAULT_METHODS = "contiguous,random,balance,anneal"
+
+TraceOption = Annotated[Path, typer.Option("--trace", help="Routing to plan for: .npz, or .npy of [tokens, layers(, choices)].")]
+TopologyOption = Annotated[str, typer.Option("--topology", help="A topology.yaml, or a preset such as 2x8-nvlink-ib.")]
+ModeOption = Annotated[str, typer.Option("--mode", help="home: tokens return after every layer. coherent: not available yet.")]
+ObjectiveOption = Annotated[str, typer.Option("--objective", help="seconds, devices, nodes or hops.")]
+WorkloadOption = Annotated[
+    Path | None, typer.Option("--workload", help="A run's YAML or a workload file; without it a model of DeepSeek-V2-Lite's size.")
+]
+LoadCapOption = Annotated[float | None, typer.Option("--load-cap", help="Most load of a device in any layer, over the mean device's.")]
+SlotsOption = Annotated[int | None, typer.Option("--slots", help="Slots of each device in each layer; as many as needed if left out.")]
+NumExpertsOption = Annotated[int | None, typer.Option("--num-experts", min=1, help="Experts per layer, where the trace does not say.")]
+SecondsOption = Annotated[float, typer.Option("--seconds", help="Cap on the search of one method.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed and same iterations: same plan.")]
+EvalTraceOption = Annotated[Path | None, typer.Option("--eval-trace", help="Held-out routing to score the same plans on.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.", show_default=False)]
+
+
+@plan_app.command("solve")
+def solve_command(
+    trace: TraceOption,
+    topology: TopologyOption,
+    method: Annotated[str, typer.Option("--method", help=f"{METHODS}.")] = "anneal",
+    mode: ModeOption = "home",
+    objective: ObjectiveOption = "seconds",
+    workload: WorkloadOption = None,
+    load_cap: LoadCapOption = None,
+    slots: SlotsOption = None,
+    num_experts: NumExpertsOption = None,
+    seconds: SecondsOption = 10.0,
+    seed: SeedOption = 0,
+    eval_trace: EvalTraceOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Place the experts of a trace on a topology, and write the plan.
+
+    Example: crossdock plan solve --trace trace.npz --topology 2x8-nvlink-ib --seconds 30 --out plan.json
+    """
+    from crossdock.placement.commands import Asked
+    from crossdock.placement.compare import Candidate
+    from crossdock.placement.solvers import solve
+
+    asked = Asked.read(trace, topology, mode, objective, workload, load_cap, slots, num_experts, eval_trace)
+    _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
+    solution = solve(asked.problem, method, seconds, seed)
+    solution.plan.save(out)
+    value = asked.score([Candidate(method, solution.plan, solution, solution.seconds)])
+    if as_json:
+        _print_json(value | {"out": str(out)})
+        return
+    _print_tables(value)
+    print(f"\n{solution.plan.method} stopped by {solution.stopped_by} after {solution.seconds:.1f} s; wrote {out}")
+
+
+@plan_app.command("compare")
+def compare_command(
+    trace: TraceOption,
+    topology: TopologyOption,
+    methods: Annotated[str, typer.Option("--methods", help=f"Comma-separated, of {METHODS}.")] = DEFAULT_METHODS,
+    mode: ModeOption = "home",
+    objective: ObjectiveOption = "seconds",
+    workload: WorkloadOption = None,
+    load_cap: LoadCapOption = None,
+    slots: SlotsOption = None,
+    num_experts: NumExpertsOption = None,
+    seconds: SecondsOption = 10.0,
+    seed: SeedOption = 0,
+    eval_trace: EvalTraceOption = None,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan.json to compare as well; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score several methods, and plans from files, on the same trace with the same evaluator.
+
+    Example: crossdock plan compare --trace trace.npz --topology 2x4-nvlink-ib --methods contiguous,anneal --eval-trace held-out.npz
+    """
+    from crossdock.placement.commands import Asked, method_names
+    from crossdock.placement.compare import Candidate, solved
+    from crossdock.placement.plan import Plan
+
+    names = method_names(methods)
+    asked = Asked.read(trace, topology, mode, objective, workload, load_cap, slots, num_experts, eval_trace)
+    from_files = [Candidate(path.name, Plan.load(path)) for path in plan or ()]
+    for candidate in from_files:
+        candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)
+    _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
+    value = asked.score(solved(asked.problem, names, seconds, seed) + from_files)
+    _print_json(value) if as_json else _print_tables(value)
+
+
+@plan_app.command("show")
+def show_command(plan: PlanArgument, as_json: AsJson = False) -> None:
+    """Print where a plan puts the experts, and where the plan comes from.
+
+    Example: crossdock plan show plan.json
+    """
+    from crossdock.placement.commands import plan_facts, wrapped
+    from crossdock.placement.plan import EMPTY, Plan
+
+    shown = Plan.load(plan)
+    facts = plan_facts(shown)
+    if as_json:
+        _print_json(facts | {"slots": shown.slots_LRS.tolist()})
+        return
+    print("\n".join(f"{name.replace('_', ' '):>18}  {'-' if value is None else value}" for name, value in facts.items()))
+    for layer, slots_RS in enumerate(shown.slots_LRS):
+        print(f"\nlayer {layer}")
+        for device, slots_S in enumerate(slots_RS):
+            experts = " ".join("." if expert == EMPTY else str(expert) for expert in slots_S)
+            print("\n".join(wrapped(f"  device {device:>3}:", experts)))
+
+
+@plan_app.command("diff")
+def diff_command(
+    plan: PlanArgument,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The plan to move to.", show_default=False)],
+    workload: WorkloadOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the moves that turn one plan into another, and the bytes that they carry.
+
+    Example: crossdock plan diff old.json new.json --workload configs/tiny.yaml
+    """
+    from crossdock.placement.commands import read_workload, wrapped
+    from crossdock.placement.plan import Plan
+
+    before, after = Plan.load(plan), Plan.load(other)
+    moves = before.moves_to(after)
+    state_bytes = read_workload(workload).expert_state_bytes
+    if as_json:
+        listed = [{"layer": move.layer, "expert": move.expert, "source": move.source, "target": move.target} for move in moves]
+        _print_json({"plan": before.digest, "other": after.digest, "moves": listed, "state_bytes": len(moves) * state_bytes})
+        return
+    print(f"{len(moves)} moves of {before.num_layers * before.num_experts} experts, {len(moves) * state_bytes / 2**20:,.1f} MiB of state")
+    for layer in range(before.num_layers):
+        of_layer = [f"{move.expert}:{move.source}>{move.target}" for move in moves if move.layer == layer]
+        if of_layer:
+            print("\n".join(wrapped(f"  layer {layer:>3}:", " ".join(of_layer))))
+    print("expert:from>to" if moves else "the plans put every expert on the same devices")
+
+
+@plan_app.command("check")
+def check_command(
+    plan: PlanArgument,
+    config: Annotated[Path | None, typer.Option("--config", help="A run's YAML that the plan shall serve.")] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Routing that the plan shall serve.")] = None,
+    topology: Annotated[str | None, typer.Option("--topology", help="A topology.yaml or preset that the plan shall run on.")] = None,
+    load_cap: LoadCapOption = None,
+    num_experts: NumExpertsOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a plan is whole, fits a model, a trace and a topology, and keeps to a load cap.
+
+    Example: crossdock plan check plan.json --config configs/tiny.yaml --topology 2x1-local
+    """
+    from crossdock.placement.commands import check_plan, plan_facts
+    from crossdock.placement.plan import Plan
+
+    checked = Plan.load(plan)
+    notes = check_plan(checked, config, trace, topology, load_cap, num_experts)
+    if as_json:
+        _print_json({"ok": True, **plan_facts(checked), "notes": notes})
+        return
+    print(f"{plan}: ok; {checked.num_layers} layers x {checked.num_experts} experts on {checked.num_devices} devices")
+    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
+
+
+@plan_app.command("report")
+def report_command(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run directory.", show_default=False)] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Without a run: the routing to show plans on.")] = None,
+    topology: Annotated[str | None, typer.Option("--topology", help="Without a run: a topology.yaml or preset.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="Without a run: a plan.json; the last one is shown in full.")] = None,
+    workload: WorkloadOption = None,
+    num_experts: NumExpertsOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the page goes; report.html, beside the run if there is one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page, whole in itself: traffic before and after, load, methods, and for a run predictions beside counts.
+
+    Example: crossdock plan report runs/demo --out report.html
+
+    Example: crossdock plan report --trace trace.npz --topology 2x8-nvlink-ib --plan plan.json --out report.html
+    """
+    from crossdock import atomic
+    from crossdock.placement.commands import Asked
+    from crossdock.placement.plan import Plan
+    from crossdock.placement.report import render_plan_report, render_run_report
+
+    if run is not None:
+        if trace or topology or plan:
+            raise UsageError(
+                "a run directory brings its own trace, topology and plan; give either RUN_DIR or --trace, --topology and --plan"
+            )
+        page, target = render_run_report(run), out or run / "report.html"
+    elif trace and topology and plan:
+        asked = Asked.read(trace, topology, "home", "seconds", workload, None, None, num_experts, None)
+        plans = {path.name: Plan.load(path) for path in plan}
+        page = render_plan_report(asked.trace, asked.topology, asked.workload, plans, title=f"Plans for {trace.name}")
+        target = out or Path("report.html")
+    else:
+        raise UsageError("nothing to report on; give a run directory, or --trace, --topology and --plan")
+    atomic.write_text(target, page)
+    _print_json({"out": str(target), "bytes": len(page)}) if as_json else print(f"{target}: {len(page) / 1024:,.0f} KiB")
+
+
+def _say(lines: Sequence[str], as_json: bool) -> None:
+    print("\n".join(lines), file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def _print_tables(value: dict[str, Any]) -> None:
+    from crossdock.placement.commands import table
+
+    print("\n" + "\n".join(table(value["rows"])))
+    if value["eval_rows"]:
+        print("\nheld out\n" + "\n".join(table(value["eval_rows"])))
+    print(
+        "\nmoved: copies that leave their device, per (token, expert). dev/tok, node/tok: distinct\n"
+        "devices and nodes of a token in a layer. load: busiest device over mean. hops: first\n"
+        "choices that change device from layer to layer. gap: proven distance to the best plan."
+    )
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

@@ -1,0 +1,148 @@
+"""The rows of `plan solve` and `plan compare`: what each plan does to a trace, and how far it may be from the best plan there is."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from crossdock.placement.affinity import Affinity
+from crossdock.placement.cost import Workload
+from crossdock.placement.evaluate import Evaluation, evaluate
+from crossdock.placement.plan import Plan
+from crossdock.placement.problem import Constraints, Problem, Solution
+from crossdock.placement.solvers import SOLVERS
+from crossdock.placement.solvers.bounds import copies_to_devices, lower_bound
+from crossdock.placement.solvers.solution import cost_of
+from crossdock.placement.topology import Topology
+from crossdock.placement.trace import Trace
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan on one trace; the JSON keys of DESIGN's `plan solve|compare`, and `cost`, `load_max`, `plan`.
+
+    cost_s       predicted seconds of a step, by the evaluator
+    cost         the objective's value, tokens at home on every device alike; None for a plan with replicas
+    bound        proven lower bound on `cost` for this trace over plans without replicas; None where it does not apply
+    gap_cost     (cost - bound) / cost; gap_moved and gap_kept: how far moved is above, and kept below, what the bound on copies allows,
+                 as a fraction of moved and of the most that could be kept
+    load_max     the busiest device over the mean, in the worst layer; load_max_over_mean is the mean over layers
+    solve_s, stopped_by   None for a plan that was read from a file, and on a trace that was not solved for
+    """
+
+    method: str
+    cost_s: float
+    moved: float
+    kept: float
+    devices_per_token: float
+    nodes_per_token: float
+    cross_device_hops: float
+    cross_node_hops: float
+    load_max_over_mean: float
+    bound: float | None
+    gap_cost: float | None
+    gap_moved: float | None
+    gap_kept: float | None
+    solve_s: float | None
+    stopped_by: str | None
+    cost: float | None
+    load_max: float
+    plan: str
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A plan under comparison: solved here (`solution`), or read from a file."""
+
+    label: str
+    plan: Plan
+    solution: Solution | None = None
+    solve_s: float | None = None
+
+
+def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) -> list[Candidate]:
+    """Each method's plan. A load cap binds the searches; contiguous, random and balance are shown for what they are."""
+    candidates = []
+    for method in methods:
+        started_s = time.perf_counter()
+        solution = SOLVERS[method](problem, seconds, seed)
+        candidates.append(Candidate(method, solution.plan, solution, time.perf_counter() - started_s))
+    return candidates
+
+
+def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool) -> tuple[Row, Evaluation]:
+    """Evaluate a candidate on `trace`, which `problem` counts; `fitted` where the candidate was solved for this very problem."""
+    plan, solution = candidate.plan, candidate.solution if fitted else None
+    evaluation = evaluate(trace, plan, problem.topology, problem.workload)
+    comparable = not plan.has_replicas and bool((np.count_nonzero(plan.slots_LRS >= 0, axis=2) <= problem.slots_R).all())
+    cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
+    bound = gap_cost = gap_moved = gap_kept = None
+    if comparable and cost is not None:
+        bound = min(max(lower_bound(problem), solution.bound if solution and solution.bound is not None else -np.inf), cost)
+        gap_cost = (cost - bound) / cost if cost > 0 else 0.0
+        if not evaluation.exact:
+            least = _least_moved(problem, solution)
+            gap_moved = max(0.0, evaluation.moved - least) / evaluation.moved if evaluation.moved > 0 else 0.0
+            gap_kept = max(0.0, evaluation.moved - least) / (1.0 - least) if least < 1 else 0.0
+    rows_LR = evaluation.rows_LR
+    row = Row(
+        method=candidate.label,
+        cost_s=evaluation.step_s,
+        moved=evaluation.moved,
+        kept=evaluation.kept,
+        devices_per_token=evaluation.devices_per_token,
+        nodes_per_token=evaluation.nodes_per_token,
+        cross_device_hops=evaluation.cross_device_hops,
+        cross_node_hops=evaluation.cross_node_hops,
+        load_max_over_mean=evaluation.load_max_over_mean,
+        bound=bound,
+        gap_cost=gap_cost,
+        gap_moved=gap_moved,
+        gap_kept=gap_kept,
+        solve_s=candidate.solve_s if fitted else None,
+        stopped_by=solution.stopped_by if solution else None,
+        cost=cost,
+        load_max=float((rows_LR.max(axis=1) / np.maximum(rows_LR.mean(axis=1), 1e-300)).max()),
+        plan=plan.digest,
+    )
+    return row, evaluation
+
+
+def problem_for(trace: Trace, like: Problem) -> Problem:
+    """The same question about another trace, without a load cap or pins: for scoring plans, not for solving."""
+    slots = Constraints(slots=like.constraints.slots)
+    return Problem(Affinity.from_trace(trace), like.topology, like.workload, like.mode, like.objective, slots)
+
+
+def describe(trace: Trace, path: str, topology: Topology, workload: Workload, problem: Problem) -> dict[str, object]:
+    """The head of the JSON: what was compared, and under which assumptions."""
+    return {
+        "trace": {
+            "path": path,
+            "digest": trace.digest,
+            "tokens": trace.num_tokens,
+            "layers": trace.num_layers,
+            "experts": trace.num_experts,
+            "top_k": trace.top_k,
+            "homes": trace.home_T is not None,
+        },
+        "topology": {"name": topology.name, "digest": topology.digest, "devices": topology.num_devices, "nodes": topology.num_nodes},
+        "mode": problem.mode,
+        "objective": problem.objective,
+        "workload": workload.to_mapping(),
+    }
+
+
+def _least_moved(problem: Problem, solution: Solution | None) -> float:
+    """A lower bound on the evaluator's `moved` for homes anywhere alike."""
+    R, rows = problem.num_devices, float(problem.affinity.load_LE.sum())
+    if problem.workload.dispatch == "flat" or rows == 0:
+        return (R - 1) / R
+    copies = float(copies_to_devices(problem).sum())
+    if solution is not None and solution.bound is not None and problem.objective == "devices":
+        copies = max(copies, solution.bound * problem.affinity.num_tokens * problem.num_layers)
+    return copies * (R - 1) / R / rows

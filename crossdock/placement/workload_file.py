@@ -1,0 +1,104 @@
+"""Reads a workload from its own file, or from the YAML of a training run, whose sizes say the same: `--workload CONFIG|FILE`.
+
+Placement does not know the launcher, so the few keys that it needs are read here with the run configuration's own defaults; a test holds
+the two equal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crossdock import strict_yaml
+from crossdock.errors import BadConfig
+from crossdock.placement.cost import Workload
+from crossdock.strict_yaml import Document
+
+_RUN_SECTIONS = ("model", "train", "parallel", "data", "precision")
+_WIRE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+_EXPERT_MATRICES = {"swiglu": 3, "gelu": 2}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan must agree with: MoE layers, experts and the devices of an expert-parallel group."""
+
+    num_layers: int
+    num_experts: int
+    num_devices: int
+
+
+def load_workload(path: Path) -> Workload:
+    """The workload that a file describes. Raises `MissingInput` and `BadConfig`."""
+    document = strict_yaml.load(path)
+    if not is_run(document):
+        return Workload.load(path)
+    keys = _Keys(document)
+    width = keys.integer("model.model_width", 128)
+    mlp_width = keys.integer("model.mlp_width", -(-8 * width // 24) * 8)
+    expert_parallel = keys.integer("parallel.expert", 1)
+    micro_batches = keys.integer("train.accumulate", 1)
+    num_ranks = keys.integer("parallel.ranks", expert_parallel)
+    sequences = keys.integer("train.batch_sequences", 32) // (num_ranks * micro_batches)
+    if sequences < 1:
+        raise BadConfig(
+            f"{path}: train.batch_sequences gives less than one sequence to each of {num_ranks} ranks x {micro_batches} micro-batches; "
+            "raise it"
+        )
+    compute = keys.choice("precision.compute", _WIRE_BYTES, "fp32")
+    return Workload(
+        tokens_per_rank=sequences * keys.integer("data.seq_len", 128),
+        model_width=width,
+        expert_width=keys.integer("model.expert_width", mlp_width),
+        wire_bytes=_WIRE_BYTES[keys.choice("precision.wire", _WIRE_BYTES, compute)],
+        expert_matrices=_EXPERT_MATRICES[keys.choice("model.activation", _EXPERT_MATRICES, "swiglu")],
+        dispatch="flat" if keys.choice("dispatch", ("deduplicated", "flat"), "deduplicated") == "flat" else "deduplicated",
+        micro_batches=micro_batches,
+    )
+
+
+def load_shape(path: Path) -> ModelShape:
+    """The shape of the plan that a run asks for. Raises `MissingInput` and `BadConfig`."""
+    keys = _Keys(strict_yaml.load(path))
+    routed = keys.choice("model.block", ("dense", "top_k", "shared_expert", "scmoe"), "scmoe") != "dense"
+    num_layers = keys.integer("model.num_layers", 4) // keys.integer("model.moe_every", 2) if routed else 0
+    return ModelShape(num_layers, keys.integer("model.num_experts", 8), keys.integer("parallel.expert", 1))
+
+
+def is_run(document: Document) -> bool:
+    """Whether a document is the configuration of a run: it has at least one of a run's sections."""
+    return isinstance(document.value, Mapping) and any(isinstance(document.value.get(name), Mapping) for name in _RUN_SECTIONS)
+
+
+class _Keys:
+    """Typed look-ups by dotted name, with a default where the key is absent or null."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+
+    def value(self, name: str) -> Any:
+        value: Any = self.document.value
+        for part in name.split("."):
+            if not isinstance(value, Mapping):
+                return None
+            value = value.get(part)
+        return value
+
+    def integer(self, name: str, default: int) -> int:
+        value = self.value(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BadConfig(f"{self._where(name)}: `{name}` is {value!r}; give an integer of at least 1")
+        return value
+
+    def choice(self, name: str, choices: Any, default: str) -> str:
+        value = self.value(name)
+        if value is None:
+            return default
+        if value not in choices:
+            raise BadConfig(f"{self._where(name)}: `{name}` is {value!r}; choose from {', '.join(choices)}")
+        return str(value)
+
+    def _where(self, name: str) -> str:
+        return self.document.where(tuple(name.split(".")))
