@@ -15,8 +15,8 @@ from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.runtime.windows import Measured, RankRecord, transfer_seconds_of
 
-SLOWEST_DEVICE, FASTEST_DEVICE = 0.25, 4.0
-"""Bounds on a device's measured speed over the mean: beyond them it is noise."""
+WILD = 4.0
+"""A device whose speed seems this many times the mean, or the mean this many times its, was not measured but missed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,22 +65,28 @@ def _expert_speed(
                 flop = rows_LR[layer, rank] * workload.row_flop
                 points += [(rank, flop, profile.expert_forward_s), (rank, 2.0 * flop, profile.expert_backward_s)]
     rank_P, flop_P, seconds_P = (np.array(column) for column in zip(*points, strict=True))
-    overhead_s, s_per_flop = _line(flop_P, seconds_P)
-    predicted_R = np.bincount(rank_P, flop_P * s_per_flop)
-    measured_R = np.bincount(rank_P, np.maximum(seconds_P - overhead_s, 0.0))
-    relative_R = np.clip(
-        np.divide(predicted_R, measured_R, out=np.ones_like(predicted_R), where=measured_R > 0), SLOWEST_DEVICE, FASTEST_DEVICE
-    )
-    return overhead_s, relative_R / s_per_flop
+    return _fit(rank_P, flop_P, seconds_P, len(groups[0]))
 
 
-def _line(x_P: NDArray[np.float64], y_P: NDArray[np.float64]) -> tuple[float, float]:
-    """(intercept, slope) by least squares, neither negative and the slope positive; through the origin where the best line is not such."""
-    through_origin = max(float(y_P.sum() / max(x_P.sum(), 1.0)), 1e-18)
-    if np.ptp(x_P) == 0:
-        return 0.0, through_origin
-    slope, intercept = np.polyfit(x_P, y_P, 1)
-    return (float(intercept), float(slope)) if slope > 0 and intercept >= 0 else (0.0, through_origin)
+def _fit(
+    rank_P: NDArray[np.int64], flop_P: NDArray[np.float64], seconds_P: NDArray[np.float64], num_ranks: int
+) -> tuple[float, NDArray[np.float64]]:
+    """Least squares of seconds = overhead + flop / speed of the rank: (overhead, speed [R]).
+
+    Where noise makes the overhead negative it is left out; where it makes a speed negative or wild, all ranks get the mean speed.
+    """
+    flop_PR = np.where(rank_P[:, None] == np.arange(num_ranks), flop_P[:, None], 0.0)
+    scale = max(float(flop_P.max()), 1.0)  # so that both unknowns are seconds
+    both = np.linalg.lstsq(np.column_stack([np.ones_like(seconds_P), flop_PR / scale]), seconds_P, rcond=None)[0]
+    overhead_s, s_per_flop_R = float(both[0]), both[1:] / scale
+    if overhead_s < 0:
+        overhead_s, s_per_flop_R = 0.0, np.linalg.lstsq(flop_PR / scale, seconds_P, rcond=None)[0] / scale
+    mean_s_per_flop = float(s_per_flop_R.mean())
+    if mean_s_per_flop <= 0:
+        overhead_s, mean_s_per_flop = 0.0, float(seconds_P.sum() / max(flop_P.sum(), 1.0))
+    if not np.all((s_per_flop_R > mean_s_per_flop / WILD) & (s_per_flop_R < mean_s_per_flop * WILD)):
+        s_per_flop_R = np.full(num_ranks, mean_s_per_flop)
+    return overhead_s, 1.0 / np.maximum(s_per_flop_R, 1e-18)
 
 
 def _scaled_links(
