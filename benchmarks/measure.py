@@ -133,7 +133,7 @@ def publish(
     columns: Sequence[str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Print `rows` under the title `what`, save them where `out` is given, and return the document `{machine, commit, what, rows, **extra}`.
+    """Print `rows` under the title `what`, save them where `out` is given, and return `{machine, commit, what, rows, **extra}`.
 
     `columns` chooses and orders what the printed table shows (default: every key of the first row); the JSON always holds every key.
     With `json_only` stdout is the JSON document alone.
