@@ -345,7 +345,7 @@ def _wait_all(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float, de
 
 def _last_lines(folder: Path, number: int) -> str:
     text = "".join((folder / f"{number}.{stream}").read_text(errors="replace") for stream in ("out", "err"))
-    return "\n".join(text.splitlines()[-40:])
+    return "\n".join(text.splitlines()[-80:])
 
 
 def _ip(namespace: str, line: str) -> None:

@@ -1,0 +1,84 @@
+"""Line charts as SVG text, for results that are kept in the repository: panels side by side, a mean line and a band for each curve."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import mean
+
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207")
+PANEL_WIDTH, PANEL_HEIGHT = 420, 300
+LEFT, TOP, RIGHT, BOTTOM = 62, 28, 16, 48
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one curve: x, and over the repeats the mean, lowest and highest y."""
+
+    x: tuple[float, ...]
+    middle: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, x: Sequence[float], repeats: Sequence[Sequence[float]]) -> "Curve":
+        """From the y values of every repeat, each as long as `x`."""
+        columns = list(zip(*repeats, strict=True))
+        assert len(columns) == len(x), f"{len(columns)} values for {len(x)} points"
+        return cls(tuple(x), *(tuple(combine(column) for column in columns) for combine in (mean, min, max)))
+
+
+def figure(panels: Mapping[str, Mapping[str, Curve]], y_label: str) -> str:
+    """An SVG document: one panel for each x label, its curves by name, one scale of y for all."""
+    every = [curve for curves in panels.values() for curve in curves.values()]
+    y_range = _padded(min(min(curve.low) for curve in every), max(max(curve.high) for curve in every))
+    width, height = len(panels) * PANEL_WIDTH, PANEL_HEIGHT
+    body = [line for number, (label, curves) in enumerate(panels.items()) for line in _panel(number, label, curves, y_label, y_range)]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return "\n".join(
+        [f'{head} font-family="sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>\n"]
+    )
+
+
+def _panel(number: int, x_label: str, curves: Mapping[str, Curve], y_label: str, y_range: tuple[float, float]) -> Iterator[str]:
+    x_range = (0.0, max(max(curve.x) for curve in curves.values()))
+    left, right = number * PANEL_WIDTH + LEFT, (number + 1) * PANEL_WIDTH - RIGHT
+    top, bottom = TOP, PANEL_HEIGHT - BOTTOM
+
+    def across(x: float) -> float:
+        return left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left)
+
+    def down(y: float) -> float:
+        return bottom - (y - y_range[0]) / (y_range[1] - y_range[0]) * (bottom - top)
+
+    for y in _ticks(*y_range):
+        yield f'<line x1="{left}" x2="{right}" y1="{down(y):.1f}" y2="{down(y):.1f}" stroke="#e5e7eb"/>'
+        yield f'<text x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
+    for x in _ticks(*x_range):
+        yield f'<text x="{across(x):.1f}" y="{bottom + 15}" text-anchor="middle">{x:g}</text>'
+    yield f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="#111827"/>'
+    yield f'<text x="{(left + right) / 2:.1f}" y="{bottom + 34}" text-anchor="middle">{escape(x_label)}</text>'
+    if number == 0:
+        middle = (top + bottom) / 2
+        yield f'<text transform="translate(14,{middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    for place, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+        there = [f"{across(x):.1f},{down(y):.1f}" for x, y in zip(curve.x, curve.high, strict=True)]
+        back = [f"{across(x):.1f},{down(y):.1f}" for x, y in zip(reversed(curve.x), reversed(curve.low), strict=True)]
+        line = [f"{across(x):.1f},{down(y):.1f}" for x, y in zip(curve.x, curve.middle, strict=True)]
+        yield f'<polygon points="{" ".join(there + back)}" fill="{colour}" fill-opacity="0.15"/>'
+        yield f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+        yield f'<text x="{right - 4}" y="{top + 14 + 15 * place}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.04 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers from `low` to `high`."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step)
+    return [round(number * step, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
