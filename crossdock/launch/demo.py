@@ -67,7 +67,10 @@ def show(fields: Mapping[str, Any], directory: RunDirectory, console: Console) -
     console.print(
         f"Files: {', '.join(sorted(path.name for path in directory.path.iterdir()))} in {directory.path}", highlight=False, soft_wrap=True
     )
-    console.print(f"Next:  open {directory.report}; crossdock plan compare --trace {directory.trace} --topology 2x1-local", soft_wrap=True)
+    console.print(
+        f"Next: crossdock plan compare --trace {directory.trace} --topology 2x1-local --workload {directory.config}",
+        soft_wrap=True,
+    )
 
 
 def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], steps: int) -> str:

@@ -51,7 +51,7 @@ def show(trace: TracePath, num_experts: NumExperts = None, as_json: AsJson = Fal
         sys.stdout.write(json.dumps(facts) + "\n")
         return
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):>28}  {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):>28}  {value}")
+        print(f"{name.replace('_', ' '):>28}  {_readable(value)}")
 
 
 @trace_app.command("import")
@@ -123,6 +123,12 @@ def describe(trace: "Trace") -> dict[str, Any]:
         "source": trace.source,
         "digest": trace.digest,
     }
+
+
+def _readable(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "known" if value else "not known"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _say_written(out: Path, trace: "Trace", as_json: bool) -> None:
