@@ -200,6 +200,9 @@ def run(arguments: Sequence[str]) -> int:
 
     A traceback appears for bugs alone (exit code 1).
     """
+    if (text := _help(arguments)) is not None:
+        print(text)
+        return 0
     try:
         returned = app(args=list(arguments), standalone_mode=False, prog_name="crossdock")
         sys.stdout.flush()
@@ -221,6 +224,23 @@ def run(arguments: Sequence[str]) -> int:
     except Exception:
         traceback.print_exc()
         return _complain("this is a bug in Crossdock; please report it with the lines above", 1)
+
+
+def _help(arguments: Sequence[str]) -> str | None:
+    """What `crossdock COMMANDS --help` prints, or None where something else was asked.
+
+    Typer would parse the arguments first, and load pydantic for it, which takes longer than everything else that help needs.
+    """
+    if not arguments or arguments[-1] != "--help":
+        return None
+    command: Any = typer.main.get_command(app)
+    context = typer.Context(command, info_name="crossdock")
+    for name in arguments[:-1]:
+        command = getattr(command, "commands", {}).get(name)
+        if command is None:
+            return None
+        context = typer.Context(command, info_name=name, parent=context)
+    return str(command.get_help(context))
 
 
 def _complain(message: str, exit_code: int) -> int:

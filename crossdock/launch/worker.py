@@ -20,6 +20,7 @@ from crossdock.launch.local import tie_to_parent, write_outcome
 from crossdock.launch.rendezvous import WorkerEnv, exchange, network_interface, open_store, worker_env
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.metrics import RunDirectory
 
 if TYPE_CHECKING:
     from crossdock.placement.topology import Topology
@@ -38,7 +39,10 @@ def run_job(request: Request, env: WorkerEnv) -> Result:
         if trains and env.rank == 0 and "resume" not in request.arguments:
             request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
         with joined(request.config, env, trains=trains) as mesh:
-            return Result(0, JOBS[request.job](request, env, mesh))
+            result = Result(0, JOBS[request.job](request, env, mesh))
+        if trains and env.rank == 0:
+            write_report(RunDirectory(run_directory(request.config)))
+        return result
     except BaseException as failure:
         code, message = explain(failure)
         details = {"message": message, "rank": env.rank}
@@ -47,6 +51,13 @@ def run_job(request: Request, env: WorkerEnv) -> Result:
         if trains and env.rank == 0:
             return Result(code, {**record_failure(request.config, code, message, env.rank).fields, **details})
         return Result(code, details)
+
+
+def write_report(directory: RunDirectory) -> None:
+    """Write `report.html` from the files of a finished run."""
+    from crossdock.placement.report import render_run_report
+
+    atomic.write_text(directory.report, render_run_report(directory.path))
 
 
 def explain(failure: BaseException) -> tuple[int, str]:

@@ -1,0 +1,144 @@
+"""The command line as a whole: what it imports, what it lists, and the smaller commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crossdock.launch.cli import run
+from crossdock.placement.trace import Trace
+
+
+def imported(*arguments: str) -> set[str]:
+    """Top-level modules that a command imports."""
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "crossdock", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    assert len(lines) > 50
+    return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines[1:]}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("plan", "--help"), ("plan", "solve", "--help"), ("train", "--help"), ("trace", "--help")]
+)
+def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    assert not imported(*arguments) & {"torch", "numpy", "scipy", "pydantic", "jinja2", "rich", "ray", "deepspeed", "mpi4py"}
+
+
+@pytest.fixture
+def trace_path(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((64, 2, 4)), axis=-1)[..., :2].astype(np.uint16)
+    Trace(experts, 4, home_T=np.arange(64) % 2, source="a test").save(tmp_path / "trace.npz")
+    return tmp_path / "trace.npz"
+
+
+def test_no_plan_command_loads_torch(trace_path: Path) -> None:
+    plan, page = str(trace_path.with_name("plan.json")), str(trace_path.with_name("page.html"))
+    trace = ("--trace", str(trace_path), "--topology", "2x1-local")
+    for arguments in (
+        ("solve", *trace, "--seconds", "0.2", "--out", plan),
+        ("compare", *trace, "--methods", "contiguous,balance,ilp", "--plan", plan, "--seconds", "2"),
+        ("show", plan),
+        ("diff", plan, plan),
+        ("check", plan, *trace),
+        ("report", *trace, "--plan", plan, "--out", page),
+    ):
+        assert "torch" not in imported("plan", *arguments), arguments
+
+
+def test_no_arguments_is_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
+def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossdock.launch import doctor
+
+    def broken() -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    assert run(["doctor"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "bug in Crossdock" in printed.splitlines()[-1]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    topics = {check["topic"]: check for check in report["checks"]}
+    assert {"crossdock", "torch", "cores", "memory", "disk", "interfaces", "process groups"} <= set(topics)
+    assert topics["torch"]["level"] == "ok"
+
+
+def test_config_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "show", "tiny", "train.steps=5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["steps"] == 5
+    assert run(["config", "check", "tiny", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["ok"]
+    assert facts["parameters"] > facts["active_parameters"] > 0
+    assert run(["config", "schema"]) == 0
+    assert "properties" in json.loads(capsys.readouterr().out)
+
+
+def test_a_trace_goes_out_and_comes_in_again(trace_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trace_path.parent
+    assert run(["trace", "export", str(trace_path), str(folder / "all.npy"), "--json"]) == 0
+    assert run(["trace", "export", str(trace_path), str(folder / "first.npy"), "--top-1"]) == 0
+    assert np.load(folder / "first.npy").shape == (64, 2)
+    assert run(["trace", "import", str(folder / "all.npy"), str(folder / "again.npz"), "--num-experts", "4"]) == 0
+    assert np.array_equal(Trace.load(folder / "again.npz").experts_TLK, Trace.load(trace_path).experts_TLK)
+    capsys.readouterr()
+    assert run(["trace", "show", str(trace_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["tokens"], facts["layers"], facts["choices_per_token"], facts["experts"], facts["homes"]) == (64, 2, 2, 4, 2)
+
+
+def test_capture_from_a_config_and_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("pack my box with five dozen liquor jugs. " * 300)
+    small = [
+        "model.model_width=32",
+        "model.num_heads=2",
+        "model.expert_width=32",
+        "data.kind=text",
+        f"data.path={tmp_path / 'text.txt'}",
+        "data.seq_len=16",
+        "parallel.expert=1",
+        "train.steps=3",
+        "train.batch_sequences=4",
+        "capture.steps=1",
+    ]
+    out = tmp_path / "trace.npz"
+    assert run(["train", "tiny", *small, f"run.dir={tmp_path / 'run'}", "checkpoint.at_end=true"]) == 0
+    assert run(["checkpoint", "verify", str(tmp_path / "run"), "--json"]) == 0
+    assert run(["trace", "capture", "tiny", *small, "--out", str(out), "--steps", "2"]) == 0
+    untrained = Trace.load(out)
+    assert (untrained.num_tokens, untrained.num_layers, untrained.top_k) == (2 * 4 * 16, 1, 2)
+    assert run(["trace", "capture", str(tmp_path / "run"), "--out", str(out), "--steps", "2"]) == 0
+    trained = Trace.load(out)
+    assert np.array_equal(trained.token_T, untrained.token_T)
+    assert not np.array_equal(trained.experts_TLK, untrained.experts_TLK)
+    assert "step-00000003" in trained.source
+    shard = next((tmp_path / "run" / "checkpoints").glob("step-*/shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    capsys.readouterr()
+    assert run(["checkpoint", "verify", str(tmp_path / "run")]) == 67
+    assert "BAD" in capsys.readouterr().out
+
+
+def test_probe_writes_a_measured_topology(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from crossdock.placement.topology import Topology
+
+    assert run(["probe", "--ranks", "2", "--out", str(tmp_path / "topology.yaml"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    topology = Topology.load(tmp_path / "topology.yaml")
+    assert topology.measured
+    assert (topology.num_devices, topology.digest) == (2, report["digest"])

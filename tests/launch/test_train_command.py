@@ -1,0 +1,173 @@
+"""`crossdock train` from a shell: alone and under torchrun, to its end, to Ctrl-C, to SIGTERM and on again, to a killed rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TINY = [
+    "tiny",
+    "model.model_width=32",
+    "model.num_heads=2",
+    "model.expert_width=32",
+    "data.kind=text",
+    "data.seq_len=16",
+    "train.batch_sequences=4",
+    "train.eval_batches=1",
+    "capture.steps=1",
+]
+ENDLESS = ["train.steps=1000000", "train.eval_batches=0"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    return tmp_path / "run"
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    return ["train", *TINY, f"data.path={run_dir.parent / 'text.txt'}", f"run.dir={run_dir}", *overrides]
+
+
+def alone(run_dir: Path, *overrides: str) -> "subprocess.Popen[str]":
+    arguments = [sys.executable, "-m", "crossdock", *command(run_dir, *overrides)]
+    # as a shell does it: a session of its own, so that the test can end it as a whole
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def finished(process: "subprocess.Popen[str]") -> tuple[dict[str, Any], str]:
+    out, err = process.communicate(timeout=120)
+    return json.loads(out.splitlines()[-1]), err
+
+
+def ranks_of(run_dir: Path, num_ranks: int = 2) -> list[psutil.Process]:
+    """The ranks' processes, once all have begun and a step is done."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        events = read_lines(run_dir / "events.jsonl")
+        started = [event["pid"] for event in events if event["event"] == "rank_started"]
+        if len(started) >= num_ranks and read_lines(run_dir / "metrics.jsonl"):
+            return [psutil.Process(pid) for pid in started[-num_ranks:]]
+        time.sleep(0.05)
+    raise AssertionError("the ranks did not begin")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_two_ranks_reach_the_target_and_leave_the_files(run_dir: Path) -> None:
+    process = alone(run_dir, "train.steps=6", "topology=2x1-local", "replan.at_step=3", "replan.seconds=0.5", "checkpoint.at_end=true")
+    result, err = finished(process)
+    assert process.returncode == 0, err
+    assert result == json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["exit_code"], result["reached_step"], result["target_step"], result["world_size"]) == (
+        "done",
+        0,
+        6,
+        6,
+        2,
+    )
+    assert result["bytes"]["counted"] == result["bytes"]["predicted"]
+    assert result["bytes"]["counted"]["other_node"] > 0
+    assert result["bytes"]["counted"]["same_node"] == 0
+    assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    files = {path.name for path in run_dir.iterdir()}
+    assert files >= {
+        "config.resolved.yaml",
+        "env.json",
+        "plan.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "result.json",
+        "trace.npz",
+        "report.html",
+    }
+    assert "step 6/6" in err
+    environment = json.loads((run_dir / "env.json").read_text())
+    assert (environment["launcher"], environment["node_of_rank"]) == ("local", [0, 1])
+
+
+def test_an_earlier_finished_run_is_moved_aside(run_dir: Path) -> None:
+    for _ in range(2):
+        process = alone(run_dir, "train.steps=2", "parallel.expert=1")
+        result, err = finished(process)
+        assert process.returncode == 0, err
+        assert result["world_size"] == 1
+    assert json.loads(run_dir.with_name("run.1").joinpath("result.json").read_text())["status"] == "done"
+    assert len(read_lines(run_dir / "metrics.jsonl")) == 2
+
+
+def test_ctrl_c_ends_all_ranks(run_dir: Path) -> None:
+    process = alone(run_dir, *ENDLESS)
+    ranks = ranks_of(run_dir)
+    process.send_signal(signal.SIGINT)
+    result, err = finished(process)
+    assert process.returncode == 130
+    assert (result["status"], result["exit_code"]) == ("interrupted", 130)
+    assert "Traceback" not in err
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+def test_sigterm_saves_the_state_and_the_same_command_goes_on(run_dir: Path) -> None:
+    process = alone(run_dir, *ENDLESS)
+    ranks_of(run_dir)
+    process.send_signal(signal.SIGTERM)
+    result, err = finished(process)
+    assert process.returncode == 75, err
+    assert (result["status"], result["exit_code"]) == ("preempted", 75)
+    assert "the state is saved" in result["message"]
+    steps = result["reached_step"]
+    assert steps == len(read_lines(run_dir / "metrics.jsonl"))
+
+    process = alone(run_dir, *ENDLESS, f"train.steps={steps + 2}")
+    result, err = finished(process)
+    assert process.returncode == 0, err
+    assert result["reached_step"] == steps + 2
+    assert f"resumed after step {steps}" in err
+    assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(1, steps + 3))
+
+
+def test_a_killed_rank_is_named_and_ends_the_others(run_dir: Path) -> None:
+    process = alone(run_dir, *ENDLESS)
+    ranks = ranks_of(run_dir)
+    ranks[1].kill()
+    result, err = finished(process)
+    assert process.returncode == 76
+    assert "rank 1 was killed by SIGKILL" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert json.loads((run_dir / "result.json").read_text()) == result
+    assert (result["exit_code"], result["rank"]) == (76, 1)
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+def test_torchrun_on_one_node(run_dir: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crossdock"]
+    ended = subprocess.run(
+        [*torchrun, *command(run_dir, "train.steps=3")], capture_output=True, text=True, env=environment(), timeout=150, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["reached_step"] == 3
+    assert json.loads((run_dir / "env.json").read_text())["launcher"] == "torchrun"
+
+
+def test_a_failure_under_torchrun_stands_in_the_result(run_dir: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crossdock"]
+    arguments = [*torchrun, *command(run_dir, "train.steps=3", "train.batch_sequences=3")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=150, check=False)
+    assert ended.returncode == 1  # torchrun flattens exit codes
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("failed", 78)
+    assert "3 sequences" in result["message"]
+    assert "crossdock: error: rank 0: 3 sequences" in ended.stderr
