@@ -77,7 +77,7 @@ class Window:
     def close(self, mesh: Mesh) -> Measured | None:
         """Gather the window on rank 0 (elsewhere None). All ranks call it."""
         traces = self.capture.gather(mesh)
-        records = collectives.gather_objects(_record(self._flights), mesh)
+        records = collectives.gather_objects(record_of(self._flights), mesh)
         if records is None:
             return None
         first, second, third = self._bytes
@@ -85,7 +85,8 @@ class Window:
         return Measured(len(self._step_s), tuple(traces), (first, second, third), *medians, tuple(records))
 
 
-def _record(flights: Sequence[Flight]) -> RankRecord:
+def record_of(flights: Sequence[Flight]) -> RankRecord:
+    """Sum up one rank's flights."""
     transfers: dict[Way, list[Transfer]] = defaultdict(list)
     for flight in flights:
         if flight.kind == "tokens":

@@ -13,8 +13,8 @@ from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 from crossdock.runtime.calibrate import calibrate
-from crossdock.runtime.ledger import LayerProfile
-from crossdock.runtime.windows import Measured, RankRecord, Transfer, transfer_seconds_of
+from crossdock.runtime.ledger import Flight, LayerProfile
+from crossdock.runtime.windows import Measured, RankRecord, Transfer, record_of, transfer_seconds_of
 from tests.runtime.tiny import random_plan
 
 TOKENS_PER_RANK, NUM_LAYERS, STEPS = 64, 2, 3
@@ -117,6 +117,20 @@ def test_a_device_that_is_slower_is_seen() -> None:
     slow, fast = sorted(found.topology.flop_per_s_R)
     assert found.topology.flop_per_s_R[1] == slow
     assert 1.5 < fast / slow < 2.6
+
+
+def test_a_window_tells_transfers_of_tokens_from_exchanges_of_counts() -> None:
+    flights = [
+        Flight(0, "dispatch", "forward", "counts", (0, 0, 16), 0.0, 0.0, 0.5, 1),
+        Flight(0, "dispatch", "forward", "metadata", (0, 0, 32), 0.5, 0.6, 0.7, 1),
+        Flight(0, "dispatch", "forward", "tokens", (0, 0, 64), 1.0, 3.0, 4.0, 1),
+        Flight(0, "combine", "forward", "tokens", (0, 0, 64), 6.0, 6.5, 7.0, 1),
+    ]
+    record = record_of(flights)
+    assert record.count_flights_s == [0.5]
+    assert record.transfers == {(0, "dispatch", "forward"): [Transfer(3.0, 1.0)], (0, "combine", "forward"): [Transfer(1.0, 0.5)]}
+    assert record.profile_of_layer[0].dispatch_forward_s == 2.0
+    assert record.profile_of_layer[0].expert_forward_s == 2.0
 
 
 def test_a_transfer_takes_what_the_last_rank_saw() -> None:

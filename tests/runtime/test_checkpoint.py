@@ -40,6 +40,8 @@ def load_into(
     found, manifest, passed_over = checkpoint.latest(Path(folder) / "checkpoints", run.mesh)
     loaded = checkpoint.restore(found, manifest, run.engine, passed_over)
     census = tiny.census(run.engine)
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, run.engine.states()[name]["weight"].to(parameter.dtype)), name
     assert run.engine.optimizer.num_updates == loaded.state.step
     seen = tiny.run_steps(run, loaded.state.step, loaded.state.step + more_steps)
     return (loaded.state, loaded.plan and loaded.plan.digest, loaded.folder.name, passed_over), census, seen

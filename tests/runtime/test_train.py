@@ -157,6 +157,7 @@ def test_every_metric_of_the_table_is_written_and_adds_up(ranks: Pool, folder: s
     result, metrics, _ = files(folder)
     assert [row["step"] for row in metrics] == list(range(1, 13))
     assert [row["step"] for row in metrics if "eval_loss" in row] == [5, 10, 12]
+    assert result["bytes"]["counted"] == result["bytes"]["predicted"]  # the evaluation inside the window is not counted
     losses = {name for name in metrics[0] if name.startswith("loss_")}
     assert losses
     assert set(metrics[4]) == set(METRICS) | losses
@@ -203,6 +204,8 @@ def test_a_stopped_run_continues_bitwise(ranks: Pool, folder: str, world_size: i
         assert "asked to stop after step 8 of 12" in result["message"]
     written, _, _ = files(folder)
     assert (written["status"], written["exit_code"], written["reached_step"]) == ("preempted", 75, 8)
+    with RunDirectory(Path(folder) / "run").metrics.open("a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 1')  # as if it had been killed later, while it wrote a line
     resumed = ranks.run(world_size, run_with, folder, plan, {**options, "resume": True}, {})
     for (result, states), (other, wanted) in zip(resumed, straight, strict=True):
         assert (result["status"], result["reached_step"]) == ("done", 12)
