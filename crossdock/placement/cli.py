@@ -233,9 +233,10 @@ def _print_tables(value: dict[str, Any]) -> None:
     if value["eval_rows"]:
         print("\nheld out\n" + "\n".join(table(value["eval_rows"])))
     print(
-        "\nmoved: copies that leave their device, per (token, expert). dev/tok, node/tok: distinct\n"
-        "devices and nodes of a token in a layer. load: busiest device over mean. hops: first\n"
-        "choices that change device from layer to layer. gap: proven distance to the best plan."
+        "\nmoved: copies that leave their device, per (token, expert). dev/tok, node/tok:\n"
+        "distinct devices and nodes of a token in a layer. load: busiest over mean device.\n"
+        "hops: first choices that change device between layers. gap: proven distance of\n"
+        "the objective to the best plan."
     )
 
 

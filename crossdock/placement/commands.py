@@ -62,7 +62,7 @@ class Asked:
         trace, topology, workload, constraints = self.trace, self.topology, self.workload, self.problem.constraints
         cap = "none" if constraints.load_cap is None else f"{constraints.load_cap:g}"
         known = "" if trace.num_experts_known else " (the largest in the trace; --num-experts sets it)"
-        return [
+        lines = [
             f"trace      {self.trace_path}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, "
             f"top {trace.top_k} of {trace.num_experts}{known}",
             f"topology   {topology.name}: {topology.num_devices} devices on {topology.num_nodes} nodes",
@@ -71,6 +71,7 @@ class Asked:
             f"problem    mode {self.problem.mode}, objective {self.problem.objective}, load cap {cap}, slots {self.problem.slots_R.max()}",
             f"search     {search}",
         ]
+        return [part for line in lines for part in textwrap.wrap(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False)]
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
         """The JSON object of solve and compare."""

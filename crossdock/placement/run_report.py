@@ -117,18 +117,8 @@ def _steps(run: Run) -> Section:
     charts = [
         ("Loss", "nat per token", losses, False),
         ("Time", "seconds per step", [run.series("step_s", "step"), run.series("exposed_s", "exposed communication")], True),
-        (
-            "Load",
-            "busiest over mean",
-            [run.series("load_max_over_mean", "device"), run.series("expert_load_max_over_mean", "expert")],
-            False,
-        ),
-        (
-            "Traffic",
-            "bytes per step, all ranks",
-            [run.series(f"bytes_{name}", WORDS[name]) for name in LINK_CLASSES],
-            True,
-        ),
+        ("Load", "busiest over mean", loads, False),
+        ("Traffic", "bytes per step, all ranks", [run.series(f"bytes_{name}", WORDS[name]) for name in LINK_CLASSES], True),
     ]
     for title, unit, series, from_zero in charts:
         if any(one.x for one in series):

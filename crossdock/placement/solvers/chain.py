@@ -15,7 +15,7 @@ from crossdock.placement.plan import EMPTY
 from crossdock.placement.problem import Problem, Solution
 from crossdock.placement.solvers import starts
 from crossdock.placement.solvers.price import FIXED_CHARGE
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.search import FROZEN, Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 FloatArray = NDArray[np.float64]
@@ -94,7 +94,7 @@ class Chain:
             crossing = p != q
             if temperature > 0.0:
                 total = np.cumsum(np.where(crossing, np.exp(-np.maximum(change, 0.0) / temperature), 0.0))
-                clock += len(first) / total[-1] if total[-1] > 0.0 else np.inf
+                clock += len(first) / total[-1] if len(first) and total[-1] > FROZEN else np.inf
                 if clock >= len(first):
                     return
                 chosen = int(np.searchsorted(total, rng.random() * total[-1], side="right").clip(max=len(first) - 1))

@@ -17,6 +17,7 @@ from crossdock.placement.solvers.swaps import CopyState, TokenSets
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+FROZEN = 1e-200  # summed acceptance below which nothing will ever happen
 MAX_PAIRS = 2048  # swaps priced in one step
 EXCESS_WEIGHT = 3.0  # of one mean load above the cap, as a multiple of the layer's whole cost
 
@@ -175,7 +176,7 @@ def anneal_layer(search: LayerSearch, rng: np.random.Generator, hot: float, cold
         after = search.energies(first, second)
         weight = np.exp(np.minimum((energy - after) / temperature, 0.0))
         total = np.cumsum(weight)
-        if total[-1] <= 0.0:
+        if total[-1] < FROZEN:
             break
         chosen = int(np.searchsorted(total, rng.random() * total[-1], side="right").clip(max=len(first) - 1))
         clock += len(first) / total[-1]
