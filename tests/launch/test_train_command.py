@@ -162,6 +162,35 @@ def test_torchrun_on_one_node(run_dir: Path) -> None:
     assert json.loads((run_dir / "env.json").read_text())["launcher"] == "torchrun"
 
 
+def test_a_restart_under_torchrun_resumes(run_dir: Path) -> None:
+    """torchrun's own store keeps the dead ranks' addresses, on which plain restarts of gloo fail (pytorch/pytorch#135712)."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "-m",
+        "crossdock",
+    ]
+    arguments = [*torchrun, *command(run_dir, "train.steps=300", "checkpoint.every=100")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    ranks = ranks_of(run_dir)
+    deadline = time.monotonic() + 60
+    while not any(event["event"] == "checkpoint_saved" for event in read_lines(run_dir / "events.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks[1].kill()
+    result, err = finished(process)
+    assert process.returncode == 0, err
+    assert (result["status"], result["reached_step"]) == ("done", 300)
+    assert any(event["event"] == "resumed" for event in read_lines(run_dir / "events.jsonl"))
+    assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(1, 301))
+
+
 def test_a_failure_under_torchrun_stands_in_the_result(run_dir: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crossdock"]
     arguments = [*torchrun, *command(run_dir, "train.steps=3", "train.batch_sequences=3")]
