@@ -20,7 +20,8 @@ Columns, medians over paired repeats (all variants take turns in one process gro
     fits_s              what the schedule can hide at best: the sum over the four all-to-alls of min(its window, its time), where the
                         windows are compute only, measured on ranks that are alone
     hidden_of_fits      (compute_s + communication_s - step_s) / fits_s
-    exposed_s           time that ranks stood in waits, by the ledger; what step_s exceeds compute_s + exposed_s by is contention
+    exposed_s           time that ranks stood in waits, by the ledger, counts and metadata included (`waits_s` in the JSON tells them apart);
+                        what step_s exceeds compute_s + exposed_s by is contention
 
 The MLP's width is chosen so that communication_s is about `--share` of the shared-expert step at the middle rate on this machine, and the
 expert slot from measured stage times (`runtime.overlap.choose_expert_slot`) for each rate.
@@ -35,7 +36,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +67,15 @@ COLUMNS += ["hidden_of_fits", "exposed_s", "expert_slot"]
 class Shape:
     """Sizes of the block pair. MLP and shared expert have one width, the routed experts `expert_ratio` of it."""
 
-    tokens: int = 2048  # of one rank
-    sequence: int = 256
-    model_width: int = 512
-    mlp_width: int = 1024
-    expert_ratio: float = 1.0
-    num_heads: int = 8
-    num_kv_heads: int = 2
+    tokens: int = 4096  # of one rank
+    sequence: int = 128
+    model_width: int = 256
+    mlp_width: int = 704
+    expert_ratio: float = 0.5
+    num_heads: int = 4
+    num_kv_heads: int = 1
     num_experts: int = 8
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
 
     def config(self, variant: str, num_experts: int) -> ModelConfig:
         return ModelConfig(
@@ -95,7 +97,19 @@ class Timing:
     """One repeat of one variant, on the slowest rank, and what the ledger says (mean over ranks)."""
 
     step_s: float
-    exposed_s: float
+    waits_s: Mapping[str, float]
+
+    @property
+    def exposed_s(self) -> float:
+        return sum(self.waits_s.values())
+
+
+def waits_s(flights: Iterable[ledger.Flight]) -> dict[str, float]:
+    """Seconds waited, by what was waited for: `dispatch forward tokens` and so on."""
+    waits: dict[str, float] = defaultdict(float)
+    for flight in flights:
+        waits[f"{flight.stage} {flight.direction} {flight.kind}"] += flight.wait_end_s - flight.wait_begin_s
+    return dict(waits)
 
 
 class Pair:
@@ -178,13 +192,16 @@ class Bench:
         begin_s = time.perf_counter()
         call()
         step_s = time.perf_counter() - begin_s
-        return Timing(step_s, ledger.exposed_s(self.mesh.ledger.take()))
+        return Timing(step_s, waits_s(self.mesh.ledger.take()))
 
     def agreed(self, timings: Sequence[Timing]) -> list[Timing]:
         """For each repeat the slowest rank's seconds, and the mean of the waits; equal on every rank."""
-        of_ranks = all_gather_objects([(timing.step_s, timing.exposed_s) for timing in timings], self.mesh)
+        of_ranks = all_gather_objects([(timing.step_s, timing.waits_s) for timing in timings], self.mesh)
         return [
-            Timing(max(step for step, _ in repeat), statistics.mean(exposed for _, exposed in repeat))
+            Timing(
+                max(step_s for step_s, _ in repeat),
+                {name: statistics.mean(waits.get(name, 0.0) for _, waits in repeat) for name in repeat[0][1]},
+            )
             for repeat in zip(*of_ranks, strict=True)
         ]
 
@@ -308,9 +325,13 @@ def measure_rate(bench: Bench, shape: Shape, rate: float, compute: Compute) -> l
             [timing.exposed_s for timing in samples[f"{variant}/step"]],
             compute.windows_s(slots[variant]) if variant.startswith("scmoe") else (0.0, 0.0, 0.0, 0.0),
         )
-        | {"expert_slot": slots[variant]}
+        | {"expert_slot": slots[variant], "waits_s": _median_waits([timing.waits_s for timing in samples[f"{variant}/step"]])}
         for variant in VARIANTS
     ]
+
+
+def _median_waits(waits: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(of_repeat[name] for of_repeat in waits) for name in waits[0]}
 
 
 def row(
@@ -377,16 +398,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rates", type=_rates, default=[1e9, 500e6, 250e6], help="bit/s of each node's link, each direction")
     parser.add_argument("--repeats", type=int, default=15, help="at least 7")
     parser.add_argument(
-        "--share", type=float, default=0.37, help="communication in the shared-expert step at the middle rate; 0: keep the width"
+        "--share", type=float, default=0.365, help="communication in the shared-expert step at the middle rate; 0: keep the width"
     )
-    parser.add_argument("--tokens", type=int, default=2048, help="of one rank")
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--model-width", type=int, default=512)
-    parser.add_argument("--mlp-width", type=int, default=1024, help="of MLP and shared expert; where the calibration begins")
-    parser.add_argument("--expert-ratio", type=float, default=1.0, help="width of a routed expert over that of the MLP")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights, activations and wire")
+    parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
+    parser.add_argument("--sequence", type=int, default=Shape.sequence)
+    parser.add_argument("--model-width", type=int, default=Shape.model_width)
+    parser.add_argument("--mlp-width", type=int, default=Shape.mlp_width, help="of MLP and shared expert; where the calibration begins")
+    parser.add_argument("--expert-ratio", type=float, default=Shape.expert_ratio, help="width of a routed expert over that of the MLP")
+    parser.add_argument("--heads", type=int, default=Shape.num_heads)
+    parser.add_argument("--kv-heads", type=int, default=Shape.num_kv_heads)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=Shape.dtype, help="of weights, activations and wire")
     parser.add_argument("--short", action="store_true", help="one rate, 7 repeats, small shapes, no calibration: for CI")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path)
