@@ -234,9 +234,9 @@ def _print_tables(value: dict[str, Any]) -> None:
         print("\nheld out\n" + "\n".join(table(value["eval_rows"])))
     print(
         "\nmoved: copies that leave their device, per (token, expert). dev/tok, node/tok:\n"
-        "distinct devices and nodes of a token in a layer. load: busiest over mean device.\n"
-        "hops: first choices that change device between layers. gap: proven distance of\n"
-        "the objective to the best plan."
+        "distinct devices and nodes of a token in a layer. load: busiest device over\n"
+        "mean. hops: first choices that change device between layers. gap: proven\n"
+        "distance of the objective to the best plan."
     )
 
 
