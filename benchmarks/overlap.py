@@ -20,8 +20,8 @@ Columns, medians over paired repeats (all variants take turns in one process gro
     fits_s              what the schedule can hide at best: the sum over the four all-to-alls of min(its window, its time), where the
                         windows are compute only, measured on ranks that are alone
     hidden_of_fits      (compute_s + communication_s - step_s) / fits_s
-    exposed_s           time that ranks stood in waits, by the ledger, counts and metadata included (`waits_s` in the JSON tells them apart);
-                        what step_s exceeds compute_s + exposed_s by is contention
+    exposed_s           time that ranks stood in waits, by the ledger, counts and metadata included (`waits_s` in the JSON tells them
+                        apart); what step_s exceeds compute_s + exposed_s by is contention
 
 The MLP's width is chosen so that communication_s is about `--share` of the shared-expert step at the middle rate on this machine, and the
 expert slot from measured stage times (`runtime.overlap.choose_expert_slot`) for each rate.
