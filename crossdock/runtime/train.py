@@ -76,7 +76,8 @@ class Training:
     resume: bool = False
     """Continue from the newest valid checkpoint of the run directory."""
     keep_plan: bool = False
-    """Resume under `plan`, even where the checkpoint was saved under another; without it the checkpoint's plan goes on where it fits."""
+    """Resume under `plan`, even where the checkpoint was saved under another, unless the run had re-planned by then. Without it the
+    checkpoint's plan goes on where it fits."""
 
 
 def train(training: Training) -> TrainResult:
@@ -307,7 +308,11 @@ class _Run:
         for problem in passed_over:
             self.event("checkpoint_passed_over", message=problem)
         saved_plan, plan = checkpoint.plan_of(manifest), self.engine.plan
-        if saved_plan is not None and plan is not None and not self.training.keep_plan:
+        at_step = self.training.replan.at_step
+        is_replanned = (
+            at_step is not None and manifest["step"] >= at_step
+        )  # then the checkpoint's plan is the one that was solved on the way
+        if saved_plan is not None and plan is not None and (is_replanned or not self.training.keep_plan):
             same_devices = saved_plan.slots_LRS.shape[:2] == plan.slots_LRS.shape[:2] and saved_plan.num_experts == plan.num_experts
             if same_devices and saved_plan.digest != plan.digest:
                 self._apply(saved_plan)

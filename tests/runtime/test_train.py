@@ -206,7 +206,7 @@ def test_a_stopped_run_continues_bitwise(ranks: Pool, folder: str, world_size: i
     assert (written["status"], written["exit_code"], written["reached_step"]) == ("preempted", 75, 8)
     with RunDirectory(Path(folder) / "run").metrics.open("a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 1')  # as if it had been killed later, while it wrote a line
-    resumed = ranks.run(world_size, run_with, folder, plan, {**options, "resume": True}, {})
+    resumed = ranks.run(world_size, run_with, folder, plan, {**options, "resume": True, "keep_plan": True}, {})
     for (result, states), (other, wanted) in zip(resumed, straight, strict=True):
         assert (result["status"], result["reached_step"]) == ("done", 12)
         assert (result["loss"], result["eval_loss"]) == (other["loss"], other["eval_loss"])
