@@ -69,6 +69,9 @@ class Engine:
             # matrices decay; norms, biases and scalars do not. An expert tensor has its slots in front
             decays = parameter.ndim - (name in bank_of) >= 2
             self.optimizer.add(name, parameter, self.reducer.gradient_of[parameter], decays, states.get(name))
+        gradient_of = {name: self.reducer.gradient_of[parameter] for name, parameter in named.items()}
+        self._dense_gradients = [gradient for name, gradient in gradient_of.items() if name not in bank_of]
+        self._expert_gradients = [(gradient, bank_of[name]) for name, gradient in gradient_of.items() if name in bank_of]
         self._weight_of: dict[str, Tensor] = {}
         self._copies: list[_Copies] = []
         for name, bank in self.banks.items():
@@ -93,7 +96,7 @@ class Engine:
     # ---- the step --------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; on the `last` micro-batch of a step reduce them as they come, and wait for the reduction."""
+        """Accumulate gradients; on the `last` micro-batch of a step their reduction starts as they come."""
         if last:
             self.reducer.arm()
         loss.backward()
@@ -143,14 +146,11 @@ class Engine:
     def _squared_norms(self) -> tuple[Tensor, Tensor]:
         """Squared norms of the summed gradients: of all dense parameters, and of this rank's experts, each copy counted by its share."""
         dense_sq = expert_sq = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        expert_names = {name: bank for bank, names in self.expert_names.items() for name in names}
-        dense = [self.reducer.gradient_of[parameter] for name, parameter in self.model.named_parameters() if name not in expert_names]
-        if dense:
-            dense_sq = torch.stack(torch._foreach_norm(dense)).double().square().sum()
-        for name, parameter in self.model.named_parameters():
-            if name in expert_names:
-                norm_S = torch.linalg.vector_norm(self.reducer.gradient_of[parameter].flatten(1), dim=1)
-                expert_sq = expert_sq + norm_S.double().square() @ self._weight_of[expert_names[name]]
+        if self._dense_gradients:
+            dense_sq = torch.stack(torch._foreach_norm(self._dense_gradients)).double().square().sum()
+        for gradient, bank in self._expert_gradients:
+            norm_S = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+            expert_sq = expert_sq + norm_S.double().square() @ self._weight_of[bank]
         return dense_sq, expert_sq
 
     # ---- copies of an expert inside a group ------------------------------------------------------------------

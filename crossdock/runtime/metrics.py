@@ -99,6 +99,10 @@ class RunDirectory:
         return self.path / "topology.yaml"
 
     @property
+    def workload(self) -> Path:
+        return self.path / "workload.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -122,7 +126,11 @@ class RunDirectory:
 
     def start_anew(self, keep_history: bool) -> None:
         """Take away the result of an earlier run, and unless `keep_history` its metrics, events and traces."""
-        stale = [self.result] if keep_history else [self.result, self.metrics, self.events, self.trace, self.report]
+        stale = (
+            [self.result]
+            if keep_history
+            else [*(self.result, self.metrics, self.events, self.trace, self.topology, self.workload, self.report)]
+        )
         for path in stale:
             path.unlink(missing_ok=True)
 

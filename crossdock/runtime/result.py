@@ -31,11 +31,6 @@ class WindowReport:
     load_max_over_mean: float
     plan: dict[str, str]
 
-    @property
-    def agrees(self) -> bool:
-        """Whether counted and predicted bytes are equal, as they must be."""
-        return self.counted == self.predicted
-
     def bytes_json(self) -> dict[str, Any]:
         return {"steps": self.steps, "counted": self.counted, "predicted": self.predicted, "forecast": self.forecast}
 

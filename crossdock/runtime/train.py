@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
 from crossdock.placement.cost import Workload
 from crossdock.placement.plan import Plan
@@ -248,6 +249,8 @@ class _Run:
         calibrated = None
         if measured is not None:
             calibrated = calibrate(measured, plan, topology, self._workload())
+            calibrated.topology.save(self.directory.topology)  # with the workload, what `crossdock plan` needs to try other plans
+            atomic.write_json(self.directory.workload, calibrated.workload.to_mapping())
             self.before = (measured, calibrated)
             self.reports["before"] = report_window(measured, plan, topology, calibrated, None, self.mesh)
         if replan.at_step is not None and window is not None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from crossdock.errors import BadConfig, BadData, CrossdockError, NonFiniteLoss, Preempted
+from crossdock.placement.cost import Workload
+from crossdock.placement.evaluate import evaluate
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
@@ -117,6 +119,9 @@ def test_counted_bytes_are_the_predicted_ones(
     assert [event["rank"] for event in events if event["event"] == "rank_started"] == list(range(world_size))
     trace = Trace.load(Path(folder) / "run" / "trace.npz")
     assert (trace.num_tokens, trace.num_layers, trace.num_experts) == (3 * 8 * 16, 2, 8)
+    topology, workload = Topology.load(Path(folder) / "run" / "topology.yaml"), Workload.load(Path(folder) / "run" / "workload.json")
+    assert evaluate(trace, plan, topology, workload).step_s > 0
+    assert (workload.tokens_per_rank, workload.micro_batches, workload.dispatch) == (8 * 16 // world_size // 2, 2, dispatch)
 
 
 @pytest.mark.parametrize(("world_size", "expert_parallel", "method"), [(2, 2, "anneal"), (4, 2, "anneal"), (4, 4, "balance")])
