@@ -126,11 +126,8 @@ class RunDirectory:
 
     def start_anew(self, keep_history: bool) -> None:
         """Take away the result of an earlier run, and unless `keep_history` its metrics, events and traces."""
-        stale = (
-            [self.result]
-            if keep_history
-            else [*(self.result, self.metrics, self.events, self.trace, self.topology, self.workload, self.report)]
-        )
+        history = [self.metrics, self.events, self.trace, self.topology, self.workload, self.report]
+        stale = [self.result] if keep_history else [self.result, *history]
         for path in stale:
             path.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from crossdock.errors import BadConfig, BadData, CrossdockError, NonFiniteLoss, Preempted
+from crossdock.models.transformer import Transformer
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
 from crossdock.placement.plan import Plan
@@ -253,6 +254,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(ranks: Pool, folde
     assert (written["status"], written["exit_code"], written["reached_step"], metrics) == ("failed", 79, 0, [])
     assert "not finite on rank" in written["message"]
     assert events[-1]["event"] == "failed"
+
+
+def dense_run(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    mesh = mesh_for(rank, world_size, 1)
+    model = Transformer(tiny.MODEL.model_copy(update={"block": "dense"}), mesh, None, torch.bfloat16, seed=5)
+    directory = RunDirectory(Path(folder) / "run")
+    saving = CheckpointConfig(at_end=True)
+    return train(Training(model, mesh, None, tiny.corpus(folder), tiny.SEQ_LEN, directory, config=tiny.TRAIN, checkpoint=saving)).as_json()
+
+
+def test_a_model_without_experts_trains_as_well(ranks: Pool, folder: str) -> None:
+    for result in ranks.run(2, dense_run, folder):
+        assert (result["status"], result["plan"], result["bytes"]["counted"]) == ("done", None, None)
+    metrics = files(folder)[1]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[0]["bytes_other_node"] == 0
 
 
 # ---- configurations ------------------------------------------------------------------------------------------
