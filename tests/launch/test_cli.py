@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
-from crossdock.launch.cli import run
+from crossdock.launch.cli import app, run
 from crossdock.placement.trace import Trace
 
 
@@ -55,6 +58,22 @@ def test_no_plan_command_loads_torch(trace_path: Path) -> None:
 def test_no_arguments_is_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert "demo" in capsys.readouterr().out
+
+
+def commands(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+def test_every_command_has_an_example_and_json() -> None:
+    listed = dict(commands(typer.main.get_command(app)))
+    assert {("demo",), ("train",), ("trace", "capture"), ("plan", "compare"), ("config", "schema"), ("checkpoint", "verify")} <= set(listed)
+    for path, command in listed.items():
+        assert f"Example: crossdock {' '.join(path)}" in command.help, path
+        assert path == ("config", "schema") or "--json" in {option for parameter in command.params for option in parameter.opts}, path
 
 
 def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

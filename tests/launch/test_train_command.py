@@ -99,6 +99,34 @@ def test_two_ranks_reach_the_target_and_leave_the_files(run_dir: Path) -> None:
     assert (environment["launcher"], environment["node_of_rank"]) == ("local", [0, 1])
 
 
+def test_the_demo_in_small(tmp_path: Path) -> None:
+    small = [
+        "train.steps=8",
+        "replan={at_step: 4, method: anneal, seconds: 0.5, capture_steps: 3}",
+        "data.seq_len=32",
+        "model.model_width=64",
+    ]
+    arguments = [sys.executable, "-m", "crossdock", "demo", *small, "--out", str(tmp_path / "demo")]
+    for _ in range(2):  # the second replaces the first
+        ended = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=150, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert "counted bytes equal the replayed ones to the byte" in ended.stdout
+        assert "What was predicted, and what came true" in ended.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    assert result["moves"] is not None
+    assert result["before"]["bytes"]["counted"] == result["before"]["bytes"]["predicted"]
+    assert result["plan"]["method"] == "anneal"
+
+
+def test_the_demo_replaces_nothing_but_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    ended = subprocess.run([sys.executable, "-m", "crossdock", "demo", "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "holds no run of Crossdock" in ended.stderr
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_an_earlier_finished_run_is_moved_aside(run_dir: Path) -> None:
     for _ in range(2):
         process = alone(run_dir, "train.steps=2", "parallel.expert=1")
