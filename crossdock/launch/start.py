@@ -42,6 +42,8 @@ def model_facts(config: RunConfig) -> dict[str, int]:
 def train(config: RunConfig) -> int:
     """Train; returns the exit code. The last line on stdout is the object of `result.json`."""
     result = run(Request("train", config))
+    if result.exit_code == 0:
+        print(f"-- done after step {result.fields['reached_step']}; files in {config.run.dir}, begin with report.html", file=sys.stderr)
     print(json.dumps(result.as_json()), flush=True)
     return result.exit_code
 
