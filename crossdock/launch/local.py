@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from crossdock import atomic
-from crossdock.errors import PeerLost, Unavailable
+from crossdock.errors import PeerLost, Preempted, Unavailable
 from crossdock.launch.rendezvous import local_environment
 
 INTERRUPTED = 130
@@ -74,6 +74,8 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> Outcome:
         outcomes = [_read_outcome(rank, child, outcome_paths[rank]) for rank, child in enumerate(children)]
     if stopped_by == signal.SIGINT:
         return Outcome(rank=0, exit_code=INTERRUPTED, message="interrupted by Ctrl-C; the ranks have been ended")
+    if stopped_by == signal.SIGTERM and all(outcome.signalled for outcome in outcomes):
+        return Outcome(rank=0, exit_code=Preempted.exit_code, message="asked to stop before there was anything to save; start it again")
     return root_cause([outcome for outcome in outcomes if outcome.rank not in ended_by_us] or outcomes, first_dead)
 
 
