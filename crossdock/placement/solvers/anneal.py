@@ -15,10 +15,11 @@ from crossdock.placement.solvers.search import Deadline, LayerSearch, Placed, an
 from crossdock.placement.solvers.solution import solution_of
 from crossdock.placement.solvers.swaps import TokenSets
 
-MAX_ROUNDS = 10
-PATIENCE = 3  # rounds without improvement after which a layer rests
+MAX_ROUNDS = 12
+PATIENCE = 4  # rounds without improvement after which a layer rests
 PROPOSALS_PER_PAIR = 40.0
-TEMPERATURES = ((3e-3, 3e-4), (1e-2, 5e-4))  # hot, cold, as a share of the layer's cost; rounds take them in turn
+MOST_SWAPS = 400  # of the first two rounds; every second round makes twice as many
+TEMPERATURES = ((0.1, 0.01), (0.32, 0.016))  # hot, cold, as a share of the layer's cost per item; rounds take them in turn
 
 
 def solve(problem: Problem, seconds: float, seed: int) -> Solution:
@@ -84,8 +85,9 @@ def _round(
     search = _searching(problem, layer, price, TokenSets(layer.member_UK, layer.count_U, layer.num_items), device_I)
     descend(search, rng, deadline)
     begun = search.placed()
-    hot, cold = (temperature * max(begun.value, 1e-300) for temperature in TEMPERATURES[round_number // 2 % len(TEMPERATURES)])
-    found = anneal_layer(search, rng, hot, cold, PROPOSALS_PER_PAIR * search.num_pairs, deadline)
+    hot, cold = (share * max(begun.value, 1e-300) / layer.num_items for share in TEMPERATURES[round_number // 2 % len(TEMPERATURES)])
+    proposals, most_swaps = PROPOSALS_PER_PAIR * max(search.num_pairs, 1), MOST_SWAPS << (round_number // 2)
+    found = anneal_layer(search, rng, hot, cold, proposals, most_swaps, deadline)
     again = _searching(problem, layer, price, search.copies.sets, found.device_I)
     descend(again, rng, deadline)
     return min(begun, found, again.placed(), key=Placed.key)

@@ -163,13 +163,15 @@ def descend(search: LayerSearch, rng: np.random.Generator, deadline: Deadline) -
                 energy, quiet = float(after[best]), 0
 
 
-def anneal_layer(search: LayerSearch, rng: np.random.Generator, hot: float, cold: float, proposals: float, deadline: Deadline) -> Placed:
-    """Anneal from temperature `hot` to `cold` over so many Metropolis proposals; the best assignment met."""
+def anneal_layer(
+    search: LayerSearch, rng: np.random.Generator, hot: float, cold: float, proposals: float, most_swaps: int, deadline: Deadline
+) -> Placed:
+    """Anneal from temperature `hot` to `cold` over so many Metropolis proposals or swaps made, whichever passes sooner; the best met."""
     best = search.placed()
     energy = search.energy(best)
-    clock = 0.0
-    while clock < proposals and not deadline.passed:
-        temperature = hot * (cold / hot) ** (clock / proposals)
+    clock, swaps = 0.0, 0
+    while (progress := max(clock / proposals, swaps / most_swaps)) < 1.0 and not deadline.passed:
+        temperature = hot * (cold / hot) ** progress
         first, second = search.pairs(rng)
         if not len(first):
             break
@@ -181,7 +183,7 @@ def anneal_layer(search: LayerSearch, rng: np.random.Generator, hot: float, cold
         chosen = int(np.searchsorted(total, rng.random() * total[-1], side="right").clip(max=len(first) - 1))
         clock += len(first) / total[-1]
         search.swap(int(first[chosen]), int(second[chosen]))
-        energy = float(after[chosen])
+        energy, swaps = float(after[chosen]), swaps + 1
         if energy < search.energy(best) - 1e-12 * abs(energy) or best.excess > 0:
             now = search.placed()
             best = now if now.better_than(best) else best
