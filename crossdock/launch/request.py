@@ -13,6 +13,7 @@ from crossdock.launch.config import RunConfig, resolved
 from crossdock.runtime.data import sequences_per_rank
 from crossdock.runtime.mesh import check_expert_parallel
 from crossdock.runtime.metrics import RunDirectory
+from crossdock.runtime.result import TrainResult
 from crossdock.strict_yaml import Document
 
 if TYPE_CHECKING:
@@ -132,9 +133,11 @@ def read_result(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def record_failure(config: RunConfig, exit_code: int, message: str, rank: int) -> Result:
-    """The result of a run that failed so: what `result.json` already says, with the cause; written back there."""
-    known = {**read_result(run_directory(config)), "message": message, "rank": rank}
+def record_failure(config: RunConfig, exit_code: int, message: str, rank: int, world_size: int) -> Result:
+    """The result of a run that failed so: what `result.json` already says, with the cause; written back there. It has every key of a
+    result, also where the run failed before its first step."""
+    nothing = TrainResult("failed", exit_code, reached_step=0, target_step=config.train.steps, world_size=world_size)
+    known = {**nothing.as_json(), **read_result(run_directory(config)), "message": message, "rank": rank}
     result = Result(exit_code, {name: value for name, value in known.items() if name not in ("status", "exit_code")})
     with contextlib.suppress(CrossdockError):  # the disk may be what failed; the exit code still tells
         RunDirectory(run_directory(config)).write_result(result.as_json())

@@ -65,7 +65,7 @@ def run(request: Request) -> Result:
         try:
             check_inputs(request.config)
         except CrossdockError as failure:
-            record_failure(request.config, failure.exit_code, str(failure), 0)
+            record_failure(request.config, failure.exit_code, str(failure), 0, num_ranks)
             raise
     return _run_here(request, WorkerEnv.single()) if num_ranks == 1 else _run_in_local_ranks(request, num_ranks)
 
@@ -86,7 +86,7 @@ def _run_in_local_ranks(request: Request, num_ranks: int) -> Result:
             return Result(0, _without_ending(json.loads(answer.read_text())))
     _complain("", {"message": outcome.message, "traceback": outcome.traceback})
     if request.job == "train":
-        return record_failure(request.config, outcome.exit_code, outcome.message, outcome.rank)
+        return record_failure(request.config, outcome.exit_code, outcome.message, outcome.rank, num_ranks)
     return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
 
 

@@ -49,7 +49,7 @@ def run_job(request: Request, env: WorkerEnv) -> Result:
         if code == 1:
             details["traceback"] = "".join(traceback.format_exception(failure))
         if trains and env.rank == 0:
-            return Result(code, {**record_failure(request.config, code, message, env.rank).fields, **details})
+            return Result(code, {**record_failure(request.config, code, message, env.rank, env.world_size).fields, **details})
         return Result(code, details)
 
 

@@ -227,4 +227,5 @@ def test_a_failure_under_torchrun_stands_in_the_result(run_dir: Path) -> None:
     result = json.loads((run_dir / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("failed", 78)
     assert "3 sequences" in result["message"]
+    assert (result["reached_step"], result["target_step"], result["loss"]) == (0, 3, None)
     assert "crossdock: error: rank 0: 3 sequences" in ended.stderr
