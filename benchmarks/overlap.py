@@ -258,8 +258,10 @@ class Bench:
 
 
 def fit_width(bench: Bench, shape: Shape, share: float) -> Shape:
-    """The MLP width with which communication is `share` of the shared-expert step; needs the middle rate to be set."""
-    communication_s = None
+    """The MLP width with which communication is `share` of the shared-expert step; needs the middle rate to be set.
+
+    The least disturbed of a few repeats counts: medians of so few would follow whatever else the machine does.
+    """
     tried: dict[int, float] = {}
     width = shape.mlp_width
     for _ in range(5):
@@ -267,8 +269,7 @@ def fit_width(bench: Bench, shape: Shape, share: float) -> Shape:
         pair = Pair(candidate, "shared_expert", bench.mesh)
         calls: dict[str, Callable[[], object]] = {"step": pair.step, "communicate": bench.communicate(pair.route(), candidate)}
         samples = bench.interleaved(calls, 5)
-        step_s = statistics.median(timing.step_s for timing in samples["step"])
-        communication_s = statistics.median(timing.step_s for timing in samples["communicate"])
+        step_s, communication_s = (min(timing.step_s for timing in samples[name]) for name in ("step", "communicate"))
         tried[width] = communication_s / step_s
         if bench.mesh.rank == 0:
             print(f"calibration: MLP width {width}: communication is {tried[width]:.1%} of the shared-expert step", file=sys.stderr)
