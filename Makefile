@@ -31,6 +31,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layer --short
 	$(BIN)/python -m benchmarks.overlap --short
+	$(BIN)/python -m benchmarks.losses --short
 
 # uv installs several times faster than pip; it is used when it can be had. It does not read pip's settings, hence the find-links.
 $(STAMP): pyproject.toml constraints.txt
