@@ -78,10 +78,10 @@ def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool
     """Evaluate a candidate on `trace`, which `problem` counts; `fitted` where the candidate was solved for this very problem."""
     plan, solution = candidate.plan, candidate.solution if fitted else None
     evaluation = evaluate(trace, plan, problem.topology, problem.workload)
-    comparable = not plan.has_replicas and bool((np.count_nonzero(plan.slots_LRS >= 0, axis=2) <= problem.slots_R).all())
+    fits = bool((np.count_nonzero(plan.slots_LRS >= 0, axis=2) <= problem.slots_R).all())
     cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
     bound = gap_cost = gap_moved = gap_kept = None
-    if comparable and cost is not None:
+    if fits and cost is not None:
         bound = min(max(lower_bound(problem), solution.bound if solution and solution.bound is not None else -np.inf), cost)
         gap_cost = (cost - bound) / cost if cost > 0 else 0.0
         if not evaluation.exact:

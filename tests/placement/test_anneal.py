@@ -158,8 +158,15 @@ def test_finds_planted_chains() -> None:
 def test_chain_counts_what_the_objective_counts() -> None:
     problem = problem_of(random_trace(9, num_tokens=100, num_layers=4), objective="hops")
     device_LE = np.random.default_rng(0).permuted(np.tile(np.repeat(np.arange(4), 2), (4, 1)), axis=1)
-    moved = Chain(problem, device_LE).key()[1]
+    chain = Chain(problem, device_LE)
+    moved = chain.key()[1]
     assert moved / problem.affinity.transitions_LEE.sum() == pytest.approx(cost_of(problem, device_LE))
+    for layer in range(4):
+        kept_IR, elsewhere = chain.attraction(layer), (device_LE[layer, 3] + 1) % 4
+        changed_LE = device_LE.copy()
+        changed_LE[layer, 3] = elsewhere
+        change = kept_IR[3, device_LE[layer, 3]] - kept_IR[3, elsewhere]
+        assert cost_of(problem, changed_LE) * problem.affinity.transitions_LEE.sum() == pytest.approx(moved + change)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -184,7 +191,7 @@ def test_load_cap_pins_and_slots_hold(objective: Objective) -> None:
 @pytest.mark.parametrize("objective", ["seconds", "hops"])
 def test_a_load_cap_that_cannot_be_met_is_refused_with_numbers(objective: Objective) -> None:
     trace = Trace(np.zeros((30, 2, 1), dtype=np.uint16), 4)
-    with pytest.raises(InfeasiblePlan, match=r"load cap 1\.2"):
+    with pytest.raises(InfeasiblePlan, match=r"no plan found within load cap 1\.2"):
         solve(problem_of(trace, objective=objective, load_cap=1.2), "anneal", seconds=5.0)
 
 

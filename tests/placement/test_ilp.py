@@ -98,8 +98,9 @@ def test_equals_brute_force(topology: str, objective: Objective) -> None:
 def test_equals_brute_force_under_other_workloads_and_constraints(workload: Workload, constraints: Constraints) -> None:
     trace = make_trace(2, num_experts=5, num_layers=1)
     problem = Problem(Affinity.from_trace(trace), TOPOLOGIES["two nodes"], workload, constraints=constraints)
-    solution = solve(problem, "ilp", seconds=60.0)
-    assert solution.cost == pytest.approx(brute_force(problem, trace), rel=1e-6)
+    solution, best = solve(problem, "ilp", seconds=60.0), brute_force(problem, trace)
+    assert solution.cost == pytest.approx(best, rel=1e-6)
+    assert solution.bound == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["seconds", "devices", "nodes"])

@@ -16,7 +16,7 @@ from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.solution import cost_of
 from crossdock.placement.solvers.symmetry import ordered_devices, ordered_nodes
 from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.trace import NO_EXPERT, Trace
 from tests.placement.conftest import random_trace
 
 TWO_NODES = Topology.uniform(2, 2, same_node_bytes_per_s=1e10, other_node_bytes_per_s=1e9)
@@ -43,6 +43,17 @@ def test_every_method_returns_a_whole_plan_and_the_evaluators_cost(method: str, 
     assert solution.cost == pytest.approx(value, rel=1e-12)
     assert solution.bound is not None
     assert 0.0 <= solution.bound <= solution.cost
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("objective", ["seconds", "devices", "nodes"])
+@pytest.mark.parametrize("load_cap", [None, 3.0])
+def test_a_layer_where_nothing_was_chosen_is_no_obstacle(method: str, objective: Objective, load_cap: float | None) -> None:
+    experts_TLK = np.array(random_trace(num_layers=2).experts_TLK)
+    experts_TLK[:, 1] = NO_EXPERT
+    solution = solve(problem_of(Trace(experts_TLK, 8), objective=objective, load_cap=load_cap), method, seconds=5.0)
+    solution.plan.check_model(2, 8, 4)
+    assert solution.bound is not None
 
 
 @pytest.mark.parametrize("method", ["contiguous", "random", "balance", "anneal"])

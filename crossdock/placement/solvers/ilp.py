@@ -36,6 +36,7 @@ IntArray = NDArray[np.int64]
 MAX_COPY_VARIABLES = 4000  # z[u, r] of the largest layer; beyond it HiGHS proves nothing in minutes
 SEARCH_SHARE = 0.2  # of the time, for the plan to start from
 CUTOFF_SLACK = 1e-7
+INFEASIBLE = 2  # status of scipy's milp
 OBJECTIVE_SIZE = 1e3  # the start's cost in the program's unit: HiGHS stops at an absolute gap of 1e-6
 
 
@@ -269,40 +270,45 @@ def _solve_layer(problem: Problem, number: int, start: Placed, deadline: Deadlin
     """Devices of one layer's experts, a lower bound on what the layer adds to the objective, and whether the program was finished."""
     layer = layer_of(problem, number)
     fixed = _fixed_cost(problem)
-    unit = max(start.value - fixed, 1e-300) / OBJECTIVE_SIZE
+    start_E = start.device_I[: problem.num_experts]
+    if start.value - fixed <= 0.0:
+        return start_E, fixed, True  # nothing is chosen in this layer
+    unit = (start.value - fixed) / OBJECTIVE_SIZE
     program, rows, cost, low = build(problem, layer, unit)
     high = np.ones(program.num_columns)
     high[program.times :] = np.inf
+    # cutoff: no dearer than the plan of the search
+    cutoff = LinearConstraint(cost[None], -np.inf, OBJECTIVE_SIZE * (1.0 + CUTOFF_SLACK))
     constraints = list(rows.families.values())
-    if start.excess == 0.0:
-        # cutoff: no dearer than the plan of the search
-        constraints.append(LinearConstraint(cost[None], -np.inf, OBJECTIVE_SIZE * (1.0 + CUTOFF_SLACK)))
-    integral = np.zeros(program.num_columns, dtype=np.int64)
-    integral[: program.z] = 1
-    answer = milp(
-        cost,
-        integrality=integral,
-        bounds=Bounds(low, high),
-        constraints=constraints,
-        options={"time_limit": max(deadline.left_s, 0.05), "mip_rel_gap": 0.0},
-    )
-    if answer.status == 2 and start.excess > 0.0:
+    answer = None
+    for attempt in ([*constraints, cutoff], constraints) if start.excess == 0.0 else (constraints,):
+        answer = milp(
+            cost,
+            integrality=(np.arange(program.num_columns) < program.z).astype(np.int64),
+            bounds=Bounds(low, high),
+            constraints=attempt,
+            options={"time_limit": max(deadline.left_s, 0.05), "mip_rel_gap": 0.0},
+        )
+        if answer.status != INFEASIBLE:
+            break
+    assert answer is not None
+    if answer.status == INFEASIBLE:
+        assert start.excess > 0.0, "the program forbids a plan that keeps to every constraint"
         raise InfeasiblePlan(
             f"HiGHS proved that no plan of layer {number} keeps to load cap {problem.constraints.load_cap}, slots and pins; relax one"
         )
-    finished = answer.status in (0, 2)  # infeasible below the cut-off: the plan of the search is optimal
-    proven = answer.mip_dual_bound if answer.status != 2 else OBJECTIVE_SIZE
+    proven = answer.mip_dual_bound
     bound = fixed + (max(float(proven), 0.0) if proven is not None and np.isfinite(proven) else 0.0) * unit
-    start_E = start.device_I[: problem.num_experts]
+    assert start.excess > 0.0 or bound <= start.value * (1.0 + 1e-6), "the program's bound is above a plan that keeps to every constraint"
     if answer.x is None:
         if start.excess > 0.0:
             raise InfeasiblePlan(
                 f"no plan of layer {number} within load cap {problem.constraints.load_cap} was found in time; give more seconds"
             )
-        return start_E, bound, finished
+        return start_E, bound, False
     found_E = answer.x[: program.z].reshape(problem.num_experts, problem.num_devices).argmax(axis=1)
     cheaper = start.excess > 0.0 or answer.fun < OBJECTIVE_SIZE * (1.0 - 1e-9)
-    return (found_E if cheaper else start_E), bound, finished
+    return (found_E if cheaper else start_E), bound, answer.status == 0
 
 
 def _fixed_cost(problem: Problem) -> float:
