@@ -13,12 +13,15 @@ Dense gradient reduction, the optimizer and the output head are in neither step 
 Columns, medians over paired repeats (all variants take turns in one process group; a repeat's time is that of its slowest rank):
 
     step_s              forward and backward over the shaped link
-    compute_s           the same step without ranks to talk to: each rank alone with its S = E/R experts and as many rows, all ranks at once
+    compute_s           the same step, all ranks at once, with every message copied from memory instead of received: rows are gathered,
+                        sorted and summed as ever, and nothing is sent; bitwise the same numbers
+    alone_s             beside that, for the overlapped variant: a rank that has only its own S = E/R experts and as many rows, and so need
+                        not gather rows for others; a floor that no expert-parallel step reaches
     communication_s     the token all-to-alls of that very step, four of them, one after the other, alone on the shaped link
     bound_s             max(compute_s, communication_s): no schedule can be faster
     hidden              (compute_s + communication_s - step_s) / communication_s
     fits_s              what the schedule can hide at best: the sum over the four all-to-alls of min(its window, its time), where the
-                        windows are compute only, measured on ranks that are alone
+                        windows are compute only, measured in the compute_s steps
     hidden_of_fits      (compute_s + communication_s - step_s) / fits_s
     exposed_s           time that ranks stood in waits, by the ledger, counts and metadata included (`waits_s` in the JSON tells them
                         apart); what step_s exceeds compute_s + exposed_s by is contention
@@ -44,60 +47,30 @@ from typing import Any
 
 import torch
 
+from benchmarks.block_pair import VARIANTS, Pair, Shape
 from benchmarks.measure import Spread, paired_ratio, publish
 from benchmarks.netlab import Lab
 from crossdock.errors import CrossdockError
-from crossdock.models.blocks import MoEBlock
-from crossdock.models.config import ModelConfig
-from crossdock.models.moe import MoELayer
 from crossdock.runtime import ledger
-from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier, broadcast_object
-from crossdock.runtime.context import StepContext
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
-from crossdock.runtime.overlap import Overlapped, Schedule, Sequential, choose_expert_slot
+from crossdock.runtime.overlap import Overlapped, Sequential, choose_expert_slot
 
 NODES, RANKS_PER_NODE = 2, 2
-VARIANTS = ("top2", "shared_expert", "scmoe_sequential", "scmoe_overlapped")
 COLUMNS = ["variant", "link_bit_per_s", "step_s", "compute_s", "communication_s", "bound_s", "step_over_bound", "hidden", "fits_s"]
-COLUMNS += ["hidden_of_fits", "exposed_s", "expert_slot"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the block pair. MLP and shared expert have one width, the routed experts `expert_ratio` of it."""
-
-    tokens: int = 4096  # of one rank
-    sequence: int = 128
-    model_width: int = 256
-    mlp_width: int = 704
-    expert_ratio: float = 0.5
-    num_heads: int = 4
-    num_kv_heads: int = 1
-    num_experts: int = 8
-    dtype: str = "float32"
-
-    def config(self, variant: str, num_experts: int) -> ModelConfig:
-        return ModelConfig(
-            num_layers=2,
-            model_width=self.model_width,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            mlp_width=self.mlp_width,
-            expert_width=round(self.mlp_width * self.expert_ratio),
-            shared_expert_width=None if variant == "top2" else self.mlp_width,
-            block={"top2": "top_k", "shared_expert": "shared_expert"}.get(variant, "scmoe"),  # type: ignore[arg-type]
-            num_experts=num_experts,
-            top_k=2 if variant == "top2" else 1,
-        )
+COLUMNS += ["hidden_of_fits", "exposed_s", "expert_slot", "alone_s"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One repeat of one variant, on the slowest rank, and what the ledger says (mean over ranks)."""
+    """One repeat of one call on the slowest rank, and what the ledger says, mean over ranks.
+
+    windows_s: compute beside dispatch and combine, forward, then backward; None where no tokens moved.
+    """
 
     step_s: float
     waits_s: Mapping[str, float]
+    windows_s: tuple[float, ...] | None
 
     @property
     def exposed_s(self) -> float:
@@ -112,61 +85,28 @@ def waits_s(flights: Iterable[ledger.Flight]) -> dict[str, float]:
     return dict(waits)
 
 
-class Pair:
-    """A block pair on a mesh with its input and the gradient of its output; `step` is what is timed."""
+def windows_s(flights: Sequence[ledger.Flight]) -> tuple[float, float, float, float]:
+    """Seconds between start and wait of the four token all-to-alls."""
+    profile = ledger.profile(flights)[0]
+    return profile.dispatch_forward_s, profile.combine_forward_s, profile.dispatch_backward_s, profile.combine_backward_s
 
-    def __init__(self, shape: Shape, variant: str, mesh: Mesh, schedule: Schedule | None = None) -> None:
-        self.mesh, self.shape, dtype = mesh, shape, getattr(torch, shape.dtype)
-        num_experts = shape.num_experts if mesh.world_size > 1 else shape.num_experts // (NODES * RANKS_PER_NODE)
-        config = shape.config(variant, num_experts)
-        torch.manual_seed(0)
-        moe = MoELayer(config.model_width, config.routed_width, config.num_experts, config.top_k, gate=config.gate, mesh=mesh, dtype=dtype)
-        self.block = MoEBlock(config, moe, dtype)
-        self.block.schedule = schedule or Sequential(self.block.schedule_for(shape.sequence).expert_slot)
-        for parameter in self.block.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # accumulated into, as every step but the first of a run does
-        generator = torch.Generator().manual_seed(1 + mesh.rank)
-        num_sequences = shape.tokens // shape.sequence
-        size = (num_sequences, shape.sequence, shape.model_width)
-        self.x_QPD = torch.randn(size, generator=generator).to(dtype).requires_grad_()
-        self.gradient_QPD = torch.randn(size, generator=generator).to(dtype)
-        self.assignment: Assignment | None = None
 
-    def step(self) -> None:
-        """Forward and backward."""
-        self.x_QPD.grad = None
-        y_QPD, _ = self.block(self.x_QPD, self._context())
-        y_QPD.backward(self.gradient_QPD)
-
-    def route(self) -> Route:
-        """Who sends how many rows to whom in `step`, under a ledger that is off."""
-        self.step()
-        assert self.assignment is not None
-        x_TD = torch.zeros(self.shape.tokens, self.shape.model_width, dtype=self.x_QPD.dtype)
-        dispatched = self.block.moe.dispatch_start(x_TD, self.assignment).wait()
-        quiet = dataclasses.replace(self.mesh, ledger=ledger.Ledger(enabled=False))
-        return dataclasses.replace(dispatched.handle.route, mesh=quiet)
-
-    def _context(self) -> StepContext:
-        tokens = self.shape.tokens
-        return StepContext(0, 0, True, torch.zeros(tokens, dtype=torch.int64), self.mesh.rank * tokens, listeners=(self._note,))
-
-    def _note(self, _layer: int, assignment: Assignment) -> None:
-        self.assignment = assignment
+def _slowest(of_ranks: Sequence[Timing]) -> Timing:
+    first = of_ranks[0]
+    waits = {name: statistics.mean(timing.waits_s.get(name, 0.0) for timing in of_ranks) for name in first.waits_s}
+    windows = None
+    if first.windows_s is not None:
+        windows = tuple(statistics.mean(column) for column in zip(*(timing.windows_s or () for timing in of_ranks), strict=True))
+    return Timing(max(timing.step_s for timing in of_ranks), waits, windows)
 
 
 @dataclass(frozen=True)
-class Compute:
-    """What a variant computes, by itself: seconds forward of each stage of the window and of the experts, and of backward over forward."""
+class Stages:
+    """Seconds forward of ScMoE's stages in the window and of its experts, and of the stages' backward over their forward."""
 
     stage_s: tuple[float, ...]
     expert_s: float
     backward_over_forward: float
-
-    def windows_s(self, expert_slot: int) -> tuple[float, float, float, float]:
-        """Compute beside dispatch and combine, forward; beside dispatch and combine, backward."""
-        before, after = sum(self.stage_s[:expert_slot]), sum(self.stage_s[expert_slot:])
-        return before, after, before * self.backward_over_forward, after * self.backward_over_forward
 
 
 # ---- on every rank
@@ -192,18 +132,12 @@ class Bench:
         begin_s = time.perf_counter()
         call()
         step_s = time.perf_counter() - begin_s
-        return Timing(step_s, waits_s(self.mesh.ledger.take()))
+        flights = self.mesh.ledger.take()
+        return Timing(step_s, waits_s(flights), windows_s(flights) if flights else None)
 
     def agreed(self, timings: Sequence[Timing]) -> list[Timing]:
-        """For each repeat the slowest rank's seconds, and the mean of the waits; equal on every rank."""
-        of_ranks = all_gather_objects([(timing.step_s, timing.waits_s) for timing in timings], self.mesh)
-        return [
-            Timing(
-                max(step_s for step_s, _ in repeat),
-                {name: statistics.mean(waits.get(name, 0.0) for _, waits in repeat) for name in repeat[0][1]},
-            )
-            for repeat in zip(*of_ranks, strict=True)
-        ]
+        """For each repeat the slowest rank's seconds, and the means of the rest; equal on every rank."""
+        return [_slowest(repeat) for repeat in zip(*all_gather_objects(list(timings), self.mesh), strict=True)]
 
     def interleaved(self, calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[Timing]]:
         """Every call `repeats` times, taking turns, the order rotating from round to round, the same on every rank."""
@@ -227,34 +161,28 @@ class Bench:
 
         return all_four
 
-    def compute(self, shape: Shape, variant: str) -> Compute:
-        """Stage, expert and backward seconds of one rank alone, from the ledger's windows with the experts at the window's end."""
-        single = Mesh.single()
-        num_stages = len(shape.config(variant, 2).window)
-        pairs = {str(slot): Pair(shape, variant, single, Overlapped(slot)) for slot in range(num_stages + 1)}
-        profiles: dict[str, list[ledger.LayerProfile]] = {name: [] for name in pairs}
-        for round_number in range(-2, max(5, self.repeats // 2)):
-            for name, pair in pairs.items():
+    def stages(self, shape: Shape) -> Stages:
+        """ScMoE's stages, experts and backward, from replayed steps with the experts in every slot in turn."""
+        pair = Pair(shape, "scmoe_overlapped", self.mesh)
+        num_slots = len(pair.config.window) + 1
+        pair.record()
+        profiles: list[list[ledger.LayerProfile]] = [[] for _ in range(num_slots)]
+        for round_number in range(-1, max(5, self.repeats // 2)):
+            for slot in range(num_slots):
+                pair.block.schedule = Overlapped(slot)
                 barrier(self.mesh)
-                single.ledger.take()
-                pair.step()
+                self.mesh.ledger.take()
+                pair.replay()
                 if round_number >= 0:
-                    profiles[name].append(ledger.profile(single.ledger.take())[0])
-        medians = [
-            (
-                statistics.median(profile.dispatch_forward_s for profile in profiles[name]),
-                statistics.median(profile.dispatch_backward_s for profile in profiles[name]),
-                statistics.median(profile.expert_forward_s for profile in profiles[name]),
-            )
-            for name in pairs
-        ]
-        of_ranks = all_gather_objects(medians, self.mesh)
-        before_s, backward_s, expert_s = (
-            [statistics.mean(of_rank[slot][part] for of_rank in of_ranks) for slot in range(num_stages + 1)] for part in range(3)
-        )
-        stage_s = tuple(max(0.0, later - sooner) for sooner, later in itertools.pairwise(before_s))
-        ratio = backward_s[-1] / before_s[-1] if num_stages and before_s[-1] > 0 else 2.0
-        return Compute(stage_s, statistics.median(expert_s), ratio)
+                    profiles[slot].append(ledger.profile(self.mesh.ledger.take())[0])
+
+        def medians(field: str) -> list[float]:
+            here = [statistics.median(getattr(profile, field) for profile in of_slot) for of_slot in profiles]
+            return [statistics.mean(of_ranks) for of_ranks in zip(*all_gather_objects(here, self.mesh), strict=True)]
+
+        forward_s, backward_s = medians("dispatch_forward_s"), medians("dispatch_backward_s")
+        stage_s = tuple(max(0.0, later - sooner) for sooner, later in itertools.pairwise(forward_s))
+        return Stages(stage_s, statistics.median(medians("expert_forward_s")), (backward_s[-1] - backward_s[0]) / sum(stage_s))
 
 
 def fit_width(bench: Bench, shape: Shape, share: float) -> Shape:
@@ -295,73 +223,53 @@ def next_width(tried: Mapping[int, float], communication_s: float, step_s: float
     return int(min(8192, max(64, round(guess / 32) * 32)))
 
 
-def measure_rate(bench: Bench, shape: Shape, rate: float, compute: Compute) -> list[dict[str, Any]]:
+def measure_rate(bench: Bench, shape: Shape, rate: float, stages: Stages) -> list[dict[str, Any]]:
     """The rows of one link rate."""
     bench.set_rate(rate)
-    mesh = bench.mesh
-    pairs = {variant: Pair(shape, variant, mesh) for variant in VARIANTS}
-    routes = {variant: pairs[variant].route() for variant in VARIANTS}
-    # The slot needs the time of one all-to-all at this rate.
-    once = bench.interleaved({"scmoe": bench.communicate(routes["scmoe_overlapped"], shape)}, 5)["scmoe"]
+    pairs = {variant: Pair(shape, variant, bench.mesh) for variant in VARIANTS}
+    routes = {variant: pair.route() for variant, pair in pairs.items()}
+    once = bench.interleaved({"": bench.communicate(routes["scmoe_overlapped"], shape)}, 5)[""]
     one_way_s = statistics.median(timing.step_s for timing in once) / 4
-    slot = choose_expert_slot(compute.stage_s, one_way_s, compute.expert_s, one_way_s, compute.backward_over_forward)
-    slots = {"top2": 0, "shared_expert": 0, "scmoe_sequential": slot, "scmoe_overlapped": slot}
-    schedules: dict[str, Schedule] = {"scmoe_sequential": Sequential(slot), "scmoe_overlapped": Overlapped(slot)}
+    slot = choose_expert_slot(stages.stage_s, one_way_s, stages.expert_s, one_way_s, stages.backward_over_forward)
+    pairs["scmoe_sequential"].block.schedule, pairs["scmoe_overlapped"].block.schedule = Sequential(slot), Overlapped(slot)
     calls: dict[str, Callable[[], object]] = {}
     for variant, pair in pairs.items():
-        pair.block.schedule = schedules.get(variant, Sequential(slots[variant]))
-        calls[f"{variant}/step"] = pair.step
+        pair.record()
+        calls |= {f"{variant}/step": pair.step, f"{variant}/compute": pair.replay}
         calls[f"{variant}/communication"] = bench.communicate(routes[variant], shape)
-        if variant != "scmoe_overlapped":  # computes the same as scmoe_sequential
-            calls[f"{variant}/compute"] = Pair(shape, variant, Mesh.single(), pair.block.schedule).step
+    own_experts = dataclasses.replace(shape, num_experts=shape.num_experts // bench.mesh.world_size)
+    calls["alone"] = Pair(own_experts, "scmoe_overlapped", Mesh.single(), Overlapped(slot)).step
     samples = bench.interleaved(calls, bench.repeats)
-    samples["scmoe_overlapped/compute"] = samples["scmoe_sequential/compute"]
+    alone_s = statistics.median(timing.step_s for timing in samples["alone"])
     return [
-        row(
-            variant,
-            rate,
-            [timing.step_s for timing in samples[f"{variant}/step"]],
-            [timing.step_s for timing in samples[f"{variant}/compute"]],
-            [timing.step_s for timing in samples[f"{variant}/communication"]],
-            [timing.exposed_s for timing in samples[f"{variant}/step"]],
-            compute.windows_s(slots[variant]) if variant.startswith("scmoe") else (0.0, 0.0, 0.0, 0.0),
-        )
-        | {"expert_slot": slots[variant], "waits_s": _median_waits([timing.waits_s for timing in samples[f"{variant}/step"]])}
+        row(variant, rate, samples[f"{variant}/step"], samples[f"{variant}/compute"], samples[f"{variant}/communication"])
+        | {"expert_slot": slot if variant.startswith("scmoe") else 0, "alone_s": alone_s if variant == "scmoe_overlapped" else None}
         for variant in VARIANTS
     ]
 
 
-def _median_waits(waits: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(of_repeat[name] for of_repeat in waits) for name in waits[0]}
-
-
-def row(
-    variant: str,
-    rate: float,
-    step_s: Sequence[float],
-    compute_s: Sequence[float],
-    communication_s: Sequence[float],
-    exposed_s: Sequence[float],
-    windows_s: Sequence[float],
-) -> dict[str, Any]:
+def row(variant: str, rate: float, steps: Sequence[Timing], computes: Sequence[Timing], communications: Sequence[Timing]) -> dict[str, Any]:
     """One row from paired repeats; see the columns above. All-to-alls of a step carry equal bytes: each takes a quarter."""
+    step_s, compute_s, communication_s = ([timing.step_s for timing in timings] for timings in (steps, computes, communications))
     step, compute, communication = Spread.of(step_s), Spread.of(compute_s), Spread.of(communication_s)
-    bound_s = max(compute.median, communication.median)
     hidden_s = statistics.median(c + m - s for s, c, m in zip(step_s, compute_s, communication_s, strict=True))
-    fits_s = sum(min(window_s, communication.median / 4) for window_s in windows_s)
-    bounds_s = [max(pair) for pair in zip(compute_s, communication_s, strict=True)]
+    fits_s = 0.0
+    if variant == "scmoe_overlapped":  # elsewhere nothing runs between start and wait
+        windows = [timing.windows_s for timing in computes if timing.windows_s is not None]
+        fits_s = sum(min(statistics.median(column), communication.median / 4) for column in zip(*windows, strict=True))
     return {
         "variant": variant,
         "link_bit_per_s": rate,
         **step.row("step_s"),
         **compute.row("compute_s"),
         **communication.row("communication_s"),
-        "bound_s": bound_s,
-        "step_over_bound": paired_ratio(step_s, bounds_s).median,
+        "bound_s": max(compute.median, communication.median),
+        "step_over_bound": paired_ratio(step_s, [max(both) for both in zip(compute_s, communication_s, strict=True)]).median,
         "hidden": hidden_s / communication.median,
         "fits_s": fits_s,
         "hidden_of_fits": hidden_s / fits_s if fits_s > 0 else None,
-        "exposed_s": statistics.median(exposed_s),
+        "exposed_s": statistics.median(timing.exposed_s for timing in steps),
+        "waits_s": {name: statistics.median(timing.waits_s[name] for timing in steps) for name in steps[0].waits_s},
         "repeats": step.count,
     }
 
@@ -378,11 +286,10 @@ def worker(options: argparse.Namespace) -> None:
     if options.share:
         bench.set_rate(middle)
         shape = broadcast_object(fit_width(bench, shape, options.share), mesh)
-    compute = bench.compute(shape, "scmoe_overlapped")
-    rows = [line for rate in options.rates for line in measure_rate(bench, shape, rate, compute)]
+    stages = bench.stages(shape)
+    rows = [line for rate in options.rates for line in measure_rate(bench, shape, rate, stages)]
     if rank == 0:
-        stages = dataclasses.asdict(compute)
-        print(json.dumps({"shape": dataclasses.asdict(shape), "scmoe_forward": stages, "rows": rows}))
+        print(json.dumps({"shape": dataclasses.asdict(shape), "scmoe_forward": dataclasses.asdict(stages), "rows": rows}))
     barrier(mesh)
     shutdown()
 
