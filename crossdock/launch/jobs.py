@@ -13,8 +13,8 @@ from crossdock import __version__, atomic
 from crossdock.errors import BadConfig
 from crossdock.launch.config import RunConfig, save_resolved
 from crossdock.launch.progress import watched
-from crossdock.launch.rendezvous import WorkerEnv
 from crossdock.launch.request import Request, read_inputs, run_directory
+from crossdock.launch.worker_env import WorkerEnv
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
 from crossdock.placement.trace import concatenate

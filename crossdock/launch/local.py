@@ -21,7 +21,7 @@ from types import FrameType
 
 from crossdock import atomic
 from crossdock.errors import PeerLost, Preempted, Unavailable
-from crossdock.launch.rendezvous import local_environment
+from crossdock.launch.worker_env import local_environment
 
 INTERRUPTED = 130
 _POLL_S = 0.05

@@ -1,8 +1,4 @@
-"""Who am I among the ranks, and where do we meet: the only reader of environment variables, one `WorkerEnv` for every launcher.
-
-A launcher is one function in `LAUNCHERS`; each reads its own variables and returns the same frozen record. `open_store` then gives the
-key-value store through which the process groups find one another.
-"""
+"""Where ranks meet: the key-value store of one start, through which the process groups find one another."""
 
 import contextlib
 import datetime
@@ -10,122 +6,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from crossdock.errors import CrossdockError, PeerLost, Unavailable, UsageError
+from crossdock.errors import CrossdockError, PeerLost, Unavailable
+from crossdock.launch.worker_env import Meeting, WorkerEnv
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
-_LOCAL_PREFIX = "CROSSDOCK_"
 _MEETING_KEY = "crossdock/meeting"
 _RETRY_S = 0.2
 _CONNECT_S = 5.0
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the store of this run is.
-
-    `file`: a `FileStore` at `path`, fresh for every start. `listen`: rank 0 listens on `host:port`, the others connect.
-    `shared`: somebody else's store listens on `host:port` and outlives our restarts, so that its keys may be stale.
-    """
-
-    kind: Literal["file", "listen", "shared"]
-    path: str = ""
-    host: str = ""
-    port: int = 0
-
-
-@dataclass(frozen=True)
-class WorkerEnv:
-    """One rank's place in the world, as its launcher tells it. `node` numbers hosts from 0 and `local_rank` the ranks of one host."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    node: int
-    meeting: Meeting | None  # None only for a world of one
-    launcher: Literal["local", "torchrun", "single"]
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size and self.node >= 0):
-            raise UsageError(
-                f"rank {self.rank} of {self.world_size}, local rank {self.local_rank} of {self.local_world_size}, node {self.node}: "
-                "these do not fit together; unset the variables of an earlier launcher, or start again through torchrun"
-            )
-        if self.world_size > 1 and self.meeting is None:
-            raise UsageError(f"{self.world_size} ranks and no store to meet at; start through torchrun, or alone")
-
-    @classmethod
-    def single(cls) -> "WorkerEnv":
-        """A world of one rank, which needs no store."""
-        return cls(rank=0, world_size=1, local_rank=0, local_world_size=1, node=0, meeting=None, launcher="single")
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name)
-    if text is None:
-        raise UsageError(f"{name} is not set, though other variables of its launcher are; unset them to start alone, or use torchrun")
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"environment variable {name} is {text!r}, not an integer; unset it to start alone, or use torchrun") from None
-
-
-def _from_local(environ: Mapping[str, str]) -> WorkerEnv | None:
-    """A rank that `crossdock.launch.local` started."""
-    if _LOCAL_PREFIX + "RANK" not in environ:
-        return None
-    world_size = _integer(environ, _LOCAL_PREFIX + "WORLD_SIZE")
-    rank = _integer(environ, _LOCAL_PREFIX + "RANK")
-    meeting = Meeting("file", path=environ.get(_LOCAL_PREFIX + "STORE", ""))
-    return WorkerEnv(rank, world_size, local_rank=rank, local_world_size=world_size, node=0, meeting=meeting, launcher="local")
-
-
-def local_environment(rank: int, world_size: int, store_path: str, num_threads: int) -> dict[str, str]:
-    """The environment in which `launch.local` starts a rank: ours, less any other launcher's variables, plus what `_from_local` reads."""
-    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in foreign}
-    environment.setdefault("OMP_NUM_THREADS", str(num_threads))
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    prefix = _LOCAL_PREFIX
-    return environment | {f"{prefix}RANK": str(rank), f"{prefix}WORLD_SIZE": str(world_size), f"{prefix}STORE": store_path}
-
-
-def _from_torchrun(environ: Mapping[str, str]) -> WorkerEnv | None:
-    """torchrun on one or several nodes, or anything that sets the same variables."""
-    if "RANK" not in environ or "WORLD_SIZE" not in environ:
-        return None
-    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-    host = environ.get("MASTER_ADDR", "")
-    if not host:
-        raise UsageError("RANK and WORLD_SIZE are set and MASTER_ADDR is not; start through torchrun, or unset them to start alone")
-    # The agent of torchrun lends its own store, the same one for every restart; without that, rank 0 listens on a port chosen per start.
-    shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    local_world_size = _integer(environ, "LOCAL_WORLD_SIZE")
-    return WorkerEnv(
-        rank,
-        world_size,
-        local_rank=_integer(environ, "LOCAL_RANK"),
-        local_world_size=local_world_size,
-        node=_integer(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // local_world_size,
-        meeting=Meeting("shared" if shared else "listen", host=host, port=_integer(environ, "MASTER_PORT")),
-        launcher="torchrun",
-    )
-
-
-LAUNCHERS: dict[str, Callable[[Mapping[str, str]], WorkerEnv | None]] = {"local": _from_local, "torchrun": _from_torchrun}
-
-
-def worker_env(environ: Mapping[str, str] | None = None) -> WorkerEnv | None:
-    """This process's place, or None when no launcher started it: then `crossdock train` starts the ranks itself."""
-    environ = os.environ if environ is None else environ
-    found = (reader(environ) for reader in LAUNCHERS.values())
-    return next((env for env in found if env is not None), None)
 
 
 def open_store(env: WorkerEnv, timeout_s: float) -> "Store | None":
@@ -143,7 +35,25 @@ def open_store(env: WorkerEnv, timeout_s: float) -> "Store | None":
         return store
     if env.meeting.kind == "listen":
         return _tcp_store(env.meeting.host, env.meeting.port, env, listening=env.rank == 0, timeout_s=timeout_s)
+    if env.meeting.kind == "mpi":
+        return _meet_by_mpi(env, timeout_s)
     return _meet_afresh(env, timeout_s)
+
+
+def _meet_by_mpi(env: WorkerEnv, timeout_s: float) -> "Store":
+    """Rank 0 listens on a port that the system chooses, and MPI carries its number: no port is guessed, none can be taken."""
+    from crossdock.launch import mpi
+
+    assert env.meeting is not None
+    own = None
+    try:
+        if env.rank == 0:
+            own = _tcp_store("0.0.0.0" if _spans_hosts(env) else "127.0.0.1", 0, env, listening=True, timeout_s=timeout_s)
+    finally:
+        port = mpi.broadcast_port_and_leave(0 if own is None else own.port)
+    if port == 0:
+        raise PeerLost(f"rank {env.rank}: rank 0 could not open a store on {env.meeting.host}; see its message")
+    return own or _tcp_store(env.meeting.host, port, env, listening=False, timeout_s=timeout_s)
 
 
 def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":

@@ -11,9 +11,9 @@ from crossdock import strict_yaml
 from crossdock.errors import BadData, CrossdockError
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.local import run_ranks
-from crossdock.launch.rendezvous import WorkerEnv, worker_env
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure
 from crossdock.launch.worker import run_job
+from crossdock.launch.worker_env import WorkerEnv, worker_env
 from crossdock.runtime.metrics import RunDirectory
 from crossdock.strict_yaml import Document
 

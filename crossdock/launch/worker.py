@@ -17,8 +17,9 @@ from crossdock.errors import BadConfig, CrossdockError, OutOfMemory, PeerLost, U
 from crossdock.launch.config import RunConfig
 from crossdock.launch.jobs import JOBS
 from crossdock.launch.local import tie_to_parent, write_outcome
-from crossdock.launch.rendezvous import WorkerEnv, exchange, network_interface, open_store, worker_env
+from crossdock.launch.rendezvous import exchange, network_interface, open_store
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.worker_env import WorkerEnv, worker_env
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
 from crossdock.runtime.metrics import RunDirectory
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from crossdock.launch.local import tie_to_parent, write_outcome
-from crossdock.launch.rendezvous import worker_env
+from crossdock.launch.worker_env import worker_env
 
 
 def main(folder: Path, script: str, outcome: Path) -> int:

@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from crossdock.errors import CrossdockError, PeerLost, Unavailable, UsageError
-from crossdock.launch.rendezvous import Meeting, WorkerEnv, exchange, local_environment, open_store, worker_env
+from crossdock.launch.rendezvous import exchange, open_store
+from crossdock.launch.worker_env import Meeting, WorkerEnv, local_environment, worker_env
 
 TORCHRUN = {
     "RANK": "3",
