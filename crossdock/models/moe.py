@@ -16,6 +16,7 @@ from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Hand
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.profiler import mark_backward, span, spanned
 
 
 class MoELayer(nn.Module):
@@ -81,24 +82,30 @@ class MoELayer(nn.Module):
 
     def route(self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int) -> Routing:
         """The gate's choice, shown to every listener of the context."""
-        routing: Routing = self.gate(x_TD, context, tokens_per_sequence)
-        for listener in context.listeners:
-            listener(self.layer, routing.assignment)
+        with span("route"):
+            routing: Routing = self.gate(x_TD, context, tokens_per_sequence)
+            for listener in context.listeners:
+                listener(self.layer, routing.assignment)
         return routing
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Send tokens [T, D] to the ranks of their experts."""
-        return self.dispatcher.dispatch_start(x_TD, assignment)
+        with span("dispatch"):
+            return spanned(self.dispatcher.dispatch_start(x_TD, assignment), "dispatch")
 
     def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
         """Run this rank's experts over the rows that arrived, sorted by slot."""
         rows_MD, count_S, handle = received
-        return self.bank(rows_MD, count_S), handle
+        with span("experts"):
+            computed_MD = self.bank(rows_MD, count_S)
+        mark_backward("experts", computed_MD, rows_MD)
+        return computed_MD, handle
 
     def combine_start(self, computed: tuple[Tensor, Handle]) -> Pending[Tensor]:
         """Send the experts' rows back to the ranks of their tokens; the result is y [T, D]."""
         rows_MD, handle = computed
-        return self.dispatcher.combine_start(rows_MD, handle)
+        with span("combine"):
+            return spanned(self.dispatcher.combine_start(rows_MD, handle), "combine")
 
     def set_layout(self, layout: ExpertLayout, tensors: dict[str, Tensor]) -> None:
         """Take over a new placement and this rank's expert tensors under it, after a migration."""
