@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from crossdock.errors import BadCheckpoint, CrossdockError, OutOfMemory, Unavailable, UsageError
+from crossdock.launch.launch_commands import launch_app
 from crossdock.launch.trace_commands import trace_app
 from crossdock.placement.cli import plan_app
 
@@ -34,6 +35,7 @@ config_app = typer.Typer(name="config", help="Show, check and describe run confi
 checkpoint_app = typer.Typer(name="checkpoint", help="Look after checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plan_app, name="plan")
 app.add_typer(trace_app, name="trace")
+app.add_typer(launch_app, name="launch")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 
@@ -117,6 +119,22 @@ def doctor(as_json: AsJson = False) -> None:
         show(checks)
     if any(check.level == "bad" for check in checks):
         raise typer.Exit(Unavailable.exit_code)
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    otherwise: Annotated[int | None, typer.Option("--otherwise", help="Exit code to give where the run has left no result.")] = None,
+) -> None:
+    """Say how a run ended, and end with its exit code: launchers lose it, its result.json does not.
+
+    Example: crossdock status runs/tiny
+    """
+    from crossdock.launch.launch_commands import status as ending
+
+    line, exit_code = ending(directory, otherwise)
+    print(line)
+    raise typer.Exit(exit_code)
 
 
 @config_app.command("show")

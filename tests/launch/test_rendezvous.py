@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from crossdock.errors import CrossdockError, PeerLost, Unavailable, UsageError
 from crossdock.launch.rendezvous import exchange, open_store
-from crossdock.launch.worker_env import Meeting, WorkerEnv, local_environment, worker_env
+from crossdock.launch.worker_env import Meeting, WorkerEnv, first_host, local_environment, tasks_per_node, worker_env
 
 TORCHRUN = {
     "RANK": "3",
@@ -55,6 +55,64 @@ def test_variables_that_do_not_fit_are_named(change: dict[str, str | None], piec
     environ = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
     with pytest.raises(UsageError, match=piece):
         worker_env(environ)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "9",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[03-05]",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+}
+
+
+def test_slurm() -> None:
+    env = worker_env(SLURM | {"PMI_RANK": "6"})  # srun speaks PMI as well, and is no mpirun
+    assert env is not None
+    assert env == WorkerEnv(6, 9, 2, 4, 1, Meeting("listen", host="gpu03", port=env.meeting.port if env.meeting else 0), "slurm")
+    assert env.meeting is not None
+    assert 20_000 <= env.meeting.port < 30_000
+    other_job = worker_env(SLURM | {"SLURM_JOB_ID": "4712"})
+    assert other_job is not None
+    assert other_job.meeting is not None
+    assert other_job.meeting.port != env.meeting.port
+    chosen = worker_env(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert chosen is not None
+    assert chosen.meeting == Meeting("listen", host="10.0.0.1", port=29500)
+
+
+def test_a_batch_script_without_srun_is_no_rank() -> None:
+    assert worker_env({"SLURM_JOB_ID": "4711", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) is None
+
+
+@pytest.mark.parametrize(("text", "counts"), [("2", (2,)), ("4(x2),1", (4, 4, 1)), ("1,2(x3)", (1, 2, 2, 2))])
+def test_slurm_tasks_per_node(text: str, counts: tuple[int, ...]) -> None:
+    assert tasks_per_node(text) == counts
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("gpu[03-05,9],login1", "gpu03"), ("a,b", "a"), ("n7", "n7"), ("rack[2]-ib", "rack2-ib"), ("x-1[10,12]", "x-110")],
+)
+def test_slurm_first_host(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize(
+    ("change", "piece"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "four"}, "'four'"),
+        ({"SLURM_NODEID": "3"}, "names 3 nodes"),
+        ({"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST"),
+        ({"SLURM_LOCALID": "4"}, "local rank 4 of 4"),
+    ],
+)
+def test_slurm_variables_that_do_not_fit_are_named(change: dict[str, str], piece: str) -> None:
+    with pytest.raises(UsageError, match=piece):
+        worker_env(SLURM | change)
 
 
 def ranks_meet(envs: list[WorkerEnv], timeout_s: float = 20.0) -> list[tuple[str, ...] | CrossdockError]:

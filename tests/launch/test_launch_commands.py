@@ -1,0 +1,137 @@
+"""Scripts and manifests for other launchers: golden files, and the scripts really run, with stand-ins for the cluster's commands."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crossdock.launch import cli, cluster, kubernetes
+from crossdock.strict_yaml import parse
+
+GOLDEN = Path(__file__).parent / "golden"
+RUN = ["configs/small.yaml", "run.dir=/runs/small", "parallel.expert=16", "train.batch_sequences=32"]
+COMMANDS = {
+    "torchrun.txt": ["torchrun", *RUN, "--nodes", "2", "--ranks-per-node", "8", "--head", "10.0.0.1"],
+    "torchrun-one-node.txt": ["torchrun", *RUN, "--ranks-per-node", "16", "--restarts", "0"],
+    "mpirun.txt": ["mpi", *RUN, "--nodes", "2", "--ranks-per-node", "8", "--hosts", "node1,node2"],
+    "slurm.sh": ["slurm", *RUN, "--nodes", "2", "--sbatch=--partition=long", "--sbatch=--account=moe"],
+    "slurm-cpu.sh": ["slurm", *RUN, "--nodes", "4", "--ranks-per-node", "4", "--no-gpus", "--time", "1:00:00", "--grace-s", "60"],
+    "jobset.yaml": ["kubernetes", *RUN, "--nodes", "2", "--image", "registry/moe:1"],
+    "rayjob.yaml": ["kubernetes", *RUN, "--nodes", "2", "--kind", "rayjob", "--claim", "shared"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_golden(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["launch", *COMMANDS[name]]) == 0
+    assert capfd.readouterr().out == (GOLDEN / name).read_text()
+
+
+def test_out_writes_the_same(tmp_path: Path) -> None:
+    assert cli.run(["launch", *COMMANDS["slurm.sh"], "--out", str(tmp_path / "job.sh")]) == 0
+    assert (tmp_path / "job.sh").read_text() == (GOLDEN / "slurm.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "piece"),
+    [
+        (["torchrun", "tiny", "--nodes", "2"], 2, "--head"),
+        (["mpi", "tiny", "--nodes", "2", "--hosts", "one"], 2, "1 hosts and --nodes 2"),
+        (["slurm", "tiny", "--ranks-per-node", "3"], 78, "3 ranks"),
+        (["slurm", "tiny", "--ranks-per-node", "2", "--sbatch", "partition=long"], 2, "--partition=long"),
+        (["kubernetes", "tiny", "--ranks-per-node", "2"], 2, "run.dir=/runs/tiny"),
+        (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--kind", "pod"], 2, "jobset or rayjob"),
+        (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", ""], 2, "--claim"),
+        (["slurm", "nothing.yaml"], 66, "nothing.yaml"),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments: list[str], exit_code: int, piece: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["launch", *arguments]) == exit_code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert piece in err
+    assert len(err.splitlines()) == 1
+
+
+def test_every_exit_code_is_final_or_retried_but_not_both() -> None:
+    assert cluster.final_codes() == (2, 3, 65, 66, 67, 69, 74, 78, 79, 80)
+    assert cluster.RETRY_CODES == (75, 76)
+
+
+def test_names_are_labels() -> None:
+    assert cluster.scheduler_name("Run_7 (big)") == "run-7-big"
+    assert cluster.scheduler_name("x" * 80) == "x" * 40
+    with pytest.raises(cluster.UsageError, match="set run"):
+        cluster.scheduler_name("__")
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Callable[[str, dict[str, str]], subprocess.CompletedProcess[str]]:
+    """Runs a shell script in which the named commands are the given bodies, and every other is the system's."""
+
+    def run(script: str, bodies: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        for name, body in bodies.items():
+            path = tmp_path / name
+            path.write_text(f"#!/bin/bash\n{body}\n")
+            path.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+        return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=30, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("srun", "status", "expected", "requeued"),
+    [
+        ("exit 0", "exit 99", 0, False),
+        ("exit 137", "exit $4", 137, True),  # rank 0 killed: no result, so $4, that of --otherwise
+        ("exit 137", "exit 76", 76, True),
+        ("exit 75", "exit 75", 75, True),
+        ("exit 79", "exit 79", 79, False),
+        ("exit 78", "exit $4", 78, False),
+    ],
+)
+def test_slurm_requeues_what_can_go_on(
+    stand_ins: Callable[..., subprocess.CompletedProcess[str]], srun: str, status: str, expected: int, requeued: bool
+) -> None:
+    bodies = {"srun": srun, "crossdock": status, "scontrol": 'echo "$@"'}
+    ended = stand_ins((GOLDEN / "slurm.sh").read_text(), bodies)
+    assert ended.returncode == expected
+    assert (ended.stdout == "requeue 7\n") == requeued
+
+
+def pod_script() -> str:
+    shape = cluster.Shape(2, 8, gpus=True, cores_per_rank=8)
+    manifest = kubernetes.job_set(shape, cluster.Run("small", Path("/runs/small"), "small", ()), "image", "runs", 3)
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"][2]
+
+
+def test_a_pod_ends_with_the_code_of_the_run(stand_ins: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert stand_ins(pod_script(), {"torchrun": "exit 0", "crossdock": "exit 99"}).returncode == 0
+    assert stand_ins(pod_script(), {"torchrun": "exit 1", "crossdock": "exit 79"}).returncode == 79
+    assert stand_ins(pod_script(), {"torchrun": "exit 1", "crossdock": "exit $4"}).returncode == 76
+
+
+def test_a_pod_passes_sigterm_on_and_waits(stand_ins: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    saving = "trap 'sleep 0.3; echo saved; exit 1' TERM; kill -TERM $PPID; for i in $(seq 100); do sleep 0.1; done"
+    ended = stand_ins(pod_script(), {"torchrun": saving, "crossdock": "echo asked; exit 75"})
+    assert (ended.returncode, ended.stdout) == (75, "saved\nasked\n")
+
+
+def test_manifests_are_plain_yaml() -> None:
+    manifest = parse((GOLDEN / "jobset.yaml").read_text(), "jobset.yaml").value
+    policy = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]
+    assert policy["onExitCodes"]["values"] == list(cluster.final_codes())
+
+
+def test_status_gives_the_exit_code_of_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["status", str(tmp_path)]) == 66
+    assert cli.run(["status", str(tmp_path), "--otherwise", "76"]) == 76
+    (tmp_path / "result.json").write_text(
+        '{"status": "preempted", "exit_code": 75, "reached_step": 3, "target_step": 9, "message": "asked to stop"}'
+    )
+    capfd.readouterr()
+    assert cli.run(["status", str(tmp_path)]) == 75
+    assert capfd.readouterr().out == "preempted at step 3 of 9: asked to stop\n"
