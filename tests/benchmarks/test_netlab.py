@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import netlab
-from benchmarks.netlab import Lab, standing
+from benchmarks.netlab import Lab, owners, standing
+from benchmarks.netlab.__main__ import main
 from crossdock.errors import PeerLost, Unavailable, UsageError
 
 REASON = netlab.unavailable_reason()
@@ -46,7 +47,7 @@ def namespaces_of(name: str) -> list[str]:
 
 
 def files_of(name: str) -> list[Path]:
-    return [*netlab.HOSTS_ROOT.glob(f"{name}*"), *netlab.MARKERS.glob(f"{name}*")]
+    return [*owners.HOSTS_ROOT.glob(f"{name}*"), *owners.MARKERS.glob(f"{name}*")]
 
 
 def send(lab: Lab, seconds: float) -> tuple[int, float]:
@@ -186,6 +187,67 @@ time.sleep(600)
 
 
 @needs_lab
+def test_what_a_killed_janitor_left_the_next_laboratory_removes() -> None:
+    program = """
+import time
+from benchmarks.netlab import Lab
+lab = Lab(2, latency_s=1e-3).__enter__()
+print(lab.name, lab._janitor.pid, flush=True)
+time.sleep(600)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with owner:
+        assert owner.stdout is not None
+        name, janitor = owner.stdout.readline().split()
+        os.kill(int(janitor), signal.SIGKILL)
+        assert owners.remove_leftovers() == [], "its owner lives"
+        owner.kill()
+        owner.wait(20)
+    assert len(namespaces_of(name)) == 3, "nobody was left to remove it"
+    with Lab(1):
+        assert namespaces_of(name) == []
+    assert files_of(name) == []
+
+
+@needs_lab
+def test_latency_and_rate_of_each_link() -> None:
+    """Light is never faster than asked; how much slower the cable is depends on the machine's load."""
+    asked_s = (0.02, 0.05)
+    echo = "import socket; s = socket.create_server(('', 5009)); print('ready', flush=True); p, _ = s.accept(); p.sendall(p.recv(1))"
+    ping = """
+import socket, time
+begin_s = time.perf_counter()
+peer = socket.create_connection(("node1", 5009))
+connected_s = time.perf_counter()
+peer.sendall(b"x")
+peer.recv(1)
+print(connected_s - begin_s, time.perf_counter() - connected_s)
+"""
+    with Lab(2, [80e6, 20e6], latency_s=asked_s) as lab:
+        assert Lab.attach(lab.name).latencies_s == asked_s
+        answering = subprocess.Popen(lab.command(1, [sys.executable, "-c", echo]), stdout=subprocess.PIPE, text=True)
+        with answering:
+            assert answering.stdout is not None
+            assert answering.stdout.readline() == "ready\n"
+            for round_trip_s in map(float, lab.run(0, [sys.executable, "-c", ping]).split()):
+                assert sum(asked_s) <= round_trip_s < sum(asked_s) + 0.2
+        sent, took_s = send(lab, 0.5)
+        assert 0.3 * took_s * 80e6 / 8 <= sent <= took_s * 80e6 / 8 + 65_536 + 64_000
+        assert lab.counters(0).sent_bytes >= sent
+
+
+@needs_lab
+def test_a_link_without_our_marker_is_not_shaped() -> None:
+    with Lab(1) as lab:
+        marker = owners.MARKERS / f"{lab.namespace(0)}.json"
+        kept = marker.read_text()
+        marker.unlink()
+        with pytest.raises(Unavailable, match="no marker of ours"):
+            lab.set_rate(1e6)
+        marker.write_text(kept)
+
+
+@needs_lab
 def test_foreign_namespaces_stay_untouched() -> None:
     name = f"foreign{os.getpid()}"
     subprocess.run(["ip", "netns", "add", f"{name}-node0"], check=True)
@@ -211,11 +273,13 @@ def test_the_commands_make_use_and_remove_a_laboratory() -> None:
         assert name in call("list").split()
         assert call("exec", name, "1", "--", "hostname") == "node1\n"
         call("rate", name, "5e7")
-        assert Lab.attach(name).rate_bit_per_s == 5e7
+        assert Lab.attach(name).rates_bit_per_s == (5e7, 5e7)
         assert '"sent_bytes"' in call("counters", name)
     finally:
         call("down", name)
     assert namespaces_of(name) == []
+    placed = call("run", "--nodes", "3", "--rate", "1e8,5e7,none", "--", "sh", "-c", "echo $NODE_RANK of $NNODES on $(hostname)")
+    assert placed == "".join(f"{node} of 3 on node{node}\n" for node in range(3))
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +287,7 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(Unavailable, match="need root"), Lab(2):
         pass
-    assert netlab.main(["up"]) == 69
+    assert main(["up"]) == 69
     assert "need root" in capsys.readouterr().err
 
 
@@ -231,3 +295,12 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_senseless_numbers_are_refused(nodes: int, rate: float | None) -> None:
     with pytest.raises(UsageError, match="choose"):
         Lab(nodes, rate)
+
+
+def test_one_value_for_all_or_one_for_each() -> None:
+    assert Lab(2, 1e6, latency_s=[0.0, 0.1]).latencies_s == (0.0, 0.1)
+    assert Lab(2, [1e6, None]).rates_bit_per_s == (1e6, None)
+    with pytest.raises(UsageError, match="3 rates for 2 emulated nodes"):
+        Lab(2, [1e6, 1e6, 1e6])
+    with pytest.raises(UsageError, match="latency"):
+        Lab(2, latency_s=-1.0)
