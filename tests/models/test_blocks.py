@@ -99,7 +99,7 @@ def test_ordinary_blocks(hidden_QPD: Tensor, kind: str, moe_every: int) -> None:
 
 
 def test_dropped_tokens_pass_on_by_their_residual(hidden_QPD: Tensor) -> None:
-    gate = {"kind": "switch", "capacity_factor": 0.4, "jitter": 0.0}
+    gate = {"kind": "switch", "capacity": {"policy": "fixed", "factor": 0.4}, "jitter": 0.0}
     block = model_of(block="top_k", moe_every=1, top_k=1, gate=gate).blocks[0]
     output, routing = block(hidden_QPD, CONTEXT)
     kept = set(routing.assignment.token_A.tolist())

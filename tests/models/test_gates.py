@@ -5,14 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from crossdock.errors import BadConfig
 from crossdock.models.gates.base import Gate, Routing, reduce_statistics
-from crossdock.models.gates.capacity import capacity_of, keep_within_capacity
 from crossdock.models.gates.noise import GOLDEN, _mix, _mix_integer, _signed, normal_TC, uniform_TC
 from crossdock.models.gates.noisy_topk import MIN_NOISE
 from crossdock.models.gates.table import GATES, AnyGateConfig, build_gate
@@ -62,85 +59,35 @@ def test_the_mixer_is_splitmix64() -> None:
 
 
 def test_draws_do_not_depend_on_how_the_batch_is_cut() -> None:
-    whole = uniform_TC(context_of(), 2, 1, (12, 4), CPU)
-    halves = [uniform_TC(context_of(first_token=first), 2, 1, (6, 4), CPU) for first in (0, 6)]
+    whole = uniform_TC(context_of(), 2, 1, 0, (12, 4), CPU)
+    halves = [uniform_TC(context_of(first_token=first), 2, 1, 0, (6, 4), CPU) for first in (0, 6)]
     assert torch.equal(whole, torch.cat(halves))
-    assert torch.equal(whole[:, :2], uniform_TC(context_of(), 2, 1, (12, 2), CPU))
+    assert torch.equal(whole[:, :2], uniform_TC(context_of(), 2, 1, 0, (12, 2), CPU))
 
 
-def test_draws_differ_by_seed_step_layer_and_purpose() -> None:
+def test_draws_differ_by_seed_step_layer_purpose_and_turn() -> None:
     base = StepContext(3, 0, True, torch.zeros(0, dtype=torch.int64), 0)
     others = [
-        uniform_TC(StepContext(4, 0, True, base.token_T, 0), 2, 1, (8, 4), CPU),
-        uniform_TC(StepContext(3, 1, True, base.token_T, 0), 2, 1, (8, 4), CPU),
-        uniform_TC(base, 3, 1, (8, 4), CPU),
-        uniform_TC(base, 2, 2, (8, 4), CPU),
+        uniform_TC(StepContext(4, 0, True, base.token_T, 0), 2, 1, 0, (8, 4), CPU),
+        uniform_TC(StepContext(3, 1, True, base.token_T, 0), 2, 1, 0, (8, 4), CPU),
+        uniform_TC(base, 3, 1, 0, (8, 4), CPU),
+        uniform_TC(base, 2, 2, 0, (8, 4), CPU),
+        *(uniform_TC(base, 2, purpose, turn, (8, 4), CPU) for purpose in (1, 2) for turn in (1, 2, 3)),
     ]
-    values = torch.cat([uniform_TC(base, 2, 1, (8, 4), CPU), *others]).flatten()
+    values = torch.cat([uniform_TC(base, 2, 1, 0, (8, 4), CPU), *others]).flatten()
     assert len(values.unique()) == len(values)
 
 
 def test_draws_have_their_distributions() -> None:
-    uniform = uniform_TC(context_of(), 0, 1, (20_000, 8), CPU)
+    uniform = uniform_TC(context_of(), 0, 1, 0, (20_000, 8), CPU)
     assert 0 < uniform.min() < 1e-4 < 1 - 1e-4 < uniform.max() < 1
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
     assert torch.corrcoef(uniform.T).fill_diagonal_(0).abs().max() < 0.03
     assert torch.corrcoef(torch.stack((uniform[:-1, 0], uniform[1:, 0])))[0, 1].abs() < 0.03
-    normal = normal_TC(context_of(), 0, 1, (20_000, 8), CPU)
+    normal = normal_TC(context_of(), 0, 1, 0, (20_000, 8), CPU)
     assert normal.mean().item() == pytest.approx(0, abs=0.01)
     assert normal.std().item() == pytest.approx(1, abs=0.01)
     assert (normal.abs() < 1.96).double().mean().item() == pytest.approx(0.95, abs=0.005)
-
-
-# ---- capacity --------------------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.integers(1, 4).flatmap(
-        lambda groups: st.tuples(
-            st.just(groups),
-            st.integers(1, 6).flatmap(
-                lambda size: st.lists(st.permutations(range(5)).map(lambda p: p[:3]), min_size=groups * size, max_size=groups * size)
-            ),
-        )
-    ),
-    st.integers(1, 6),
-    st.randoms(use_true_random=False),
-)
-def test_capacity_fills_by_choice_then_token(drawn: tuple[int, list[list[int]]], capacity: int, random: Any) -> None:
-    groups, rows = drawn
-    size = len(rows) // groups
-    wanted = [[random.random() < 0.8 for _ in row] for row in rows]
-    expected = [[False] * 3 for _ in rows]
-    for group in range(groups):
-        room = [capacity] * 5
-        for choice in range(3):
-            for token in range(group * size, (group + 1) * size):
-                expert = rows[token][choice]
-                if wanted[token][choice] and room[expert] > 0:
-                    room[expert] -= 1
-                    expected[token][choice] = True
-    assert keep_within_capacity(torch.tensor(rows), torch.tensor(wanted), 5, size, capacity).tolist() == expected
-
-
-def test_capacity_by_hand() -> None:
-    assert capacity_of(1.25, 8, 2, 4) == 5
-    assert capacity_of(1.0, 1, 1, 64) == 1
-    with pytest.raises(BadConfig, match="capacity_group_tokens 4 does not divide the 6 tokens"):
-        keep_within_capacity(torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1, dtype=torch.bool), 2, 4, 1)
-
-
-@pytest.mark.parametrize(("kind", "top_k"), [("noisy_topk", 2), ("switch", 1), ("gshard", 2), ("deepseek_v3", 2)])
-def test_capacity_drops_and_counts(kind: str, top_k: int) -> None:
-    gate = gate_of(kind, 4, top_k, capacity_factor=0.5, eval_capacity_factor=8.0)
-    routing = gate(tokens(16), context_of(), 8)
-    (sums,) = reduce_statistics([routing.statistics], Mesh.single())
-    balance = gate.balance(sums, True)
-    assert balance.load_E.tolist() == torch.bincount(routing.assignment.expert_A, minlength=4).tolist()
-    assert balance.load_E.max() <= 2 * capacity_of(0.5, 8, top_k, 4)  # two groups of 8 tokens
-    assert balance.dropped == routing.assignment.num_dropped > 0
-    evaluated = gate(tokens(16), context_of(training=False), 8)
-    assert evaluated.assignment.num_entries == 16 * top_k
 
 
 # ---- the gates -------------------------------------------------------------------------------------------------------------
@@ -170,7 +117,7 @@ def test_switch_by_formula() -> None:
 def test_switch_jitter_stays_within_its_bounds_and_in_training() -> None:
     gate, x_TD = gate_of("switch", 4, 1, jitter=0.3), tokens(50)
     logits_TE = x_TD @ gate.weight_ED.T
-    uniform_TE = uniform_TC(context_of(), 0, 2, (50, 4), CPU)
+    uniform_TE = uniform_TC(context_of(), 0, 2, 0, (50, 4), CPU)
     jittered_TE = (logits_TE * (0.7 + 0.6 * uniform_TE)).softmax(-1)
     _, weight_TK = table(gate(x_TD, context_of(), 50), 1)
     torch.testing.assert_close(weight_TK[:, 0], jittered_TE.max(-1).values)
@@ -206,7 +153,7 @@ def test_noisy_top_k_by_formula() -> None:
         gate.noise_weight_ED.copy_(torch.randn(num_experts, D, generator=torch.Generator().manual_seed(5)))
     clean_TE = x_TD @ gate.weight_ED.T
     deviation_TE = torch.nn.functional.softplus(x_TD @ gate.noise_weight_ED.T) + MIN_NOISE
-    noisy_TE = clean_TE + normal_TC(context_of(), 0, 3, (num_tokens, num_experts), CPU) * deviation_TE
+    noisy_TE = clean_TE + normal_TC(context_of(), 0, 3, 0, (num_tokens, num_experts), CPU) * deviation_TE
     importance, load = [0.0] * num_experts, [0.0] * num_experts
     routing = gate(x_TD, context_of(), num_tokens)
     expert_TK, weight_TK = table(routing, top_k)

@@ -48,17 +48,17 @@ BLOCKS: dict[str, dict[str, Any]] = {
 GATES: dict[str, dict[str, Any]] = {
     "noisy_top1": {"top_k": 1, "gate": {"kind": "noisy_topk", "importance_loss": 0.1, "load_loss": 0.1}},
     "noisy_top3": {"top_k": 3, "gate": {"kind": "noisy_topk"}},
-    "noisy_capacity": {"top_k": 2, "gate": {"kind": "noisy_topk", "capacity_factor": 0.75, "capacity_group_tokens": 3}},
+    "noisy_capacity": {"top_k": 2, "gate": {"kind": "noisy_topk", "capacity": {"policy": "fixed", "factor": 0.75, "group_tokens": 3}}},
     "switch": {"top_k": 1, "gate": {"kind": "switch", "jitter": 0.2}},
-    "switch_capacity": {"top_k": 1, "gate": {"kind": "switch", "capacity_factor": 0.5}},
+    "switch_capacity": {"top_k": 1, "gate": {"kind": "switch", "capacity": {"policy": "fixed", "factor": 0.5}}},
     "gshard": {"top_k": 2, "gate": {"kind": "gshard"}},
-    "gshard_capacity": {"top_k": 2, "gate": {"kind": "gshard", "capacity_factor": 0.5}},
+    "gshard_capacity": {"top_k": 2, "gate": {"kind": "gshard", "capacity": {"policy": "fixed", "factor": 0.5}}},
     "deepseek_top1": {"top_k": 1, "gate": {"kind": "deepseek_v3", "bias_step": 0.1}},
     "deepseek_groups": {
         "top_k": 3,
         "gate": {"kind": "deepseek_v3", "bias_step": 0.1, "num_groups": 4, "top_groups": 2, "sequence_loss": 0.1, "z_loss": 0.01},
     },
-    "deepseek_capacity": {"top_k": 2, "gate": {"kind": "deepseek_v3", "bias_step": 0.1, "capacity_factor": 0.5}},
+    "deepseek_capacity": {"top_k": 2, "gate": {"kind": "deepseek_v3", "bias_step": 0.1, "capacity": {"policy": "fixed", "factor": 0.5}}},
 }
 
 
@@ -116,7 +116,7 @@ def test_all_tokens_on_the_same_experts(ranks: Pool, top_k: int, world_size: int
 
 
 def test_outside_training_nothing_is_random(ranks: Pool) -> None:
-    model = {"top_k": 2, "gate": {"kind": "noisy_topk", "eval_capacity_factor": 0.5}}
+    model = {"top_k": 2, "gate": {"kind": "noisy_topk", "eval_capacity": {"policy": "fixed", "factor": 0.5}}}
     reference = check(ranks, 2, Case(model, 2, "random", training=False))
     assert reference.dropped > 0
     again = run_step(0, 1, replace(Case(model, training=False), num_steps=1))

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from crossdock.models.gates.capacity import Dropless, Fixed
 from crossdock.models.gates.switch import SwitchConfig
 from crossdock.placement.plan import Plan
 from crossdock.placement.trace import NO_EXPERT, Trace, concatenate
@@ -65,7 +66,7 @@ def test_recording_keeps_no_graph() -> None:
 
 
 def capture_some(rank: int, world_size: int, folder: str, plan: Plan, capacity_factor: float | None) -> list[Trace]:
-    gate = SwitchConfig(jitter=0.0, capacity_factor=capacity_factor)
+    gate = SwitchConfig(jitter=0.0, capacity=Dropless() if capacity_factor is None else Fixed(factor=capacity_factor))
     model = tiny.MODEL.model_copy(update={"gate": gate, "top_k": 1})
     config = tiny.TRAIN.model_copy(update={"accumulate": 2})
     steps = tiny.stepper(rank, world_size, folder, plan, config, model=model)

@@ -1,8 +1,9 @@
 """What every gate is: a router in fp32 or wider, its choice for this rank's tokens, and balance losses over the global batch.
 
-A gate decides in `forward` and moves no data. It returns sums over this rank's tokens; whoever holds the mesh adds them up over the world
-once per model (`reduce_statistics`) and hands them back to `balance`. Losses are therefore those of the global batch on every rank,
-whatever the number of ranks, and all layers share one small all-reduce.
+A gate decides in `forward` and moves no data (but for one number, where a capacity is relative to the batch's largest demand).
+It returns sums over this rank's tokens; whoever holds the mesh adds them up over the world once per model (`reduce_statistics`) and hands
+them back to `balance`. Losses are therefore those of the global batch on every rank, whatever the number of ranks, and all layers share one
+small all-reduce.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from crossdock.errors import BadConfig
-from crossdock.models.gates.capacity import capacity_of, keep_within_capacity
+from crossdock.models.gates.capacity import AnyCapacity, Dropless, Largest, keep_TK, largest_alone
 from crossdock.models.initial import Fill
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.collectives import sum_over_world
@@ -26,20 +27,37 @@ Statistics = dict[str, Tensor]  # name -> [n], sums over tokens; differentiable 
 
 
 class GateConfig(StrictModel):
-    """Options of every gate. Dropless unless a capacity factor is given."""
+    """Options of every gate."""
 
     z_loss: float = Field(1e-3, ge=0)
     """Coefficient of mean(logsumexp(logits)^2), which keeps logits small (ST-MoE, arXiv 2202.08906, equation 5)."""
-    capacity_factor: float | None = Field(None, gt=0)
-    eval_capacity_factor: float | None = Field(None, gt=0)
-    """Outside training; the training factor where left out."""
-    capacity_group_tokens: int | None = Field(None, ge=1)
-    """Consecutive tokens that share one capacity; one sequence where left out. Must divide the tokens of a rank."""
+    capacity: AnyCapacity = Dropless()
+    """What an expert takes at most, and who stays: see `crossdock.models.gates.capacity`."""
+    eval_capacity: AnyCapacity | None = None
+    """Outside training; as in training where left out."""
 
-    def check(self, num_experts: int, top_k: int) -> None:
-        """Raise `BadConfig` where the gate cannot choose `top_k` of `num_experts`."""
+    def check(self, num_experts: int, top_k: int, num_barred: int = 0) -> None:
+        """Raise `BadConfig` where the gate cannot choose `top_k` of `num_experts` of which `num_barred` are taken."""
         if top_k > num_experts:
             raise BadConfig(f"top_k {top_k} is more than num_experts {num_experts}; choose top_k from 1 to {num_experts}")
+        if top_k + num_barred > num_experts:
+            raise BadConfig(
+                f"the block chooses {top_k} experts for each of two representations, never one twice, and num_experts is {num_experts}; "
+                f"choose num_experts of at least {top_k + num_barred}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Which of a gate's uses in one forward pass this is; only blocks that route a token several times (DGMoE) need it."""
+
+    number: int = 0
+    """Part of the key of random draws, so that no two uses draw alike."""
+    barred_TK: Tensor | None = None
+    """int64 [T, K]: experts that each token may not choose, because an earlier turn gave them to it."""
+
+
+FIRST = Turn()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +66,8 @@ class Routing:
 
     assignment: Assignment
     statistics: Statistics
+    expert_TK: Tensor
+    """int64 [T, K]: the choice before anything was dropped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,23 +92,25 @@ class Gate(nn.Module):
         self.layer, self.num_experts, self.top_k = layer, num_experts, top_k
         self.weight_ED = nn.Parameter(torch.empty(num_experts, model_width, dtype=wide(dtype)))
 
-    def forward(self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int) -> Routing:
+    def forward(
+        self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn = FIRST, largest: Largest = largest_alone
+    ) -> Routing:
         """Choose experts for the rank's tokens [T, D]; `tokens_per_sequence` divides T."""
         with torch.autocast(x_TD.device.type, enabled=False):
             wide_TD = x_TD.to(self.weight_ED.dtype)
             logits_TE = F.linear(wide_TD, self.weight_ED)
-            expert_TK, weight_TK, wanted_TK, statistics = self._route(wide_TD, logits_TE, context, tokens_per_sequence)
-        keep_TK = self._keep(expert_TK, wanted_TK, context.training, tokens_per_sequence)
+            expert_TK, weight_TK, wanted_TK, statistics = self._route(wide_TD, logits_TE, context, tokens_per_sequence, turn)
+        kept_TK = self._kept_TK(expert_TK, weight_TK, wanted_TK, context.training, tokens_per_sequence, largest)
         statistics |= {
             "tokens": logits_TE.new_full((1,), len(x_TD)),
             "chosen": count_experts(expert_TK, wanted_TK, self.num_experts),
-            "load": count_experts(expert_TK, keep_TK, self.num_experts),
+            "load": count_experts(expert_TK, kept_TK, self.num_experts),
             "z": torch.logsumexp(logits_TE, dim=-1).square().sum().view(1),
         }
-        assignment = Assignment.from_topk(expert_TK, weight_TK, keep_TK)
+        assignment = Assignment.from_topk(expert_TK, weight_TK, kept_TK)
         if wanted_TK is not None:  # what the gate itself left out has not been dropped
             assignment = replace(assignment, num_dropped=int(wanted_TK.sum()) - assignment.num_entries)
-        return Routing(assignment, statistics)
+        return Routing(assignment, statistics, expert_TK)
 
     def balance(self, statistics: Statistics, training: bool) -> Balance:
         """Losses and load from the sums over the global batch."""
@@ -105,9 +127,9 @@ class Gate(nn.Module):
         fill("weight_ED", self.weight_ED, std)
 
     def _route(
-        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int
+        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor | None, Statistics]:
-        """(expert [T, K] by falling preference, weight [T, K], wanted [T, K] or None for all, sums)."""
+        """(expert [T, K] by falling preference, none of `turn.barred_TK`, weight [T, K], wanted [T, K] or None for all, sums)."""
         raise NotImplementedError
 
     def _losses(self, statistics: Statistics) -> dict[str, Tensor]:
@@ -116,16 +138,32 @@ class Gate(nn.Module):
     def _observe(self, chosen_E: Tensor) -> None:
         """Called once per training forward with the global load: for gates that learn from it without a loss."""
 
-    def _keep(self, expert_TK: Tensor, wanted_TK: Tensor | None, training: bool, tokens_per_sequence: int) -> Tensor | None:
-        factor = self.config.capacity_factor
-        if not training and self.config.eval_capacity_factor is not None:
-            factor = self.config.eval_capacity_factor
-        if factor is None:
+    def _kept_TK(
+        self,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        wanted_TK: Tensor | None,
+        training: bool,
+        tokens_per_sequence: int,
+        largest: Largest,
+    ) -> Tensor | None:
+        policy = self.config.capacity
+        if not training and self.config.eval_capacity is not None:
+            policy = self.config.eval_capacity
+        if isinstance(policy, Dropless):
             return wanted_TK
-        group_tokens = self.config.capacity_group_tokens or tokens_per_sequence
-        capacity = capacity_of(factor, group_tokens, self.top_k, self.num_experts)
         wanted_TK = torch.ones_like(expert_TK, dtype=torch.bool) if wanted_TK is None else wanted_TK
-        return keep_within_capacity(expert_TK, wanted_TK, self.num_experts, group_tokens, capacity)
+        return keep_TK(policy, expert_TK, weight_TK, wanted_TK, self.num_experts, tokens_per_sequence, largest)
+
+
+def without(score_TE: Tensor, barred_TK: Tensor | None) -> Tensor:
+    """Scores for choosing, -inf where a token may not go; weights are taken from the scores themselves, never from these."""
+    return score_TE if barred_TK is None else score_TE.scatter(1, barred_TK, -torch.inf)
+
+
+def add_statistics(first: Statistics, second: Statistics) -> Statistics:
+    """The sums over the tokens of both: two turns of one gate are one batch to its losses."""
+    return {name: value + second[name] for name, value in first.items()}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -146,6 +184,13 @@ def share_loss(chosen_E: Tensor, probability_E: Tensor, tokens_1: Tensor) -> Ten
     f_i is expert i's part of all choices and carries no gradient; P_i is its mean probability.
     """
     return len(chosen_E) * torch.dot(chosen_E / chosen_E.sum(), probability_E / tokens_1)
+
+
+def largest_over_world(value: Tensor, mesh: Mesh) -> Tensor:
+    """The largest of a scalar over all ranks, without a gradient."""
+    of_rank_W = torch.zeros(mesh.world_size, dtype=torch.float64, device=value.device)
+    of_rank_W[mesh.rank] = value
+    return sum_over_world(of_rank_W, mesh).max()
 
 
 def reduce_statistics(statistics: Sequence[Statistics], mesh: Mesh) -> list[Statistics]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from crossdock.errors import BadConfig
-from crossdock.models.gates.base import Gate, GateConfig, Statistics
+from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, without
 from crossdock.runtime.context import StepContext
 
 
@@ -30,9 +30,9 @@ class DeepSeekV3Config(GateConfig):
     top_groups: int = Field(1, ge=1)
     """Groups that one token may use."""
 
-    def check(self, num_experts: int, top_k: int) -> None:
+    def check(self, num_experts: int, top_k: int, num_barred: int = 0) -> None:
         """Groups must divide the experts and hold enough of them."""
-        super().check(num_experts, top_k)
+        super().check(num_experts, top_k, num_barred)
         if num_experts % self.num_groups:
             divisors = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
             raise BadConfig(f"{num_experts} experts do not divide into {self.num_groups} groups; choose gate.num_groups from {divisors}")
@@ -40,10 +40,11 @@ class DeepSeekV3Config(GateConfig):
             raise BadConfig(
                 f"gate.top_groups {self.top_groups} is more than gate.num_groups {self.num_groups}; choose at most {self.num_groups}"
             )
-        reachable = self.top_groups * (num_experts // self.num_groups)
+        reachable = self.top_groups * (num_experts // self.num_groups) - num_barred
         if reachable < top_k:
             raise BadConfig(
-                f"top_k {top_k} is more than the {reachable} experts of gate.top_groups {self.top_groups}; raise top_groups or lower top_k"
+                f"top_k {top_k} is more than the {reachable} experts{' left' if num_barred else ''} of gate.top_groups {self.top_groups}; "
+                "raise top_groups or lower top_k"
             )
 
 
@@ -66,13 +67,13 @@ class DeepSeekV3(Gate):
         self._observed_step: int | None = None
 
     def _route(
-        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int
+        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor | None, Statistics]:
         if context.training and context.step != self._observed_step:
             self._move_bias()
             self._observed_step = context.step
         score_TE = logits_TE.sigmoid()
-        expert_TK = self._choose_TK(score_TE.detach() + self.bias_E)
+        expert_TK = self._choose_TK(without(score_TE.detach() + self.bias_E, turn.barred_TK))
         weight_TK = score_TE.gather(1, expert_TK)
         if self.top_k > 1:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)

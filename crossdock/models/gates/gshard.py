@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from crossdock.errors import BadConfig
-from crossdock.models.gates.base import Gate, GateConfig, Statistics, count_experts, share_loss
+from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, count_experts, share_loss, without
 from crossdock.models.gates.noise import SECOND_EXPERT, uniform_TC
 from crossdock.runtime.context import StepContext
 
@@ -19,9 +19,9 @@ class GShardConfig(GateConfig):
     random_second: bool = True
     """In training the second expert is used with probability min(1, 2 x its weight)."""
 
-    def check(self, num_experts: int, top_k: int) -> None:
+    def check(self, num_experts: int, top_k: int, num_barred: int = 0) -> None:
         """GShard chooses exactly two experts."""
-        super().check(num_experts, top_k)
+        super().check(num_experts, top_k, num_barred)
         if top_k != 2:
             raise BadConfig(
                 f"gate gshard chooses 2 experts per token, top_k is {top_k}; set top_k: 2, or choose gate noisy_topk or deepseek_v3"
@@ -34,14 +34,15 @@ class GShard(Gate):
     config: GShardConfig
 
     def _route(
-        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int
+        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor | None, Statistics]:
         probability_TE = logits_TE.softmax(dim=-1)
-        top_TK, expert_TK = probability_TE.topk(2, dim=-1)
+        expert_TK = without(probability_TE, turn.barred_TK).topk(2, dim=-1).indices
+        top_TK = probability_TE.gather(1, expert_TK)
         weight_TK = top_TK / top_TK.sum(-1, keepdim=True)
         wanted_TK = None
         if context.training and self.config.random_second:
-            uniform_T1 = uniform_TC(context, self.layer, SECOND_EXPERT, (len(x_TD), 1), x_TD.device)
+            uniform_T1 = uniform_TC(context, self.layer, SECOND_EXPERT, turn.number, (len(x_TD), 1), x_TD.device)
             wanted_TK = weight_TK.detach().new_ones(weight_TK.shape).bool()
             wanted_TK[:, 1:] = 2 * weight_TK[:, 1:].detach() > uniform_T1
         first_E = count_experts(expert_TK[:, :1], None, self.num_experts)

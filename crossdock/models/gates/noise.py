@@ -1,6 +1,6 @@
 """Random numbers keyed by what they are for, so that a token draws the same ones on however many ranks the batch is spread.
 
-A counter-based generator: the bits of (seed, step, layer, purpose, global token, column) are mixed by the finaliser of SplitMix64
+A counter-based generator: the bits of (seed, step, layer, purpose and turn, global token, column) are mixed by the finaliser of SplitMix64
 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014). No state, no order of drawing.
 """
 
@@ -14,13 +14,14 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
 SECOND_EXPERT, JITTER, LOGIT_NOISE = 1, 2, 3  # purposes: two draws of one gate never share their bits
+NUM_PURPOSES = 16  # room for more of them before the next turn's begin
 
 
-def uniform_TC(context: StepContext, layer: int, purpose: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def uniform_TC(context: StepContext, layer: int, purpose: int, turn: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Uniform numbers in the open interval (0, 1): float64 of `shape` (T, columns), row t for the rank's t-th token."""
     num_tokens, num_columns = shape
     key = 0
-    for word in (context.seed, context.step, layer, purpose):
+    for word in (context.seed, context.step, layer, purpose + turn * NUM_PURPOSES):
         key = _mix_integer(key + GOLDEN + (word & _MASK))
     token_T = torch.arange(context.first_token, context.first_token + num_tokens, device=device)
     column_C = torch.arange(1, num_columns + 1, device=device)
@@ -29,9 +30,9 @@ def uniform_TC(context: StepContext, layer: int, purpose: int, shape: tuple[int,
     return (_shift(bits_TC, 12).to(torch.float64) + 0.5) * 2.0**-52  # 52 bits and a half: never 0, never 1, every value exact
 
 
-def normal_TC(context: StepContext, layer: int, purpose: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def normal_TC(context: StepContext, layer: int, purpose: int, turn: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal numbers: float64 of `shape` (T, columns), by inversion of `uniform_TC`."""
-    return torch.special.ndtri(uniform_TC(context, layer, purpose, shape, device))
+    return torch.special.ndtri(uniform_TC(context, layer, purpose, turn, shape, device))
 
 
 def _mix(bits: Tensor) -> Tensor:

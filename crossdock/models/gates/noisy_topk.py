@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from crossdock.models.gates.base import Gate, GateConfig, Statistics, count_experts
+from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, count_experts, without
 from crossdock.models.gates.noise import LOGIT_NOISE, normal_TC
 from crossdock.models.initial import Fill
 from crossdock.runtime.context import StepContext
@@ -45,29 +45,33 @@ class NoisyTopK(Gate):
         fill("noise_weight_ED", self.noise_weight_ED, 0.0)
 
     def _route(
-        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int
+        self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor | None, Statistics]:
         noisy_TE = logits_TE
         if context.training:
             deviation_TE = F.softplus(F.linear(x_TD, self.noise_weight_ED)) + MIN_NOISE
-            noise_TE = normal_TC(context, self.layer, LOGIT_NOISE, logits_TE.shape, logits_TE.device)
+            noise_TE = normal_TC(context, self.layer, LOGIT_NOISE, turn.number, logits_TE.shape, logits_TE.device)
             noisy_TE = logits_TE + noise_TE.to(logits_TE.dtype) * deviation_TE
         # One more than K, where there is one: the runner-up is the threshold that a chosen expert has to beat.
-        value_TK, expert_TK = noisy_TE.topk(min(self.top_k + 1, self.num_experts), dim=-1)
+        num_free = self.num_experts - (0 if turn.barred_TK is None else turn.barred_TK.shape[1])
+        value_TK, expert_TK = without(noisy_TE, turn.barred_TK).topk(min(self.top_k + 1, num_free), dim=-1)
         chosen_TK = expert_TK[:, : self.top_k]
         weight_TK = value_TK[:, : self.top_k].softmax(dim=-1) if self.top_k > 1 else noisy_TE.softmax(dim=-1).gather(1, chosen_TK)
         importance_E = torch.zeros_like(logits_TE).scatter(1, chosen_TK, weight_TK).sum(0)
-        if context.training and self.top_k < self.num_experts:
-            load_E = self._smooth_load_E(logits_TE, deviation_TE, noisy_TE, value_TK)
+        if context.training and self.top_k < num_free:
+            load_E = self._smooth_load_E(logits_TE, deviation_TE, noisy_TE, value_TK, turn.barred_TK)
         else:
             load_E = count_experts(chosen_TK, None, self.num_experts)
         return chosen_TK, weight_TK, None, {"importance": importance_E, "smooth_load": load_E}
 
-    def _smooth_load_E(self, logits_TE: Tensor, deviation_TE: Tensor, noisy_TE: Tensor, value_TK: Tensor) -> Tensor:
+    def _smooth_load_E(
+        self, logits_TE: Tensor, deviation_TE: Tensor, noisy_TE: Tensor, value_TK: Tensor, barred_TK: Tensor | None
+    ) -> Tensor:
         """Sum over tokens of the chance that a fresh draw of expert i's own noise would choose it (paper, equations 8 to 10)."""
         entry_T1, runner_up_T1 = value_TK[:, self.top_k - 1, None], value_TK[:, self.top_k, None]
         threshold_TE = torch.where(noisy_TE >= entry_T1, runner_up_T1, entry_T1)
-        return torch.special.ndtr((logits_TE - threshold_TE) / deviation_TE).sum(0)
+        chance_TE = torch.special.ndtr((logits_TE - threshold_TE) / deviation_TE)
+        return (chance_TE if barred_TK is None else chance_TE.scatter(1, barred_TK, 0.0)).sum(0)
 
     def _losses(self, statistics: Statistics) -> dict[str, Tensor]:
         return {
