@@ -7,21 +7,28 @@ is where among the stages the experts run, the *expert slot* k (experts run befo
     overlapped    dispatch | stage 0 .. stage k-1 | experts | combine | stage k .. stage n-1 | result
                   starts   |   tokens travel      |         | starts  |   tokens travel      | waited for
 
+Where tokens travel for longer than the stages take, the strand is cut into chunks of tokens (`Chunked`). All dispatches start at the
+beginning and queue on the link; from then on the experts compute one chunk while later ones arrive and earlier ones go home:
+
+    chunked       dispatch 0, 1, 2 start | stage 0 .. stage k-1 | experts 0, combine 0 starts, experts 1, .. | stage k .. | results
+
 `Sequential` makes the same starts in the same order and waits for each at once. Nothing else differs, so outputs and gradients are
 bitwise equal. The backward pass needs no code of its own: autograd runs nodes in the reverse order of their creation, so the wait's node
-launches the gradient's all-to-all, the stages' backward follows, and the start's node joins it. ScMoE (arXiv 2404.05019) gives the forward
-schedule.
+launches the gradient's all-to-all, the stages' backward follows, and the start's node joins it; of chunks, the last comes first. ScMoE
+(arXiv 2404.05019) gives the forward schedule.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from crossdock.errors import BadConfig
 from crossdock.placement.cost import makespan
 from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.chunks import cut
 from crossdock.runtime.dispatch import Pending
 
 Stream = TypeVar("Stream")
@@ -45,6 +52,8 @@ class Sequential:
     """Every movement is waited for as soon as it has started: the baseline, and the oracle of `Overlapped`."""
 
     expert_slot: int
+    forward_chunks: ClassVar[int] = 1
+    backward_chunks: ClassVar[int] = 1
     overlap: ClassVar[bool] = False
 
 
@@ -53,10 +62,30 @@ class Overlapped:
     """Every movement is waited for only where its result is needed."""
 
     expert_slot: int
+    forward_chunks: ClassVar[int] = 1
+    backward_chunks: ClassVar[int] = 1
     overlap: ClassVar[bool] = True
 
 
-Schedule = Sequential | Overlapped
+@dataclass(frozen=True)
+class Chunked:
+    """The routed strand in chunks of tokens, as many forward as `forward_chunks` says and backward as `backward_chunks` does.
+
+    overlap: wait for a movement only where its result is needed; else at once. Raises `BadConfig` for less than one chunk.
+    """
+
+    expert_slot: int
+    forward_chunks: int = 1
+    backward_chunks: int = 1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("forward_chunks", "backward_chunks"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"{name} is {getattr(self, name)}; choose 1 (tokens travel in one piece) or more")
+
+
+Schedule = Sequential | Overlapped | Chunked
 
 
 @dataclass(frozen=True)
@@ -82,14 +111,15 @@ def run(
     Raises `BadConfig` where the expert slot lies outside the stages.
     """
     check_expert_slot(schedule.expert_slot, len(stages))
-    travelling = _begin(schedule, routed.dispatch_start(x_TD, assignment))
+    chunks = cut(x_TD, assignment, schedule.forward_chunks)
+    travelling = [_begin(schedule, routed.dispatch_start(x, part)) for x, part in chunks]
     for stage in stages[: schedule.expert_slot]:
         stream = stage(stream)
-    computed = routed.compute(travelling.wait())
-    returning = _begin(schedule, routed.combine_start(computed))
+    returning = [_begin(schedule, routed.combine_start(routed.compute(pending.wait()))) for pending in travelling]
     for stage in stages[schedule.expert_slot :]:
         stream = stage(stream)
-    return stream, returning.wait()
+    home = [pending.wait() for pending in returning]
+    return stream, home[0] if len(home) == 1 else torch.cat(home)
 
 
 def _begin(schedule: Schedule, pending: Pending[Any]) -> Pending[Any]:

@@ -1,0 +1,193 @@
+"""Chunked schedules: any number of chunks over any tokens equals the reference, moves the same bytes, and overlaps forward and backward."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crossdock.errors import BadConfig
+from crossdock.runtime import reference
+from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.chunks import chunk_bounds, cut
+from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
+from crossdock.runtime.experts import ExpertBank
+from crossdock.runtime.layout import ExpertLayout
+from crossdock.runtime.ledger import Flight, bytes_by_way
+from crossdock.runtime.overlap import Chunked, Overlapped, Schedule, Sequential, run
+from tests.pool import Pool, mesh_for
+
+WIDTH, HIDDEN, EXPERTS = 8, 6, 8
+NAMES = ("y", "stream", "grad_x", "grad_weight", "grad_inner", "grad_outer", "grad_stage")
+
+
+@dataclass(frozen=True)
+class Strand:
+    """The routed strand of a layer, as `MoELayer` is one, without a gate."""
+
+    dispatcher: Dispatcher
+    bank: ExpertBank
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        return self.dispatcher.dispatch_start(x_TD, assignment)
+
+    def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
+        return self.bank(received.rows_MD, received.count_S), received.handle
+
+    def combine_start(self, computed: tuple[Tensor, Handle]) -> Pending[Tensor]:
+        return self.dispatcher.combine_start(*computed)
+
+
+def inputs(rank: int, num_tokens: int, uniform: bool) -> tuple[Tensor, Assignment, Tensor]:
+    """Tokens, choices of 1 to 3 experts (2 where uniform; some none at all otherwise), and the gradient that the loss sends into y."""
+    generator = torch.Generator().manual_seed(100 * num_tokens + rank)
+    x_TD = torch.randn(num_tokens, WIDTH, generator=generator, dtype=torch.float64)
+    expert_TK = torch.rand(num_tokens, EXPERTS, generator=generator).topk(3).indices
+    weight_TK = torch.rand(num_tokens, 3, generator=generator, dtype=torch.float64)
+    gradient_TD = torch.randn(num_tokens, WIDTH, generator=generator, dtype=torch.float64)
+    if uniform:
+        assignment = Assignment.from_topk(expert_TK[:, :2], weight_TK[:, :2])
+    else:
+        assignment = Assignment.from_topk(expert_TK, weight_TK, torch.rand(num_tokens, 3, generator=generator) < 0.5)
+    weight_A = assignment.weight_A.detach().requires_grad_()
+    whole = Assignment(assignment.token_A, assignment.expert_A, weight_A, num_tokens, assignment.uniform_k)
+    return x_TD.requires_grad_(), whole, gradient_TD
+
+
+def step(
+    rank: int, world_size: int, dispatch: str, schedule: Schedule, tokens: tuple[int, ...], uniform: bool, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], tuple[Flight, ...]]:
+    """Forward and backward of one layer with two stages in its window: outputs and gradients by name, and the flights."""
+    mesh = mesh_for(rank, world_size, world_size, tuple(range(world_size)))
+    layout = ExpertLayout.contiguous(0, EXPERTS, mesh)
+    bank = ExpertBank(layout, WIDTH, HIDDEN, dtype=torch.float64, **options)
+    bank.reset_parameters(seed=1, std=0.5)
+    x_TD, assignment, gradient_TD = inputs(rank, tokens[rank], uniform)
+    stage = torch.full((WIDTH,), 1.5, dtype=torch.float64, requires_grad=True)
+    mesh.ledger.take()
+    strand = Strand(DISPATCHERS[dispatch](mesh, layout, None), bank)
+    stream, y_TD = run(schedule, strand, x_TD, assignment, [lambda x: x * stage, lambda x: x + stage.sin()], x_TD)
+    torch.autograd.backward([stream, y_TD], [gradient_TD, gradient_TD])
+    leaves = (x_TD, assignment.weight_A, bank.inner, bank.outer, stage)
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    return dict(zip(NAMES, (y_TD.detach(), stream.detach(), *gradients), strict=True)), mesh.ledger.take()
+
+
+def by_reference(tokens: tuple[int, ...], uniform: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """y, and the gradients of the routed strand with respect to x and the weights, on each rank."""
+    whole = ExpertBank(ExpertLayout(0, torch.arange(EXPERTS), tuple(range(EXPERTS)), 1), WIDTH, HIDDEN, dtype=torch.float64)
+    whole.reset_parameters(seed=1, std=0.5)
+    results = []
+    for rank, num_tokens in enumerate(tokens):
+        x_TD, assignment, gradient_TD = inputs(rank, num_tokens, uniform)
+        y_TD = reference.moe(x_TD, assignment, partial(_one_expert, whole))
+        if y_TD.requires_grad:
+            y_TD.backward(gradient_TD)
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (x_TD, assignment.weight_A)]
+        results.append((y_TD.detach(), *gradients))
+    return results
+
+
+def _one_expert(bank: ExpertBank, expert: int, row_D: Tensor) -> Tensor:
+    count_S = torch.zeros(EXPERTS, dtype=torch.int64)
+    count_S[expert] = 1
+    return bank(row_D.reshape(1, -1), count_S).view_as(row_D)
+
+
+CASES = [
+    ((13, 16), 4, True),  # not divisible
+    ((13, 7), 3, False),  # any number of experts, none included
+    ((2, 9), 4, True),  # fewer tokens than chunks
+    ((0, 5), 2, False),  # a rank without tokens
+    ((0, 0), 3, True),
+]
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+@pytest.mark.parametrize(("tokens", "chunks", "uniform"), CASES, ids=str)
+def test_chunks_equal_the_reference(ranks: Pool, dispatch: str, tokens: tuple[int, ...], chunks: int, uniform: bool) -> None:
+    overlapped = ranks.run(2, step, dispatch, Chunked(1, chunks, chunks), tokens, uniform, {})
+    sequential = ranks.run(2, step, dispatch, Chunked(1, chunks, chunks, overlap=False), tokens, uniform, {})
+    in_one_piece = ranks.run(2, step, dispatch, Overlapped(1), tokens, uniform, {})
+    expected = by_reference(tokens, uniform)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    for rank, ((found, _), (waiting, _), (whole, _)) in enumerate(zip(overlapped, sequential, in_one_piece, strict=True)):
+        for name in NAMES:
+            assert torch.equal(found[name], waiting[name]), f"{name} of rank {rank} depends on when one waits"
+            torch.testing.assert_close(found[name], whole[name], **close)
+        y_TD, grad_x_TD, grad_weight_A = expected[rank]
+        torch.testing.assert_close(found["y"], y_TD, **close)
+        torch.testing.assert_close(found["grad_weight"], grad_weight_A, **close)
+        _, _, gradient_TD = inputs(rank, tokens[rank], uniform)
+        torch.testing.assert_close(found["grad_x"], grad_x_TD + 1.5 * gradient_TD, **close)  # the stream's share beside the strand's
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+def test_chunks_carry_the_same_bytes(ranks: Pool, dispatch: str) -> None:
+    whole = ranks.run(2, step, dispatch, Sequential(0), (13, 6), False, {})
+    chunked = ranks.run(2, step, dispatch, Chunked(2, 3, 3), (13, 6), False, {})
+    for (_, before), (_, after) in zip(whole, chunked, strict=True):
+        assert bytes_by_way(after) == bytes_by_way(before)
+        assert sum(flight.kind == "tokens" for flight in after) == 3 * sum(flight.kind == "tokens" for flight in before)
+
+
+def in_flight_during_experts(flights: tuple[Flight, ...], direction: str) -> list[set[tuple[str, int]]]:
+    """For each chunk, in the order in which they were computed: the token movements (stage, chunk) under way while its experts ran.
+
+    Forward, a chunk is computed between the end of its dispatch's wait and its combine's launch; backward, the other way round.
+    """
+    first, second = ("dispatch", "combine") if direction == "forward" else ("combine", "dispatch")
+    mine = [flight for flight in flights if flight.kind == "tokens" and flight.direction == direction]
+    chunk_of = {movement: chunk for chunk, movement in enumerate(sorted({flight.movement for flight in mine}))}
+    arrived = {chunk_of[f.movement]: f.wait_end_s for f in mine if f.stage == first}
+    left = {chunk_of[f.movement]: f.launched_s for f in mine if f.stage == second}
+    return [
+        {(f.stage, chunk_of[f.movement]) for f in mine if f.launched_s <= arrived[chunk] and f.wait_begin_s >= left[chunk]}
+        for chunk in sorted(arrived, key=arrived.__getitem__)
+    ]
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "deduplicated"])
+def test_other_chunks_travel_while_one_is_computed(ranks: Pool, dispatch: str) -> None:
+    for _, flights in ranks.run(2, step, dispatch, Chunked(1, 3, 3), (24, 24), True, {}):
+        assert in_flight_during_experts(flights, "forward") == [
+            {("dispatch", 1), ("dispatch", 2)},
+            {("dispatch", 2), ("combine", 0)},
+            {("combine", 0), ("combine", 1)},
+        ]
+        assert in_flight_during_experts(flights, "backward") == [  # the last chunk comes first
+            {("combine", 1), ("combine", 0)},
+            {("combine", 0), ("dispatch", 2)},
+            {("dispatch", 2), ("dispatch", 1)},
+        ]
+    for _, flights in ranks.run(2, step, dispatch, Chunked(1, 3, 3, overlap=False), (24, 24), True, {}):
+        assert in_flight_during_experts(flights, "forward") == [set(), set(), set()]
+
+
+@given(st.integers(0, 50), st.integers(1, 12))
+def test_bounds_are_even_and_complete(num_tokens: int, num_chunks: int) -> None:
+    bounds = chunk_bounds(num_tokens, num_chunks)
+    sizes = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    assert (bounds[0], bounds[-1], len(sizes)) == (0, num_tokens, num_chunks)
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(0, 20), st.integers(1, 8), st.booleans())
+def test_chunks_together_are_the_whole(num_tokens: int, num_chunks: int, uniform: bool) -> None:
+    x_TD, assignment, _ = inputs(0, num_tokens, uniform)
+    chunks = cut(x_TD, assignment, num_chunks)
+    begins = chunk_bounds(num_tokens, num_chunks)
+    assert torch.equal(torch.cat([x for x, _ in chunks]), x_TD)
+    assert torch.equal(torch.cat([part.token_A + begin for (_, part), begin in zip(chunks, begins, strict=False)]), assignment.token_A)
+    assert torch.equal(torch.cat([part.expert_A for _, part in chunks]), assignment.expert_A)
+    assert torch.equal(torch.cat([part.weight_A for _, part in chunks]), assignment.weight_A)
+    assert all(part.num_tokens == len(x) for x, part in chunks)
+
+
+def test_less_than_one_chunk_is_refused() -> None:
+    with pytest.raises(BadConfig, match="backward_chunks is 0; choose 1"):
+        Chunked(0, 1, 0)
