@@ -108,6 +108,7 @@ class MoEBlock(nn.Module):
     def forward(self, x_QPD: Tensor, context: StepContext) -> tuple[Tensor, Routing]:
         """(output [Q, P, D], the gate's choice, whose statistics are yet to be summed over the world)."""
         source = self.config.source
+        self.moe.prefetch()
         for stage in self._stages[:source]:
             x_QPD = stage(x_QPD)
         shares_norm = self.config.block == "shared_expert"  # the routed experts read what the shared expert reads

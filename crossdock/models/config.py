@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from crossdock.errors import BadConfig
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig
+from crossdock.placement.gather import check_gathered
 from crossdock.strict_yaml import StrictModel
 
 Stage = Literal["attention", "mlp", "shared"]
@@ -63,6 +64,8 @@ class ModelConfig(StrictModel):
     shortcut: ShortcutConfig | None = None
     """Of block scmoe only; position 2 (1 with moe_every 1) and cg1 where left out."""
     schedule: ScheduleConfig = ScheduleConfig()
+    gathered_experts: list[int] = Field(default_factory=list)
+    """Routed experts of every MoE layer whose weights travel to all ranks, so that their tokens stay: see `crossdock.placement.gather`."""
 
     @model_validator(mode="after")
     def _cross_check(self) -> Self:
@@ -95,6 +98,7 @@ class ModelConfig(StrictModel):
                 "choose position: 1, or moe_every: 2"
             )
         self.gate.check(self.num_experts, self.top_k)
+        check_gathered(self.gathered_experts, self.num_experts)
         slot, stages = self.schedule.expert_slot, self.window
         if slot != "auto" and not 0 <= slot <= len(stages):
             raise BadConfig(

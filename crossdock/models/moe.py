@@ -1,5 +1,7 @@
 """MoELayer: a gate, a dispatcher and this rank's experts; drops into any PyTorch model on one process or many (`examples/drop_in.py`)."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from crossdock.runtime.collectives import all_reduce
 from crossdock.runtime.context import StepContext
 from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
 from crossdock.runtime.experts import ExpertBank
+from crossdock.runtime.gathered import GatheringBank
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.profiler import mark_backward, span, spanned
@@ -46,6 +49,7 @@ class MoELayer(nn.Module):
         seed: int = 0,
         initial_std: float = 0.02,
         output_scale: float = 1.0,
+        gathered_experts: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.mesh = mesh if mesh is not None else Mesh.single()
@@ -59,6 +63,7 @@ class MoELayer(nn.Module):
             raise BadData(f"the plan places {layout.num_experts} experts, and the layer has {num_experts}; solve a plan for this model")
         self.gate = build_gate(gate or NoisyTopKConfig(), layer, model_width, num_experts, top_k, dtype).to(self.mesh.device)
         self.bank = ExpertBank(layout, model_width, expert_width, activation=activation, dtype=dtype, device=self.mesh.device)
+        self.gathered_experts = tuple(gathered_experts)
         self._set_dispatcher(layout)
         self.gate.reset_parameters(named_fill(seed, f"moe.{layer}.gate."), initial_std)
         self.bank.reset_parameters(seed, initial_std, output_scale)
@@ -73,6 +78,7 @@ class MoELayer(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         if context is None:
             context = self._plain_context(x_TD)
+        self.prefetch()
         routing = self.route(x_TD, context, x.shape[-2])
         received = self.dispatch_start(x_TD, routing.assignment).wait()
         y_TD = self.combine_start(self.compute(received)).wait()
@@ -80,8 +86,15 @@ class MoELayer(nn.Module):
         self.losses = self.gate.balance(statistics, context.training).losses
         return y_TD.view(x.shape)
 
+    def prefetch(self) -> None:
+        """Start what waits for no token, the weights of gathered experts; whatever computes until `compute` may hide them."""
+        if self.gathering is not None:
+            self.gathering.start()
+
     def route(self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int) -> Routing:
         """The gate's choice, shown to every listener of the context."""
+        if self.gathering is not None:
+            self.gathering.enter()
         with span("route"):
             routing: Routing = self.gate(x_TD, context, tokens_per_sequence)
             for listener in context.listeners:
@@ -96,8 +109,11 @@ class MoELayer(nn.Module):
     def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
         """Run this rank's experts over the rows that arrived, sorted by slot."""
         rows_MD, count_S, handle = received
+        if self.gathering is not None:
+            self.gathering.arrive()
+        experts = self.bank if self.gathering is None else self.gathering
         with span("experts"):
-            computed_MD = self.bank(rows_MD, count_S)
+            computed_MD = experts(rows_MD, count_S)
         mark_backward("experts", computed_MD, rows_MD)
         return computed_MD, handle
 
@@ -111,6 +127,14 @@ class MoELayer(nn.Module):
         """Take over a new placement and this rank's expert tensors under it, after a migration."""
         self.bank.replace_layout(layout, tensors)
         self._set_dispatcher(layout)
+
+    def set_gathered(self, experts: Collection[int]) -> None:
+        """From the next forward pass on, move the weights of `experts` instead of their tokens; the same on every rank.
+
+        Raises `BadConfig` for experts that the layer does not have.
+        """
+        self.gathered_experts = tuple(experts)
+        self._set_dispatcher(self.layout)
 
     def finish_gradients(self) -> None:
         """Sum the experts' gradients over the copies of the expert group and divide them by the world size: call once after backward.
@@ -128,7 +152,12 @@ class MoELayer(nn.Module):
             all_reduce(parameter.grad, self.mesh.expert_replica_group).div_(self.mesh.world_size)
 
     def _set_dispatcher(self, layout: ExpertLayout) -> None:
+        """`layout` is the plan's; with gathered experts the dispatcher sees them on every rank."""
         self.layout = layout
+        self.gathering: GatheringBank | None = None
+        if self.gathered_experts:
+            layout = layout.with_gathered(self.gathered_experts, self.mesh)
+            self.gathering = GatheringBank(self.bank, layout, self.mesh)
         self.dispatcher: Dispatcher = DISPATCHERS[self.dispatch](self.mesh, layout, self.wire_dtype)
 
     def _plain_context(self, x_TD: Tensor) -> StepContext:

@@ -82,6 +82,7 @@ class Transformer(nn.Module):
                 seed=seed,
                 initial_std=config.initial_std,
                 output_scale=residual_std / config.initial_std,
+                gathered_experts=config.gathered_experts,
             )
             self.moe_layers.append(moe)
             self.blocks.append(MoEBlock(config, moe, dtype))

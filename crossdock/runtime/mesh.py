@@ -46,6 +46,8 @@ class Mesh:
     """What describes the rows: slots and combine weights."""
     count_group: Group = None
     """How many rows will come."""
+    weight_group: Group = None
+    """Weights of gathered experts, which travel beside all of these."""
     expert_replica_group: Group = None
     """The ranks that hold the same experts: reduction of expert gradients."""
     dense_group: Group = None
@@ -135,6 +137,7 @@ class Mesh:
             token_group=mine(expert_groups),
             metadata_group=mine(expert_groups),
             count_group=mine(expert_groups),
+            weight_group=mine(expert_groups),
             expert_replica_group=mine(replica_groups),
             dense_group=mine(world),
             control_group=mine(world, backend="gloo"),
