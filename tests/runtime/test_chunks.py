@@ -1,5 +1,6 @@
 """Chunked schedules: any number of chunks over any tokens equals the reference, moves the same bytes, and overlaps forward and backward."""
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,7 +78,7 @@ def step(
     return dict(zip(NAMES, (y_TD.detach(), stream.detach(), *gradients), strict=True)), mesh.ledger.take()
 
 
-def by_reference(tokens: tuple[int, ...], uniform: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+def by_reference(tokens: tuple[int, ...], uniform: bool) -> list[tuple[Tensor, ...]]:
     """y, and the gradients of the routed strand with respect to x and the weights, on each rank."""
     whole = ExpertBank(ExpertLayout(0, torch.arange(EXPERTS), tuple(range(EXPERTS)), 1), WIDTH, HIDDEN, dtype=torch.float64)
     whole.reset_parameters(seed=1, std=0.5)
@@ -114,16 +115,16 @@ def test_chunks_equal_the_reference(ranks: Pool, dispatch: str, tokens: tuple[in
     sequential = ranks.run(2, step, dispatch, Chunked(1, chunks, chunks, overlap=False), tokens, uniform, {})
     in_one_piece = ranks.run(2, step, dispatch, Overlapped(1), tokens, uniform, {})
     expected = by_reference(tokens, uniform)
-    close = {"rtol": 1e-12, "atol": 1e-12}
+    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     for rank, ((found, _), (waiting, _), (whole, _)) in enumerate(zip(overlapped, sequential, in_one_piece, strict=True)):
         for name in NAMES:
             assert torch.equal(found[name], waiting[name]), f"{name} of rank {rank} depends on when one waits"
-            torch.testing.assert_close(found[name], whole[name], **close)
+            close(found[name], whole[name])
         y_TD, grad_x_TD, grad_weight_A = expected[rank]
-        torch.testing.assert_close(found["y"], y_TD, **close)
-        torch.testing.assert_close(found["grad_weight"], grad_weight_A, **close)
+        close(found["y"], y_TD)
+        close(found["grad_weight"], grad_weight_A)
         _, _, gradient_TD = inputs(rank, tokens[rank], uniform)
-        torch.testing.assert_close(found["grad_x"], grad_x_TD + 1.5 * gradient_TD, **close)  # the stream's share beside the strand's
+        close(found["grad_x"], grad_x_TD + 1.5 * gradient_TD)  # the stream's share beside the strand's
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHERS)
@@ -171,7 +172,7 @@ def test_other_chunks_travel_while_one_is_computed(ranks: Pool, dispatch: str) -
 @given(st.integers(0, 50), st.integers(1, 12))
 def test_bounds_are_even_and_complete(num_tokens: int, num_chunks: int) -> None:
     bounds = chunk_bounds(num_tokens, num_chunks)
-    sizes = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    sizes = [end - begin for begin, end in itertools.pairwise(bounds)]
     assert (bounds[0], bounds[-1], len(sizes)) == (0, num_tokens, num_chunks)
     assert max(sizes) - min(sizes) <= 1
 
