@@ -7,19 +7,21 @@ from pydantic import Field, model_validator
 from crossdock.errors import BadConfig
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig
+from crossdock.models.kinds import BLOCKS, SHORTCUT_BLOCKS, BlockKind, BlockName, Stage
 from crossdock.placement.gather import check_gathered
 from crossdock.strict_yaml import StrictModel
 
-Stage = Literal["attention", "mlp", "shared"]
+Coefficient = Literal["direct", "cg1", "cg2"]
 
 
 class ShortcutConfig(StrictModel):
-    """Where a ScMoE block's routed experts read, and how the shared expert joins them (arXiv 2404.05019, section 3)."""
+    """Where a shortcut block's routed experts read, and how the shared expert joins them (arXiv 2404.05019, section 3)."""
 
-    position: Literal[1, 2, 3] = 2
-    """Input of the routed experts: 1 the preceding block's output, 2 between its attention and MLP, 3 its input."""
-    coefficient: Literal["direct", "cg1", "cg2"] = "cg1"
-    """direct: plain sum. cg1: sigmoid(x W) scales the shared expert. cg2: softmax(x W) weighs shared and routed."""
+    position: Literal[1, 2, 3] | None = None
+    """Input of the routed experts: 1 the preceding block's output, 2 between its attention and MLP, 3 its input. 2 where left out, or
+    1 with moe_every 1."""
+    coefficient: Coefficient | None = None
+    """direct: plain sum. cg1: sigmoid(x W) scales the shared expert. cg2: softmax(x W) weighs shared and routed. cg1 where left out."""
 
 
 class ScheduleConfig(StrictModel):
@@ -28,6 +30,10 @@ class ScheduleConfig(StrictModel):
     overlap: bool = True
     expert_slot: Literal["auto"] | int = "auto"
     """Stages of the shared stream before the experts run; auto: windows as even as possible by FLOP."""
+    forward_chunks: int = Field(1, ge=1)
+    """Pieces in which a layer's tokens travel, so that the experts compute one while others are on the way."""
+    backward_chunks: int = Field(1, ge=1)
+    """The same for their gradients."""
 
 
 class ModelConfig(StrictModel):
@@ -48,12 +54,12 @@ class ModelConfig(StrictModel):
     initial_std: float = Field(0.02, gt=0)
     """Residual output projections get this over sqrt(2 x num_layers) (GPT-2)."""
 
-    block: Literal["dense", "top_k", "shared_expert", "scmoe"] = "scmoe"
+    block: BlockName = "scmoe"
     moe_every: Literal[1, 2] = 2
     """Routed experts in every layer, or in the second of every pair."""
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
-    """Routed experts per token; with block scmoe, 1 is the paper's ScMoE and 2 its ScMoE-2."""
+    """Routed experts per token and representation: 1 is the paper's ScMoE, 2 its ScMoE-2; dgmoe chooses twice, 1 is the paper's."""
     expert_width: int | None = Field(None, ge=1)
     """Hidden width of a routed expert; mlp_width where left out."""
     shared_expert_width: int | None = Field(None, ge=1)
@@ -62,7 +68,7 @@ class ModelConfig(StrictModel):
     """Of the routed experts."""
     gate: AnyGateConfig = NoisyTopKConfig()
     shortcut: ShortcutConfig | None = None
-    """Of block scmoe only; position 2 (1 with moe_every 1) and cg1 where left out."""
+    """Of scmoe, dgmoe and dgmoe_share."""
     schedule: ScheduleConfig = ScheduleConfig()
     gathered_experts: list[int] = Field(default_factory=list)
     """Routed experts of every MoE layer whose weights travel to all ranks, so that their tokens stay: see `crossdock.placement.gather`."""
@@ -90,14 +96,27 @@ class ModelConfig(StrictModel):
                 f"moe_every 2 pairs the layers, and num_layers {self.num_layers} is odd; choose num_layers: {self.num_layers + 1}, "
                 "or moe_every: 1"
             )
-        if self.shortcut is not None and self.block != "scmoe":
-            raise BadConfig(f"model.shortcut belongs to block scmoe, block is {self.block}; leave it out, or set block: scmoe")
-        if self.block == "scmoe" and self.moe_every == 1 and self.position != 1:
+        if self.num_blocks % self.kind.blocks_per_moe:
+            multiple = self.kind.blocks_per_moe * self.moe_every
+            raise BadConfig(
+                f"block {self.block} gives {self.kind.blocks_per_moe} blocks one MoE layer, and num_layers {self.num_layers} with "
+                f"moe_every {self.moe_every} makes {self.num_blocks}; choose num_layers as a multiple of {multiple}"
+            )
+        if self.shortcut is not None and not self.kind.shortcut:
+            raise BadConfig(
+                f"model.shortcut belongs to blocks {', '.join(SHORTCUT_BLOCKS)}, block is {self.block}; leave it out, or set block: scmoe"
+            )
+        if self.shortcut is not None and self.shortcut.coefficient in ("cg1", "cg2") and "shared" not in self.kind.own:
+            raise BadConfig(
+                f"shortcut.coefficient {self.shortcut.coefficient} weighs a shared expert, and block {self.block} has none; leave it out, "
+                "or set block: scmoe"
+            )
+        if self.kind.shortcut and self.moe_every == 1 and self.position != 1:
             raise BadConfig(
                 f"shortcut.position {self.position} reads inside the preceding dense layer, and with moe_every 1 there is none; "
                 "choose position: 1, or moe_every: 2"
             )
-        self.gate.check(self.num_experts, self.top_k)
+        self.gate.check(self.num_experts, self.top_k, num_barred=self.top_k * (self.kind.turns_per_block - 1))
         check_gathered(self.gathered_experts, self.num_experts)
         slot, stages = self.schedule.expert_slot, self.window
         if slot != "auto" and not 0 <= slot <= len(stages):
@@ -106,6 +125,11 @@ class ModelConfig(StrictModel):
                 f"choose 0 to {len(stages)}, or auto"
             )
         return self
+
+    @property
+    def kind(self) -> BlockKind:
+        """The architecture of the blocks, as data."""
+        return BLOCKS[self.block]
 
     @property
     def head_width(self) -> int:
@@ -129,35 +153,38 @@ class ModelConfig(StrictModel):
 
     @property
     def position(self) -> int:
-        """Where ScMoE's routed experts read, 1 to 3."""
-        if self.shortcut is not None:
+        """Where a shortcut block's routed experts read, 1 to 3."""
+        if self.shortcut is not None and self.shortcut.position is not None:
             return self.shortcut.position
         return 1 if self.moe_every == 1 else 2
 
     @property
-    def coefficient(self) -> Literal["direct", "cg1", "cg2"]:
+    def coefficient(self) -> Coefficient:
         """How shared and routed outputs are joined; only ScMoE has anything but the plain sum."""
         if self.block != "scmoe":
             return "direct"
-        return self.shortcut.coefficient if self.shortcut is not None else "cg1"
+        return (self.shortcut and self.shortcut.coefficient) or "cg1"
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE layers, the L of a plan."""
-        return 0 if self.block == "dense" else self.num_layers // self.moe_every
+        """MoE layers (gate and experts), the L of a plan."""
+        return 0 if self.block == "dense" else self.num_blocks // self.kind.blocks_per_moe
+
+    @property
+    def turns_per_layer(self) -> int:
+        """How often a forward pass routes each token in one MoE layer."""
+        return self.kind.turns_per_block * self.kind.blocks_per_moe
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The shared stream of one block: one layer, or a pair of them where every second one is MoE."""
-        if self.block == "dense":
-            return ("attention", "mlp")
-        own: tuple[Stage, ...] = ("attention",) if self.block == "top_k" else ("attention", "shared")
-        return own if self.moe_every == 1 else ("attention", "mlp", *own)
+        paired = self.block != "dense" and self.moe_every == 2
+        return ("attention", "mlp", *self.kind.own) if paired else self.kind.own
 
     @property
     def source(self) -> int:
         """How many stages run before the routed experts' input is known."""
-        if self.block == "scmoe":
+        if self.kind.shortcut:
             return 3 - self.position if self.moe_every == 2 else 0
         return 3 if self.moe_every == 2 else 1
 
@@ -168,4 +195,5 @@ class ModelConfig(StrictModel):
 
     @property
     def num_blocks(self) -> int:
-        return self.num_layers if self.block == "dense" else self.num_moe_layers
+        """Blocks of the network: layers, or pairs of them."""
+        return self.num_layers if self.block == "dense" else self.num_layers // self.moe_every

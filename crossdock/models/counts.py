@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from crossdock.models.config import ModelConfig, Stage
+from crossdock.models.config import ModelConfig
+from crossdock.models.kinds import Stage
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class ParameterCount:
     """Parameters of the whole model, over all ranks, each expert once."""
 
     total: int
-    active: int  # those that one token meets: of the routed experts only top_k
+    active: int  # those that one token may meet: of a layer's routed experts top_k per turn
     routed: int  # in routed experts
     embedding: int  # in embedding and output head
 
@@ -29,28 +30,25 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     width, blocks = config.model_width, config.num_blocks
     embedding = config.vocab_size * width * (1 if config.tied_head else 2)
     per_block = sum(_stage_parameters(config, stage) for stage in config.stages)
-    routed = one_expert = 0
+    routers = routed = one_expert = 0
     if config.num_moe_layers:
-        router_matrices = 2 if config.gate.kind == "noisy_topk" else 1
-        per_block += config.num_experts * width * router_matrices
+        routers = config.num_moe_layers * config.num_experts * width * _router_matrices(config)
         per_block += 0 if config.block == "shared_expert" else width  # the routed experts' own norm
         one_expert = _expert_matrices(config) * width * config.routed_width
         routed = config.num_moe_layers * config.num_experts * one_expert
-    total = embedding + blocks * per_block + routed + width  # the last norm
-    idle = config.num_moe_layers * (config.num_experts - config.top_k) * one_expert
+    total = embedding + blocks * per_block + routers + routed + width  # the last norm
+    idle = config.num_moe_layers * max(0, config.num_experts - config.top_k * config.turns_per_layer) * one_expert
     return ParameterCount(total, total - idle, routed, embedding)
 
 
 def flop_per_token(config: ModelConfig, sequence_length: int) -> FlopCount:
     """FLOP of one token of a sequence of `sequence_length` tokens, in training, with nothing dropped."""
-    width = config.model_width
     per_block = sum(stage_flop_per_token(config, stage, sequence_length) for stage in config.stages)
     routed = 0
     if config.num_moe_layers:
-        router_matrices = 2 if config.gate.kind == "noisy_topk" else 1
-        per_block += 2 * config.num_experts * width * router_matrices
-        routed = config.num_moe_layers * config.top_k * 2 * _expert_matrices(config) * width * config.routed_width
-    forward = config.num_blocks * per_block + routed + 2 * width * config.vocab_size
+        per_block += _router_flop(config) + _experts_flop(config)  # what is no stage; stages have counted their own
+        routed = config.num_blocks * config.kind.turns_per_block * _experts_flop(config)
+    forward = config.num_blocks * per_block + 2 * config.model_width * config.vocab_size
     return FlopCount(forward, 3 * forward, routed)
 
 
@@ -61,6 +59,8 @@ def stage_flop_per_token(config: ModelConfig, stage: Stage, sequence_length: int
         return 6 * width * config.dense_width
     if stage == "shared":
         return 6 * width * config.shared_width + 2 * width * _num_scales(config)
+    if stage == "current":
+        return _router_flop(config) + _experts_flop(config)
     projections = 2 * width * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
     return projections + 4 * sequence_length * config.num_heads * config.head_width
 
@@ -71,7 +71,22 @@ def _stage_parameters(config: ModelConfig, stage: Stage) -> int:
         return width + 3 * width * config.dense_width
     if stage == "shared":
         return width + 3 * width * config.shared_width + width * _num_scales(config)
+    if stage == "current":
+        return width  # its norm: gate and experts are the MoE layer's
     return width + width * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
+
+
+def _router_flop(config: ModelConfig) -> int:
+    return 2 * config.num_experts * config.model_width * _router_matrices(config)
+
+
+def _experts_flop(config: ModelConfig) -> int:
+    """Of one turn."""
+    return config.top_k * 2 * _expert_matrices(config) * config.model_width * config.routed_width
+
+
+def _router_matrices(config: ModelConfig) -> int:
+    return 2 if config.gate.kind == "noisy_topk" else 1
 
 
 def _num_scales(config: ModelConfig) -> int:

@@ -1,12 +1,13 @@
 """MoELayer: a gate, a dispatcher and this rank's experts; drops into any PyTorch model on one process or many (`examples/drop_in.py`)."""
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from crossdock.errors import BadConfig, BadData
-from crossdock.models.gates.base import Routing, reduce_statistics
+from crossdock.models.gates.base import FIRST, Routing, Turn, largest_over_world, reduce_statistics
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig, build_gate
 from crossdock.models.initial import named_fill
@@ -91,12 +92,12 @@ class MoELayer(nn.Module):
         if self.gathering is not None:
             self.gathering.start()
 
-    def route(self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int) -> Routing:
+    def route(self, x_TD: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn = FIRST) -> Routing:
         """The gate's choice, shown to every listener of the context."""
-        if self.gathering is not None:
+        if self.gathering is not None and turn.barred_TK is None:  # a second half of a block uses the weights of the first
             self.gathering.enter()
         with span("route"):
-            routing: Routing = self.gate(x_TD, context, tokens_per_sequence)
+            routing: Routing = self.gate(x_TD, context, tokens_per_sequence, turn, partial(largest_over_world, mesh=self.mesh))
             for listener in context.listeners:
                 listener(self.layer, routing.assignment)
         return routing

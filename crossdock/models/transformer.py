@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from crossdock.models.attention import RMSNorm
 from crossdock.models.blocks import DenseBlock, MoEBlock
 from crossdock.models.config import ModelConfig
-from crossdock.models.gates.base import Routing, reduce_statistics
+from crossdock.models.gates.base import Statistics, add_statistics, reduce_statistics
 from crossdock.models.initial import named_fill
 from crossdock.models.moe import MoELayer
 from crossdock.placement.plan import Plan
@@ -66,6 +67,10 @@ class Transformer(nn.Module):
             if config.block == "dense":
                 self.blocks.append(DenseBlock(config, dtype))
                 continue
+            use = number % config.kind.blocks_per_moe
+            if use:
+                self.blocks.append(MoEBlock(config, self.moe_layers[-1], dtype, use))
+                continue
             moe = MoELayer(
                 config.model_width,
                 config.routed_width,
@@ -75,7 +80,7 @@ class Transformer(nn.Module):
                 activation=config.activation,
                 mesh=self.mesh,
                 plan=plan,
-                layer=number,
+                layer=len(self.moe_layers),
                 dispatch=dispatch,
                 wire_dtype=wire_dtype,
                 dtype=dtype,
@@ -95,31 +100,49 @@ class Transformer(nn.Module):
     def forward(self, token_QP: Tensor, context: StepContext) -> ModelOutput:
         """Logits [Q, P, V] for Q sequences of P tokens, and the balance of all layers, summed over the world in one all-reduce."""
         x_QPD = self.embedding(token_QP)
-        routings: list[Routing] = []
+        statistics: list[Statistics] = []
         for block in self.blocks:
             if isinstance(block, MoEBlock):
-                x_QPD, routing = block(x_QPD, context)
-                routings.append(routing)
+                x_QPD, routings = block(x_QPD, context)
+                sums = reduce(add_statistics, [routing.statistics for routing in routings])
+                if block.use:
+                    statistics[-1] = add_statistics(statistics[-1], sums)
+                else:
+                    statistics.append(sums)
             else:
                 x_QPD = block(x_QPD)
         head = self.embedding.weight if self.config.tied_head else self.head.weight
         logits_QPV = F.linear(self.norm(x_QPD), head)
-        return self._balanced(logits_QPV, routings, context)
+        return self._balanced(logits_QPV, statistics, context)
 
     def set_schedules(self, schedules: Sequence[Schedule]) -> None:
         """Give each MoE layer its schedule; the same on every rank. Raises `BadConfig` for a slot that a block does not have."""
         assert len(schedules) == len(self.moe_layers), f"{len(schedules)} schedules for {len(self.moe_layers)} MoE layers"
-        for block, schedule in zip(self.blocks, schedules, strict=True):
-            check_expert_slot(schedule.expert_slot, len(self.config.window))
+        for number, block in enumerate(self.blocks):
             assert isinstance(block, MoEBlock)
+            schedule = schedules[number // self.config.kind.blocks_per_moe]
+            check_expert_slot(schedule.expert_slot, len(self.config.window))
             block.schedule = schedule
 
-    def _balanced(self, logits_QPV: Tensor, routings: Sequence[Routing], context: StepContext) -> ModelOutput:
+    def schedules(self, num_positions: int) -> list[Schedule]:
+        """What each MoE layer does for sequences of that length: as set, or else as configured."""
+        return [block.schedule_for(num_positions) for block in self._first_blocks()]
+
+    @property
+    def window_stages(self) -> list[tuple[nn.Module, ...]]:
+        """The stages of each MoE layer's block that may run while tokens travel, in order."""
+        return [block.window_stages for block in self._first_blocks()]
+
+    def _first_blocks(self) -> list[MoEBlock]:
+        """The block of each MoE layer; of several that share one layer, the first."""
+        return [block for block in self.blocks if isinstance(block, MoEBlock) and block.use == 0]
+
+    def _balanced(self, logits_QPV: Tensor, statistics: Sequence[Statistics], context: StepContext) -> ModelOutput:
         nothing = torch.zeros((), dtype=torch.float64, device=logits_QPV.device)
-        if not routings:
+        if not statistics:
             return ModelOutput(logits_QPV, {}, nothing.new_zeros((0, self.config.num_experts)), nothing)
-        statistics = reduce_statistics([routing.statistics for routing in routings], self.mesh)
-        balances = [moe.gate.balance(sums, context.training) for moe, sums in zip(self.moe_layers, statistics, strict=True)]
+        reduced = reduce_statistics(statistics, self.mesh)
+        balances = [moe.gate.balance(sums, context.training) for moe, sums in zip(self.moe_layers, reduced, strict=True)]
         losses = {name: torch.stack([balance.losses[name] for balance in balances]).sum() for name in balances[0].losses}
         load_LE = torch.stack([balance.load_E for balance in balances])
         return ModelOutput(logits_QPV, losses, load_LE, torch.stack([balance.dropped for balance in balances]).sum())

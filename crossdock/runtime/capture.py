@@ -1,5 +1,6 @@
 """Capture: a listener that records every routed assignment of a live model, and gathers the records of all ranks into traces."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,20 @@ def dense_TK(assignment: Assignment, top_k: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class _Record:
-    """One micro-batch of this rank: its assignments by layer, and who its tokens are."""
+    """One micro-batch of this rank: its assignments by layer, and who its tokens are.
 
-    assignment_of_layer: dict[int, Assignment]
+    Most blocks route a token once in a layer, some in several turns (DGMoE); then every turn of a token is a row of the trace of its own,
+    because its rows travel apart and share no copy.
+    """
+
+    turns_of_layer: dict[int, list[Assignment]]
     token_T: Tensor
     sequence_T: Tensor
+
+    @property
+    def num_turns(self) -> int:
+        """The same for every layer."""
+        return len(next(iter(self.turns_of_layer.values()), [None]))
 
 
 class Capture:
@@ -73,26 +83,31 @@ class Capture:
             assignment.uniform_k,
             assignment.num_dropped,
         )
-        self._records[-1].assignment_of_layer[layer] = detached
+        self._records[-1].turns_of_layer.setdefault(layer, []).append(detached)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of this rank recorded so far."""
+        """Tokens of this rank recorded so far, each once."""
         return sum(len(record.token_T) for record in self._records)
 
     def gather(self, mesh: Mesh) -> list[Trace]:
         """On rank 0 one trace per expert group, homes numbered in the group; elsewhere nothing. All ranks call it.
 
-        Every rank must have recorded as many tokens. `sequence` numbers a sequence of the corpus and keeps its number in every trace.
+        A token that a layer routes in several turns is as many rows. Every rank must have recorded as many tokens. `sequence` numbers a
+        sequence of the corpus and keeps its number in every trace.
         """
         records, self._records = self._records, []
         top_k = max(collectives.all_gather_objects(max(_widest(record) for record in records), mesh))
-        tables = [[dense_TK(record.assignment_of_layer[layer], top_k) for layer in range(self.num_layers)] for record in records]
+        tables = [
+            [dense_TK(record.turns_of_layer[layer][turn], top_k) for layer in range(self.num_layers)]
+            for record in records
+            for turn in range(record.num_turns)
+        ]
         expert_TLK = torch.cat([torch.stack([experts for experts, _ in table], dim=1) for table in tables])
         known = {
             "experts": expert_TLK,
-            "sequence": torch.cat([record.sequence_T for record in records]),
-            "token": torch.cat([record.token_T for record in records]),
+            "sequence": torch.cat([record.sequence_T for record in records for _ in range(record.num_turns)]),
+            "token": torch.cat([record.token_T for record in records for _ in range(record.num_turns)]),
         }
         if self.weights:
             known["weights"] = torch.cat([torch.stack([weights for _, weights in table], dim=1) for table in tables])
@@ -118,7 +133,7 @@ class Capture:
 def _widest(record: _Record) -> int:
     """The largest number of entries that a token has in any layer, at least 1."""
     widest = 1
-    for assignment in record.assignment_of_layer.values():
+    for assignment in itertools.chain.from_iterable(record.turns_of_layer.values()):
         if assignment.uniform_k is not None:
             widest = max(widest, assignment.uniform_k)
         elif assignment.num_entries:

@@ -10,8 +10,10 @@ from torch import Tensor
 from crossdock.models.attention import Attention, rotate, rotation
 from crossdock.models.blocks import MoEBlock
 from crossdock.models.config import ModelConfig
+from crossdock.models.gates.base import Turn
 from crossdock.models.gates.table import GATES
 from crossdock.models.transformer import Transformer
+from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.context import StepContext
 
 NAMES = ["attention_0", "mlp_0", "attention_1", "shared_0"]
@@ -29,7 +31,10 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def routed(block: MoEBlock, x_QPD: Tensor, weight: Tensor, context: StepContext) -> Tensor:
     """sum_i G(x)_i E_i(x), one token and one expert at a time."""
     x_TD = rms_norm(x_QPD, weight).flatten(0, 1)
-    assignment = block.moe.gate(x_TD, context, x_QPD.shape[1]).assignment
+    return routed_by(block, x_QPD, block.moe.gate(x_TD, context, x_QPD.shape[1]).assignment, x_TD)
+
+
+def routed_by(block: MoEBlock, x_QPD: Tensor, assignment: Assignment, x_TD: Tensor) -> Tensor:
     y_TD = torch.zeros_like(x_TD)
     for token, expert, scale in zip(assignment.token_A.tolist(), assignment.expert_A.tolist(), assignment.weight_A, strict=True):
         gate, up = (block.moe.bank.inner[expert] @ x_TD[token]).chunk(2)
@@ -81,6 +86,57 @@ def test_scmoe_in_every_layer_reads_the_layers_input(hidden_QPD: Tensor) -> None
     torch.testing.assert_close(block(hidden_QPD, CONTEXT)[0], expected, rtol=1e-12, atol=1e-12)
 
 
+def second_choices(logits_TE: Tensor, first_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-1 of the softmax where it is not the token's expert of the previous layer's half, and else its second choice; and its weight."""
+    probability_TE = logits_TE.softmax(-1)
+    best_T2 = probability_TE.argsort(-1, descending=True)[:, :2]
+    expert_T = torch.where(best_T2[:, 0] == first_T, best_T2[:, 1], best_T2[:, 0])
+    return expert_T, probability_TE.gather(1, expert_T[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("moe_every", [1, 2])
+@pytest.mark.parametrize("block", ["dgmoe", "dgmoe_share"])
+def test_dgmoe(hidden_QPD: Tensor, block: str, moe_every: int) -> None:
+    """H + sum of one expert of the previous layer's representation and another one of the current layer's, by one gate."""
+    model = model_of(
+        block=block, num_layers=2 * moe_every, moe_every=moe_every, top_k=1, num_experts=3, gate={"kind": "switch", "jitter": 0}
+    )
+    blocks = [block for block in model.blocks if isinstance(block, MoEBlock)]
+    assert (blocks[0].moe is blocks[1].moe) == (block == "dgmoe_share")
+    collisions = 0
+    for here in blocks:
+        parts = dict(here.named_children())
+        last = parts["attention_0"](hidden_QPD)
+        source = last if moe_every == 2 else hidden_QPD
+        if moe_every == 2:
+            last = parts["attention_1"](last + swiglu(parts["mlp_0"].ffn, rms_norm(last, parts["mlp_0"].norm.weight)))
+        half_TD = rms_norm(source, here.routed_norm.weight).flatten(0, 1)
+        first = here.moe.gate(half_TD, CONTEXT, 5).assignment
+        current_TD = rms_norm(last, parts["current_0"].norm.weight).flatten(0, 1)
+        expert_T, weight_T = second_choices(current_TD @ here.moe.gate.weight_ED.T, first.expert_A)
+        second = Assignment(torch.arange(10), expert_T, weight_T, 10, uniform_k=1)
+        collisions += int((here.moe.gate(current_TD, CONTEXT, 5).assignment.expert_A == first.expert_A).sum())
+        assert not (expert_T == first.expert_A).any()
+        expected = last + routed_by(here, last, first, half_TD) + routed_by(here, last, second, current_TD)
+        output, routings = here(hidden_QPD, CONTEXT)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+        assert [routing.assignment.expert_A.tolist() for routing in routings] == [first.expert_A.tolist(), expert_T.tolist()]
+    assert collisions > 0  # else the second choice was never put to the test
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_no_token_gets_an_expert_twice_and_noise_differs_by_turn(hidden_QPD: Tensor, kind: str) -> None:
+    model = model_of(block="dgmoe_share", num_layers=4, top_k=1 if kind == "switch" else 2, num_experts=5, gate={"kind": kind})
+    for block in model.blocks:
+        _, (first, second) = block(hidden_QPD, CONTEXT)
+        assert not (first.expert_TK[:, :, None] == second.expert_TK[:, None, :]).any()
+    gate, x_TD = model.moe_layers[0].gate, hidden_QPD.flatten(0, 1)
+    turns = [gate(x_TD, CONTEXT, 5, Turn(number)).assignment for number in range(4)]
+    is_random = kind != "deepseek_v3"
+    distinct = {(tuple(turn.expert_A.tolist()), tuple(turn.weight_A.tolist())) for turn in turns}
+    assert len(distinct) == (4 if is_random else 1)
+
+
 @pytest.mark.parametrize("moe_every", [1, 2])
 @pytest.mark.parametrize("kind", ["top_k", "shared_expert"])
 def test_ordinary_blocks(hidden_QPD: Tensor, kind: str, moe_every: int) -> None:
@@ -101,7 +157,7 @@ def test_ordinary_blocks(hidden_QPD: Tensor, kind: str, moe_every: int) -> None:
 def test_dropped_tokens_pass_on_by_their_residual(hidden_QPD: Tensor) -> None:
     gate = {"kind": "switch", "capacity": {"policy": "fixed", "factor": 0.4}, "jitter": 0.0}
     block = model_of(block="top_k", moe_every=1, top_k=1, gate=gate).blocks[0]
-    output, routing = block(hidden_QPD, CONTEXT)
+    output, (routing,) = block(hidden_QPD, CONTEXT)
     kept = set(routing.assignment.token_A.tolist())
     assert 0 < len(kept) < 10
     after_attention = dict(block.named_children())["attention_0"](hidden_QPD).flatten(0, 1)
@@ -157,9 +213,9 @@ def test_rotation_made_in_inference_mode_serves_training() -> None:
     attention(torch.ones(1, 23, 16)).sum().backward()
 
 
-@pytest.mark.parametrize("block", ["dense", "top_k", "scmoe"])
+@pytest.mark.parametrize("block", ["dense", "top_k", "scmoe", "dgmoe", "dgmoe_share"])
 def test_the_future_does_not_leak(block: str) -> None:
-    model = model_of(block=block)
+    model = model_of(block=block, num_layers=4)
     token_QP = torch.arange(8)[None]
     changed_QP = token_QP.clone()
     changed_QP[0, 5] = 9

@@ -22,6 +22,11 @@ def test_what_follows_from_little() -> None:
     assert config.window == ("mlp", "attention", "shared")
     assert read("moe_every: 1").position == 1
     assert read("block: dense").num_moe_layers == 0
+    assert read("moe_every: 1\nshortcut: {coefficient: direct}").position == 1
+    assert read("shortcut: {position: 3}").coefficient == "cg1"
+    shared = read("block: dgmoe_share\nnum_layers: 8")
+    assert (shared.num_blocks, shared.num_moe_layers, shared.turns_per_layer, shared.coefficient) == (4, 2, 4, "direct")
+    assert read("block: dgmoe").turns_per_layer == 2
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,9 @@ def test_what_follows_from_little() -> None:
         ("shortcut: {position: 1}", 4, 2),
         ("shortcut: {position: 2}", 4, 3),
         ("shortcut: {position: 3}", 4, 4),
+        ("block: dgmoe", 4, 3),
+        ("block: dgmoe\nmoe_every: 1", 2, 2),
+        ("block: dgmoe_share\nshortcut: {position: 1}", 4, 2),
     ],
 )
 def test_windows(options: str, stages: int, window: int) -> None:
@@ -49,8 +57,16 @@ def test_windows(options: str, stages: int, window: int) -> None:
         ("model_width: 12\nnum_heads: 4", r"heads of odd width 3.*multiple of 8"),
         ("num_heads: 4\nnum_kv_heads: 3", r"num_heads 4 .* num_kv_heads 3; choose num_kv_heads from 1, 2, 4"),
         ("num_layers: 3", r"num_layers 3 is odd; choose num_layers: 4, or moe_every: 1"),
-        ("block: top_k\nshortcut: {position: 1}", r"shortcut belongs to block scmoe, block is top_k; leave it out"),
+        ("block: top_k\nshortcut: {position: 1}", r"shortcut belongs to blocks scmoe, dgmoe, dgmoe_share, block is top_k; leave it out"),
         ("moe_every: 1\nshortcut: {position: 2}", r"position 2 .*choose position: 1, or moe_every: 2"),
+        ("block: dgmoe\nshortcut: {coefficient: cg2}", r"coefficient cg2 weighs a shared expert, and block dgmoe has none; leave it out"),
+        ("block: dgmoe_share\nnum_layers: 6", r"num_layers 6 with moe_every 2 makes 3; choose num_layers as a multiple of 4"),
+        ("block: dgmoe_share\nnum_layers: 3\nmoe_every: 1", r"num_layers 3 with moe_every 1 makes 3; choose num_layers as a multiple of 2"),
+        ("block: dgmoe\nnum_experts: 3", r"2 experts for each of two representations.*num_experts is 3; choose num_experts of at least 4"),
+        (
+            "block: dgmoe\ngate: {kind: deepseek_v3, num_groups: 4}",
+            r"top_k 2 is more than the 0 experts left of gate.top_groups 1; raise top_groups or lower top_k",
+        ),
         ("top_k: 9", r"top_k 9 is more than num_experts 8; choose top_k from 1 to 8"),
         ("top_k: 2\ngate: {kind: switch}", r"gate switch chooses 1 expert per token, top_k is 2; set top_k: 1"),
         ("schedule: {expert_slot: 4}", r"expert_slot 4 .* stages \(mlp, attention, shared\); choose 0 to 3, or auto"),

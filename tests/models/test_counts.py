@@ -21,6 +21,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "shared": {"block": "shared_expert", "shared_expert_width": 20, "expert_width": 12},
     "scmoe_direct": {"shortcut": {"position": 1, "coefficient": "direct"}},
     "scmoe_cg1": {"top_k": 3, "gate": {"kind": "deepseek_v3"}},
+    "dgmoe": {"block": "dgmoe", "top_k": 1},
+    "dgmoe_groups_every": {"block": "dgmoe", "moe_every": 1, "gate": {"kind": "deepseek_v3"}, "shortcut": {"position": 1}},
+    "dgmoe_share": {"block": "dgmoe_share", "num_layers": 8, "num_experts": 9, "activation": "gelu"},
     "scmoe_cg2": {"num_layers": 4, "shortcut": {"position": 3, "coefficient": "cg2"}, "tied_head": False},
 }
 
@@ -36,7 +39,8 @@ def test_parameters(name: str) -> None:
     banks = [sum(p.numel() for p in moe.bank.parameters()) for moe in model.moe_layers]
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.routed == sum(banks)
-    assert count.active == count.total - sum(banks) * (config.num_experts - config.top_k) // config.num_experts
+    turns = {"dgmoe": 2, "dgmoe_share": 4}.get(config.block, 1)
+    assert count.active == count.total - sum(banks) * (config.num_experts - turns * config.top_k) // config.num_experts
     assert count.embedding == sum(p.numel() for name, p in model.named_parameters() if name in ("embedding.weight", "head.weight"))
 
 

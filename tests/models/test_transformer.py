@@ -23,6 +23,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "top2_second": {"block": "top_k", "top_k": 2},
     "shared_every": {"block": "shared_expert", "moe_every": 1, "top_k": 2},
     "shared_second": {"block": "shared_expert", "top_k": 1, "tied_head": False},
+    "dgmoe_every": {"block": "dgmoe", "moe_every": 1, "top_k": 1},
+    "dgmoe2_pos3": {"block": "dgmoe", "top_k": 2, "activation": "gelu", "shortcut": {"position": 3}},
+    "dgmoe_share": {"block": "dgmoe_share", "num_layers": 4, "top_k": 1},
+    "dgmoe_share_every": {"block": "dgmoe_share", "moe_every": 1, "top_k": 2},
     "scmoe_every": {"block": "scmoe", "moe_every": 1, "top_k": 1},
     "scmoe2_every": {"block": "scmoe", "moe_every": 1, "top_k": 2, "shortcut": {"position": 1, "coefficient": "cg2"}},
 } | {
@@ -48,6 +52,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
 GATES: dict[str, dict[str, Any]] = {
     "noisy_top1": {"top_k": 1, "gate": {"kind": "noisy_topk", "importance_loss": 0.1, "load_loss": 0.1}},
     "noisy_top3": {"top_k": 3, "gate": {"kind": "noisy_topk"}},
+    "dgmoe_noisy_capacity": {
+        "block": "dgmoe",
+        "top_k": 2,
+        "gate": {"kind": "noisy_topk", "capacity": {"policy": "batch_max", "factor": 0.6, "order": "probability"}},
+    },
+    "dgmoe_deepseek": {"block": "dgmoe_share", "num_layers": 4, "top_k": 1, "gate": {"kind": "deepseek_v3", "bias_step": 0.1}},
     "noisy_capacity": {"top_k": 2, "gate": {"kind": "noisy_topk", "capacity": {"policy": "fixed", "factor": 0.75, "group_tokens": 3}}},
     "switch": {"top_k": 1, "gate": {"kind": "switch", "jitter": 0.2}},
     "switch_capacity": {"top_k": 1, "gate": {"kind": "switch", "capacity": {"policy": "fixed", "factor": 0.5}}},

@@ -62,7 +62,7 @@ def test_recording_keeps_no_graph() -> None:
     weight_A = torch.tensor([1.0], requires_grad=True) * 2
     capture.begin(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     capture.listener(0, Assignment(torch.tensor([0]), torch.tensor([1]), weight_A, 1))
-    assert not capture._records[0].assignment_of_layer[0].weight_A.requires_grad
+    assert not capture._records[0].turns_of_layer[0][0].weight_A.requires_grad
 
 
 def capture_some(rank: int, world_size: int, folder: str, plan: Plan, capacity_factor: float | None) -> list[Trace]:
@@ -73,7 +73,7 @@ def capture_some(rank: int, world_size: int, folder: str, plan: Plan, capacity_f
     capture = Capture(model.num_moe_layers, tiny.NUM_EXPERTS, weights=True)
     state = DataState()
     for number in range(2):
-        steps.run(number, state, capture, stop_asked=False)
+        steps.run(number, state, [capture], stop_asked=False)
         state = steps.after(state)
     return capture.gather(steps.mesh)
 
