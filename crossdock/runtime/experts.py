@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from crossdock.errors import BadConfig, BadData
-from crossdock.runtime.grouped_mlp import ACTIVATIONS, grouped_mlp
+from crossdock.runtime.grouped_mlp import ACTIVATIONS, Recompute, grouped_mlp
 
 if TYPE_CHECKING:
     from crossdock.runtime.layout import ExpertLayout
@@ -25,7 +25,7 @@ class ExpertBank(nn.Module):
     Parameters are of `dtype` and used as they are: a bf16 bank computes in bf16 without casting weights every step, and the optimizer
     keeps fp32 masters. Slots that the plan leaves empty hold zeros and receive no rows.
     kernel: "auto" takes `grouped` on CUDA in bf16, `loop` elsewhere (on CPUs it measures faster, and float64 knows nothing else).
-    recompute: keep less for backward and compute the activation twice.
+    recompute: what is computed again in backward instead of being kept: "none", "activation" or "all" (`grouped_mlp.Recompute`).
     """
 
     inner: nn.Parameter
@@ -41,18 +41,20 @@ class ExpertBank(nn.Module):
         device: torch.device | str = "cpu",
         *,
         kernel: Kernel = "auto",
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise BadConfig(f"unknown expert activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
+        if recompute not in get_args(Recompute):
+            raise BadConfig(f"unknown expert recompute {recompute!r}; choose from {', '.join(get_args(Recompute))}")
         if model_width < 1 or expert_width < 1:
             raise BadConfig(f"experts of width {expert_width} on a model of width {model_width}: both must be at least 1")
         self.layout = layout
         self.model_width = model_width
         self.expert_width = expert_width
         self.activation = ACTIVATIONS[activation]
-        self.recompute = recompute
+        self.recompute: Recompute = recompute
         self.inner = nn.Parameter(torch.zeros(self.shapes(layout)["inner"], dtype=dtype, device=device))
         self.outer = nn.Parameter(torch.zeros(self.shapes(layout)["outer"], dtype=dtype, device=device))
         self.kernel = choose_kernel(self.inner, self.outer) if kernel == "auto" else kernel

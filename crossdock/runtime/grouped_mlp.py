@@ -3,7 +3,7 @@
 One autograd Function does forward and backward explicitly, so that
 - weight gradients are written where they belong, in one [S, ...] tensor (autograd of `weight[slot]` makes a zeroed [S, ...] copy a slot);
 - hidden values of one slot live in scratch that stays in the cache and is reused by the next slot;
-- what is kept for backward is the input and the hidden values before the activation; the activated ones are kept or computed again.
+- what is kept for backward beside the input is chosen (`Recompute`); the rest is computed again, from rows that are here already.
 
 Two kernels do the products: `loop` calls `torch.mm(out=...)` slot by slot and knows every dtype and device; `grouped` is one
 `grouped_mm` for all slots, with offsets on the device, so that no count is waited for.
@@ -13,7 +13,7 @@ Letters here: P is the width before the activation, F for GELU and 2F for SwiGLU
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 
 ROW_MULTIPLE = 8
 """Matrix kernels on the CPU lose up to a third of their speed where the number of rows has no small factor: rows are rounded up to this."""
+
+Recompute = Literal["none", "activation", "all"]
+"""What backward computes again: nothing; the activated values (keeps P instead of P + F values a row); those and the ones before the
+activation (keeps none, and does the first product twice). The input rows are always kept, so that nothing travels again."""
 
 _gelu = torch.ops.aten.gelu.out
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
@@ -75,18 +79,18 @@ ACTIVATIONS = {
 
 
 def grouped_mlp(
-    rows_MD: Tensor, inner_SPD: Tensor, outer_SFD: Tensor, count_S: Tensor, activation: Activation, kernel: str, recompute: bool
+    rows_MD: Tensor, inner_SPD: Tensor, outer_SFD: Tensor, count_S: Tensor, activation: Activation, kernel: str, recompute: Recompute
 ) -> Tensor:
     """activation(rows @ inner[s]^T) @ outer[s] for the rows of every slot s: [M, D] -> [M, D].
 
     rows_MD: sorted by slot; the first count_S[0] rows are slot 0's, and so on. count_S: [S] int64 on the CPU, sum M; zeros are fine.
     inner_SPD: [S, P, D]; outer_SFD: [S, F, D]; both of the rows' dtype. kernel: "loop" or "grouped".
-    recompute: keep only the values before the activation for backward and activate them again there (F of P + F values less per row).
+    recompute: what backward computes again instead of keeping it; bitwise the same gradients in all three cases.
     """
     counts = tuple(count_S.tolist())
     assert sum(counts) == len(rows_MD), f"{len(rows_MD)} rows for counts {counts}, whose sum is {sum(counts)}"
     keep = torch.is_grad_enabled() and (rows_MD.requires_grad or inner_SPD.requires_grad or outer_SFD.requires_grad)
-    spec = _Spec(counts, activation, keep, recompute)
+    spec = _Spec(counts, activation, keep and recompute != "all", keep and recompute == "none")
     function: Any = _Grouped if kernel == "grouped" else _Looped
     result: Tensor = function.apply(rows_MD.contiguous(), inner_SPD, outer_SFD, spec)
     return result
@@ -98,8 +102,8 @@ class _Spec:
 
     counts: tuple[int, ...]
     activation: Activation
-    keep: bool  # anything may be differentiated
-    recompute: bool
+    keeps_pre: bool
+    keeps_activated: bool
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,8 @@ class _Looped(torch.autograd.Function):
             activated_NF = rows_MD.new_empty(len(rows_ND), outer_SFD.shape[1])
             spec.activation.forward(pre_NP, activated_NF)
             _mm(activated_NF, outer_SFD[span.slot], out_MD[span.begin : span.padded_end])
-            if spec.keep:
-                kept += [pre_NP] if spec.recompute else [pre_NP, activated_NF]
+            kept += [pre_NP] if spec.keeps_pre else []
+            kept += [activated_NF] if spec.keeps_activated else []
         ctx.spec = spec
         ctx.save_for_backward(rows_MD, inner_SPD, outer_SFD, *kept)
         return out_MD
@@ -159,12 +163,16 @@ class _Looped(torch.autograd.Function):
         for span in _spans(spec.counts):
             exact, padded = slice(span.begin, span.end), slice(span.begin, span.padded_end)
             count = span.end - span.begin
-            pre_NP = next(saved)
-            if spec.recompute:
+            if spec.keeps_pre:
+                pre_NP = next(saved)
+            else:
+                pre_NP = grad_MD.new_empty(span.padded_end - span.begin, inner_SPD.shape[1])
+                _mm(rows_MD[padded], inner_SPD[span.slot].t(), pre_NP)
+            if spec.keeps_activated:
+                activated_NF = next(saved)
+            else:
                 activated_NF = grad_MD.new_empty(len(pre_NP), outer_SFD.shape[1])
                 spec.activation.forward(pre_NP, activated_NF)
-            else:
-                activated_NF = next(saved)
             if grad_outer_SFD is not None:
                 torch.mm(activated_NF[:count].t(), grad_MD[exact], out=grad_outer_SFD[span.slot])
             if not (needs_rows or needs_inner):
@@ -188,26 +196,28 @@ class _Grouped(torch.autograd.Function):
         pre_MP = _grouped_mm(rows_MD, inner_SPD.transpose(1, 2), offs=offset_S)
         activated_MF = rows_MD.new_empty(len(rows_MD), outer_SFD.shape[1])
         spec.activation.forward(pre_MP, activated_MF)
-        kept = [pre_MP] if spec.recompute else [pre_MP, activated_MF]
+        kept = ([pre_MP] if spec.keeps_pre else []) + ([activated_MF] if spec.keeps_activated else [])
         ctx.spec = spec
-        ctx.save_for_backward(rows_MD, inner_SPD, outer_SFD, offset_S, *(kept if spec.keep else ()))
+        ctx.save_for_backward(rows_MD, inner_SPD, outer_SFD, offset_S, *kept)
         return _grouped_mm(activated_MF, outer_SFD, offs=offset_S)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         spec: _Spec = ctx.spec
-        rows_MD, inner_SPD, outer_SFD, offset_S, pre_MP, *kept = ctx.saved_tensors
+        rows_MD, inner_SPD, outer_SFD, offset_S, *kept = ctx.saved_tensors
+        saved = iter(kept)
+        pre_MP = next(saved) if spec.keeps_pre else _grouped_mm(rows_MD, inner_SPD.transpose(1, 2), offs=offset_S)
         needs_rows, needs_inner, needs_outer, _ = ctx.needs_input_grad
         grad_MD = grad_MD.contiguous()
         grad_rows_MD = grad_inner_SPD = grad_outer_SFD = None
         grad_MF = _grouped_mm(grad_MD, outer_SFD.transpose(1, 2), offs=offset_S)
         if needs_outer:
-            if spec.recompute:
+            if spec.keeps_activated:
+                activated_MF = next(saved)
+            else:
                 activated_MF = torch.empty_like(grad_MF)
                 spec.activation.forward(pre_MP, activated_MF)
-            else:
-                (activated_MF,) = kept
             grad_outer_SFD = _without_rows_zeroed(_grouped_mm(activated_MF.t(), grad_MD, offs=offset_S), spec.counts)
         grad_MP = spec.activation.backward(grad_MF, pre_MP)
         if needs_inner:

@@ -136,6 +136,17 @@ def test_chunks_carry_the_same_bytes(ranks: Pool, dispatch: str) -> None:
         assert sum(flight.kind == "tokens" for flight in after) == 3 * sum(flight.kind == "tokens" for flight in before)
 
 
+@pytest.mark.parametrize("recompute", ["activation", "all"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_recomputing_experts_moves_nothing_again(ranks: Pool, recompute: str, chunks: int) -> None:
+    kept = ranks.run(2, step, "deduplicated", Chunked(1, chunks, chunks), (13, 6), False, {})
+    again = ranks.run(2, step, "deduplicated", Chunked(1, chunks, chunks), (13, 6), False, {"recompute": recompute})
+    for (expected, before), (found, after) in zip(kept, again, strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+        messages = [[(f.kind, f.stage, f.direction, f.bytes_by_class) for f in flights] for flights in (before, after)]
+        assert messages[0] == messages[1]
+
+
 def in_flight_during_experts(flights: tuple[Flight, ...], direction: str) -> list[set[tuple[str, int]]]:
     """For each chunk, in the order in which they were computed: the token movements (stage, chunk) under way while its experts ran.
 

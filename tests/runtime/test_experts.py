@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from crossdock.errors import BadConfig, BadData
 from crossdock.runtime.experts import ExpertBank, choose_kernel
-from crossdock.runtime.grouped_mlp import ACTIVATIONS, ROW_MULTIPLE, grouped_mlp
+from crossdock.runtime.grouped_mlp import ACTIVATIONS, ROW_MULTIPLE, Recompute, grouped_mlp
 from crossdock.runtime.layout import ExpertLayout
 
 COUNTS = [
@@ -67,10 +68,10 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> f
     return max(ratios)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "activation", "all"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_loop_equals_autograd_in_float64(counts: tuple[int, ...], activation: str, recompute: bool) -> None:
+def test_loop_equals_autograd_in_float64(counts: tuple[int, ...], activation: str, recompute: str) -> None:
     bank = bank_of(activation, recompute=recompute)
     rows_MD = torch.randn(sum(counts), 16, dtype=torch.float64, requires_grad=True)
     gradient_MD = torch.randn(sum(counts), 16, dtype=torch.float64)
@@ -88,16 +89,59 @@ def test_gradcheck(activation: str) -> None:
     count_S = torch.tensor([5, 0, 4])
 
     def call(rows: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-        return grouped_mlp(rows, inner, outer, count_S, bank.activation, "loop", recompute=False)
+        return grouped_mlp(rows, inner, outer, count_S, bank.activation, "loop", "none")
 
     assert torch.autograd.gradcheck(call, (rows_MD, bank.inner, bank.outer))
+
+
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_recomputing_changes_no_bit(counts: tuple[int, ...], activation: str, kernel: str) -> None:
+    rows_MD = torch.randn(sum(counts), 16, requires_grad=True)
+    gradient_MD = torch.randn(sum(counts), 16)
+    found = {}
+    for recompute in get_args(Recompute):
+        bank = bank_of(activation, torch.float32, kernel=kernel, recompute=recompute)
+        found[recompute] = results(bank(rows_MD, torch.tensor(counts)), gradient_MD, [rows_MD, bank.inner, bank.outer])
+    for recompute in ("activation", "all"):
+        assert all(map(torch.equal, found[recompute], found["none"]))
+
+
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_recomputing_keeps_as_much_less_as_promised(activation: str, kernel: str) -> None:
+    """Per row, beside the row itself: P + F values, P, or none."""
+    counts = (16, 0, 24)
+    rows_MD = torch.randn(sum(counts), 16, requires_grad=True)
+    kept = {}
+    for recompute in get_args(Recompute):
+        bank = bank_of(activation, torch.float32, kernel=kernel, recompute=recompute)
+        given = {tensor.data_ptr() for tensor in (rows_MD, bank.inner, bank.outer)}
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            bank(rows_MD, torch.tensor(counts))
+        new = [tensor for tensor in saved if tensor.data_ptr() not in given and tensor.is_floating_point()]
+        kept[recompute] = sum(tensor.numel() for tensor in new) / sum(counts)
+    width = ACTIVATIONS[activation].num_inputs * 24
+    assert kept == {"none": width + 24, "activation": width, "all": 0}
+
+
+def test_an_unknown_recompute_is_refused() -> None:
+    with pytest.raises(BadConfig, match="unknown expert recompute 'some'; choose from none, activation, all"):
+        bank_of("gelu", recompute="some")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32_TOLERANCE), (torch.bfloat16, BFLOAT16_TOLERANCE)], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_grouped_equals_loop(counts: tuple[int, ...], activation: str, dtype: torch.dtype, tolerance: float) -> None:
-    loop, grouped = bank_of(activation, dtype, kernel="loop"), bank_of(activation, dtype, kernel="grouped", recompute=True)
+    loop, grouped = bank_of(activation, dtype, kernel="loop"), bank_of(activation, dtype, kernel="grouped", recompute="activation")
     rows_MD = torch.randn(sum(counts), 16).to(dtype).requires_grad_()
     gradient_MD = torch.randn(sum(counts), 16).to(dtype)
     found = results(grouped(rows_MD, torch.tensor(counts)), gradient_MD, [rows_MD, grouped.inner, grouped.outer])
