@@ -9,6 +9,7 @@ from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig
 from crossdock.models.kinds import BLOCKS, SHORTCUT_BLOCKS, BlockKind, BlockName, Stage
 from crossdock.placement.gather import check_gathered
+from crossdock.runtime.grouped_mlp import Recompute
 from crossdock.strict_yaml import StrictModel
 
 Coefficient = Literal["direct", "cg1", "cg2"]
@@ -70,6 +71,8 @@ class ModelConfig(StrictModel):
     shortcut: ShortcutConfig | None = None
     """Of scmoe, dgmoe and dgmoe_share."""
     schedule: ScheduleConfig = ScheduleConfig()
+    expert_recompute: Recompute = "none"
+    """What routed experts compute again in backward instead of keeping it: nothing, the activation, or all hidden values."""
     gathered_experts: list[int] = Field(default_factory=list)
     """Routed experts of every MoE layer whose weights travel to all ranks, so that their tokens stay: see `crossdock.placement.gather`."""
 

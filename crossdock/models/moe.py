@@ -18,6 +18,7 @@ from crossdock.runtime.context import StepContext
 from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.gathered import GatheringBank
+from crossdock.runtime.grouped_mlp import Recompute
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.profiler import mark_backward, span, spanned
@@ -50,6 +51,7 @@ class MoELayer(nn.Module):
         seed: int = 0,
         initial_std: float = 0.02,
         output_scale: float = 1.0,
+        expert_recompute: Recompute = "none",
         gathered_experts: Collection[int] = (),
     ) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class MoELayer(nn.Module):
         if layout.num_experts != num_experts:
             raise BadData(f"the plan places {layout.num_experts} experts, and the layer has {num_experts}; solve a plan for this model")
         self.gate = build_gate(gate or NoisyTopKConfig(), layer, model_width, num_experts, top_k, dtype).to(self.mesh.device)
-        self.bank = ExpertBank(layout, model_width, expert_width, activation=activation, dtype=dtype, device=self.mesh.device)
+        self.bank = ExpertBank(layout, model_width, expert_width, activation, dtype, self.mesh.device, recompute=expert_recompute)
         self.gathered_experts = tuple(gathered_experts)
         self._set_dispatcher(layout)
         self.gate.reset_parameters(named_fill(seed, f"moe.{layer}.gate."), initial_std)

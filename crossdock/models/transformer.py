@@ -87,6 +87,7 @@ class Transformer(nn.Module):
                 seed=seed,
                 initial_std=config.initial_std,
                 output_scale=residual_std / config.initial_std,
+                expert_recompute=config.expert_recompute,
                 gathered_experts=config.gathered_experts,
             )
             self.moe_layers.append(moe)
