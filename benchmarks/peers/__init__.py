@@ -1,1 +1,1 @@
-"""Crossdock beside other systems for expert parallelism: the same layer and the same small model, in one run. `python -m benchmarks.peers`."""
+"""Crossdock beside other systems for expert parallelism: the same layer and small model, in one run. `python -m benchmarks.peers`."""
