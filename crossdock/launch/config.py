@@ -14,7 +14,9 @@ from crossdock.errors import BadConfig, UsageError
 from crossdock.models.config import ModelConfig
 from crossdock.runtime.capture import CaptureConfig
 from crossdock.runtime.checkpoint import CheckpointConfig
+from crossdock.runtime.choice import AdaptConfig
 from crossdock.runtime.data import DataConfig
+from crossdock.runtime.profiler import ProfileConfig
 from crossdock.runtime.train import ReplanConfig, TrainConfig
 from crossdock.strict_yaml import Document, StrictModel
 
@@ -68,6 +70,8 @@ class RunConfig(StrictModel):
     dispatch: Literal["deduplicated", "flat"] = "deduplicated"
     capture: CaptureConfig = CaptureConfig()
     replan: ReplanConfig = ReplanConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")

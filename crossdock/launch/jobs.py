@@ -77,6 +77,8 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
                 config=config.train,
                 capture=config.capture,
                 replan=config.replan,
+                adapt=config.adapt,
+                profile=config.profile,
                 checkpoint=config.checkpoint,
                 topology=inputs.topology,
                 progress=progress,

@@ -118,6 +118,39 @@ def print_kubernetes(
     _write(strict_yaml.dump(manifest), out)
 
 
+@launch_app.command("ray")
+def launch_ray(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Hosts; as few as hold the ranks where left out.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="Ranks of one host, with --nodes.")] = None,
+    cores_per_rank: CoresPerRank = 1,
+    gpus: Gpus = False,
+    address: Annotated[str | None, typer.Option("--address", help="The cluster; this machine's or this job's where left out.")] = None,
+    restarts: Annotated[int, typer.Option("--restarts", min=0, help="Losses in a row, without a new checkpoint, that are endured.")] = 3,
+    min_nodes: Annotated[int | None, typer.Option("--min-nodes", min=1, help="Go on with as few where others stay away.")] = None,
+    wait_s: Annotated[float, typer.Option("--wait-s", min=0.0, help="Seconds to wait for nodes.")] = 60.0,
+    silence_s: Annotated[
+        float, typer.Option("--silence-s", min=2.0, help="Seconds without a heartbeat after which a rank is lost.")
+    ] = 20.0,
+) -> None:
+    """Train on a Ray cluster, one actor per rank, and start again from the newest checkpoint when ranks or nodes are lost.
+
+    `ray job submit --working-dir . -- crossdock train CONFIG` does the same, with these defaults.
+
+    Example: crossdock launch ray configs/small.yaml parallel.expert=4 run.dir=/shared/small --nodes 2 --ranks-per-node 2
+    """
+    from crossdock.launch import start
+    from crossdock.launch.config import read_config
+    from crossdock.launch.ray_launcher import Policy
+
+    if (nodes is None) != (ranks_per_node is None):
+        raise UsageError("--nodes and --ranks-per-node belong together; give both, or none to use as few nodes as hold the ranks")
+    shape = None if nodes is None or ranks_per_node is None else cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
+    policy = Policy(restarts, silence_s, wait_s, min_nodes)
+    raise typer.Exit(start.train_on_ray(read_config(Path(config), overrides or ()), shape, policy, address))
+
+
 def _run(config: str, overrides: Sequence[str] | None, shape: cluster.Shape) -> cluster.Run:
     """The run, checked against the cluster it is meant for. Raises `BadConfig` and its kin, as the ranks would."""
     from crossdock.launch.config import read_config

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crossdock import strict_yaml
 from crossdock.errors import BadData, CrossdockError
@@ -13,9 +13,13 @@ from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.local import run_ranks
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure
 from crossdock.launch.worker import run_job
-from crossdock.launch.worker_env import WorkerEnv, worker_env
+from crossdock.launch.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.runtime.metrics import RunDirectory
 from crossdock.strict_yaml import Document
+
+if TYPE_CHECKING:
+    from crossdock.launch.cluster import Shape
+    from crossdock.launch.ray_launcher import Policy
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -40,8 +44,20 @@ def model_facts(config: RunConfig) -> dict[str, int]:
 
 
 def train(config: RunConfig) -> int:
-    """Train; returns the exit code. The last line on stdout is the object of `result.json`."""
-    result = run(Request("train", config))
+    """Train; returns the exit code. The last line on stdout is the object of `result.json`. In a Ray job the cluster's nodes do it."""
+    if worker_env() is None and in_ray_job():
+        return train_on_ray(config)
+    return _report(run(Request("train", config)), config)
+
+
+def train_on_ray(config: RunConfig, shape: "Shape | None" = None, policy: "Policy | None" = None, address: str | None = None) -> int:
+    """Train on a Ray cluster, see `ray_launcher.launch`; returns the exit code."""
+    from crossdock.launch.ray_launcher import Policy, launch
+
+    return _report(launch(config, shape, policy or Policy(), address), config)
+
+
+def _report(result: Result, config: RunConfig) -> int:
     if result.exit_code == 0:
         print(f"-- done after step {result.fields['reached_step']}; files in {config.run.dir}, begin with report.html", file=sys.stderr)
     print(json.dumps(result.as_json()), flush=True)

@@ -24,6 +24,8 @@ from crossdock.runtime.mesh import Mesh, initialise, shutdown
 from crossdock.runtime.metrics import RunDirectory
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from crossdock.placement.topology import Topology
 
 
@@ -32,14 +34,16 @@ def main(config: RunConfig, env: WorkerEnv) -> Result:
     return run_job(Request("train", config), env)
 
 
-def run_job(request: Request, env: WorkerEnv) -> Result:
-    """Run the job to its end or to its error. Of a training run rank 0 makes the directory ready, unless the launcher has, and leaves
-    `result.json` in it however it ends."""
+def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> Result:
+    """Run the job to its end or to its error. `store` is the one in which the ranks meet, where rank 0 has opened it before.
+
+    Of a training run rank 0 makes the directory ready, unless the launcher has, and leaves `result.json` in it however it ends.
+    """
     trains = request.job == "train"
     try:
         if trains and env.rank == 0 and "resume" not in request.arguments:
             request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
-        with joined(request.config, env, trains=trains) as mesh:
+        with joined(request.config, env, trains=trains, store=store) as mesh:
             result = Result(0, JOBS[request.job](request, env, mesh))
         if trains and env.rank == 0:
             write_report(RunDirectory(run_directory(request.config)))
@@ -78,13 +82,13 @@ def explain(failure: BaseException) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig, env: WorkerEnv, *, trains: bool) -> Iterator[Mesh]:
+def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | None" = None) -> Iterator[Mesh]:
     """The mesh of this world, left again when the block ends."""
     if trains:
         check_world(config, env.world_size)
         check_reachable(config, env)
     declared = read_inputs(config).topology
-    store = open_store(env, config.parallel.timeout_s)
+    store = open_store(env, config.parallel.timeout_s) if store is None else store
     device = choose_device(config, env, store)
     started = tuple(int(node) for node in exchange(store, env, "node", str(env.node)))
     if env.world_size == 1:

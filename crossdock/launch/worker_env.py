@@ -41,7 +41,7 @@ class WorkerEnv:
     local_world_size: int
     node: int
     meeting: Meeting | None  # None only for a world of one
-    launcher: Literal["local", "torchrun", "mpi", "slurm", "single"]
+    launcher: Literal["local", "torchrun", "mpi", "slurm", "ray", "single"]
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size and self.node >= 0):
@@ -183,3 +183,8 @@ def worker_env(environ: Mapping[str, str] | None = None) -> WorkerEnv | None:
     environ = os.environ if environ is None else environ
     found = (reader(environ) for reader in LAUNCHERS.values())
     return next((env for env in found if env is not None), None)
+
+
+def in_ray_job(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `ray job submit` started this process, which then drives the cluster: Ray sets this variable, so named, in its driver."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in (os.environ if environ is None else environ)

@@ -1,0 +1,88 @@
+"""How a run is laid out on a Ray cluster: pure decisions on facts about nodes."""
+
+from pathlib import Path
+
+import pytest
+
+from crossdock.errors import BadConfig, Unavailable
+from crossdock.launch.cluster import Shape
+from crossdock.launch.config import RunConfig, read_config
+from crossdock.launch.ray_cluster import Node, able, shape_of, shrunk, too_small
+from crossdock.launch.ray_launcher import Policy, launch
+from crossdock.launch.ray_metrics import last_row
+from crossdock.launch.worker_env import in_ray_job
+
+CPU = Shape(nodes=2, ranks_per_node=2, gpus=False, cores_per_rank=2)
+
+
+def node(number: int, cores: float = 4, gpus: float = 0) -> Node:
+    return Node(f"id{number}", f"10.0.0.{number}", cores, gpus)
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return read_config(Path("tiny"), overrides)
+
+
+def test_ranks_that_fit_a_node() -> None:
+    assert node(1, cores=5).ranks(CPU) == 2
+    assert node(1, cores=64, gpus=8).ranks(Shape(1, 8, gpus=True, cores_per_rank=4)) == 8
+    assert node(1, cores=16, gpus=8).ranks(Shape(1, 8, gpus=True, cores_per_rank=4)) == 4
+
+
+def test_able_nodes_are_in_the_order_of_their_addresses() -> None:
+    assert able([node(3), node(1), node(2, cores=3)], CPU) == [node(1), node(3)]
+
+
+def test_as_few_nodes_as_hold_the_ranks() -> None:
+    config = tiny("parallel.expert=4", "train.batch_sequences=8")
+    assert shape_of(config, [node(1, 8), node(2, 8)], gpus=False) == Shape(1, 4, False, 1)
+    assert shape_of(config, [node(1, 2), node(2, 2)], gpus=False) == Shape(2, 2, False, 1)
+    with pytest.raises(Unavailable, match=r"1 nodes with 4 ranks each need 4 cores a node.*10\.0\.0\.1 1, 10\.0\.0\.2 1"):
+        shape_of(config, [node(1, 1), node(2, 1)], gpus=False)
+
+
+def test_as_many_nodes_as_the_topology_declares(tmp_path: Path) -> None:
+    topology = "configs/topologies/2x2-local.yaml"
+    config = tiny("parallel.expert=4", "train.batch_sequences=8", f"topology={topology}")
+    assert shape_of(config, [node(1, 8), node(2, 8)], gpus=False) == Shape(2, 2, False, 1)
+
+
+def test_too_small_says_the_numbers() -> None:
+    text = too_small([node(1), node(2, cores=1)], CPU)
+    assert "2 nodes with 2 ranks each need 4 cores a node" in text
+    assert "10.0.0.1 4, 10.0.0.2 1; 1 of them" in text
+
+
+def test_shrinking_drops_whole_expert_groups_first() -> None:
+    config = tiny("parallel.expert=2", "parallel.ranks=8", "train.batch_sequences=8")
+    found = shrunk(config, Shape(4, 2, False, 1), num_nodes=3, min_nodes=1)
+    assert found is not None
+    smaller, shape = found
+    assert (shape.nodes, shape.world_size) == (2, 4)  # 6 ranks do not divide a batch of 8
+    assert smaller.parallel.expert == 2
+
+
+def test_shrinking_below_a_group_plans_anew() -> None:
+    config = tiny("parallel.expert=4", "train.batch_sequences=8", "topology=configs/topologies/2x2-local.yaml")
+    found = shrunk(config, Shape(2, 2, False, 1), num_nodes=1, min_nodes=1)
+    assert found is not None
+    assert (found[0].parallel.expert, found[0].topology, found[0].plan) == (2, None, None)
+    assert shrunk(config, Shape(2, 2, False, 1), num_nodes=1, min_nodes=2) is None
+
+
+def test_a_relative_directory_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not in_ray_job({})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(BadConfig, match="absolute path that every node reaches"):
+        launch(tiny(), None, Policy())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_last_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) == {}
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    assert last_row(path) == {"step": 2}
+    path.write_text('{"step": 1}\n{"st')
+    assert last_row(path) == {}
