@@ -1,6 +1,6 @@
 """Hugging Face transformers: Mixtral's sparse block with its expert parallelism, unmodified."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,8 +40,8 @@ def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Mo
 
 def down_gradient(layer: nn.Module) -> Tensor | None:
     """Gradient of this rank's `down`, [S, D, F]."""
-    gradient = cast(Batched, layer).block.experts.down_proj.grad
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    gradient: Any = cast(Any, layer).block.experts.down_proj.grad
+    return cast("Tensor | None", gradient.to_local() if isinstance(gradient, DTensor) else gradient)
 
 
 class Batched(nn.Module):

@@ -34,10 +34,11 @@ def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
 
 def join() -> None:
     """Megatron's groups over gloo; what it asks of CUDA is answered for the CPU."""
-    torch.cuda.Stream = lambda *_, **__: _STREAM  # type: ignore[assignment, misc]
-    torch.cuda.current_stream = lambda *_: _STREAM  # type: ignore[assignment]
-    torch.cuda.stream = lambda _stream: contextlib.nullcontext()  # type: ignore[assignment]
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    cuda: Any = torch.cuda
+    cuda.Stream = lambda *_, **__: _STREAM
+    cuda.current_stream = lambda *_: _STREAM
+    cuda.stream = lambda _stream: contextlib.nullcontext()
+    cuda.current_device = lambda: "cpu"
     dist.init_process_group("gloo")
 
     from megatron.core import parallel_state

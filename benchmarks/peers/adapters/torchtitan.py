@@ -76,7 +76,7 @@ def _without_casts(experts: Any, x_RD: Tensor, count_E: Tensor) -> Tensor:
 
 def down_gradient(layer: nn.Module) -> Tensor | None:
     """Gradient of this rank's `down`, [S, D, F]."""
-    return cast(Batched, layer).moe.routed_experts.inner_experts.w2_EDF.grad  # type: ignore[return-value, union-attr]
+    return cast("Tensor | None", cast(Any, layer).moe.routed_experts.inner_experts.w2_EDF.grad)
 
 
 class Batched(nn.Module):
