@@ -11,6 +11,7 @@ from crossdock.models.gates.base import FIRST, Routing, Turn, largest_over_world
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig, build_gate
 from crossdock.models.initial import named_fill
+from crossdock.placement.choice import Strategy
 from crossdock.placement.plan import Plan
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.collectives import all_reduce
@@ -138,6 +139,17 @@ class MoELayer(nn.Module):
         """
         self.gathered_experts = tuple(experts)
         self._set_dispatcher(self.layout)
+
+    def set_strategy(self, strategy: Strategy) -> None:
+        """From the next forward pass on, dispatch as `strategy` says and gather its experts; the same on every rank. No weight moves.
+
+        Its slot and chunks are the schedule's: see `Transformer.set_schedules`. Raises `BadConfig` for a dispatcher or experts that there
+        are not.
+        """
+        if strategy.dispatch not in DISPATCHERS:
+            raise BadConfig(f"no dispatcher is called {strategy.dispatch!r}; choose from {', '.join(DISPATCHERS)}")
+        self.dispatch = strategy.dispatch
+        self.set_gathered(strategy.gathered)
 
     def finish_gradients(self) -> None:
         """Sum the experts' gradients over the copies of the expert group and divide them by the world size: call once after backward.

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.placement.choice import Strategy
 from crossdock.placement.cost import Window as Windows
 from crossdock.placement.cost import Workload, transfer_seconds
-from crossdock.placement.evaluate import Evaluation, evaluate
+from crossdock.placement.evaluate import Evaluation
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
+from crossdock.placement.traffic import evaluate_strategies
 from crossdock.runtime.windows import Measured, RankRecord, transfer_seconds_of
 
 WILD = 4.0
@@ -28,8 +30,8 @@ class Calibrated:
     evaluation: Evaluation
 
 
-def calibrate(measured: Measured, plan: Plan, topology: Topology, workload: Workload) -> Calibrated:
-    """Fit the cost model to a window that ran under `plan`.
+def calibrate(measured: Measured, plan: Plan, topology: Topology, workload: Workload, strategies: Sequence[Strategy]) -> Calibrated:
+    """Fit the cost model to a window that ran under `plan`, each layer by its strategy.
 
     `workload` brings the sizes (tokens, widths, wire, dispatch, micro-batches), `topology` the devices and links. Windows are the ledger's
     means; experts get a fixed cost and a speed per device by least squares; links that nobody measured are scaled, all alike, to the
@@ -37,15 +39,15 @@ def calibrate(measured: Measured, plan: Plan, topology: Topology, workload: Work
     """
     groups = [measured.ranks[first : first + topology.num_devices] for first in range(0, len(measured.ranks), topology.num_devices)]
     workload = dataclasses.replace(workload, window=_mean_windows(measured.ranks))
-    evaluations = [evaluate(trace, plan, topology, workload) for trace in measured.traces]
-    overhead_s, flop_per_s_R = _expert_speed(groups, evaluations, workload)
+    evaluations = [evaluate_strategies(trace, plan, topology, workload, strategies) for trace in measured.traces]
+    overhead_s, flop_per_s_R = _expert_speed(groups, evaluations, workload, strategies)
     workload = dataclasses.replace(workload, expert_overhead_s=overhead_s)
     topology = dataclasses.replace(topology, flop_per_s_R=flop_per_s_R)
     if topology.num_devices > 1 and not topology.measured:
-        topology = _scaled_links(groups, evaluations, topology, workload)
-    blocks_s = evaluate(measured.trace, plan, topology, workload).step_s  # other_s is still 0
+        topology = _scaled_links(groups, evaluations, topology, workload, strategies)
+    blocks_s = evaluate_strategies(measured.trace, plan, topology, workload, strategies).step_s  # other_s is still 0
     workload = dataclasses.replace(workload, other_s=max(0.0, measured.step_s - blocks_s))
-    return Calibrated(topology, workload, evaluate(measured.trace, plan, topology, workload))
+    return Calibrated(topology, workload, evaluate_strategies(measured.trace, plan, topology, workload, strategies))
 
 
 def _mean_windows(ranks: Sequence[RankRecord]) -> Windows:
@@ -54,7 +56,7 @@ def _mean_windows(ranks: Sequence[RankRecord]) -> Windows:
 
 
 def _expert_speed(
-    groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], workload: Workload
+    groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], workload: Workload, strategies: Sequence[Strategy]
 ) -> tuple[float, NDArray[np.float64]]:
     """(fixed seconds of a block's experts in one direction, flop/s [R]) from the expert seconds and rows of every rank and layer."""
     points = []  # (rank, flop, seconds)
@@ -62,8 +64,9 @@ def _expert_speed(
         rows_LR = evaluation.rows_LR * _per_micro_batch(evaluation, len(ranks), workload)
         for rank, record in enumerate(ranks):
             for layer, profile in record.profile_of_layer.items():
-                flop = rows_LR[layer, rank] * workload.row_flop
-                points += [(rank, flop, profile.expert_forward_s), (rank, 2.0 * flop, profile.expert_backward_s)]
+                flop, strategy = rows_LR[layer, rank] * workload.row_flop, strategies[layer]  # of a chunk, as the profile's times are
+                points.append((rank, flop / strategy.forward_chunks, profile.expert_forward_s))
+                points.append((rank, 2.0 * flop / strategy.backward_chunks, profile.expert_backward_s))
     rank_P, flop_P, seconds_P = (np.array(column) for column in zip(*points, strict=True))
     return _fit(rank_P, flop_P, seconds_P, len(groups[0]))
 
@@ -90,7 +93,11 @@ def _fit(
 
 
 def _scaled_links(
-    groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], topology: Topology, workload: Workload
+    groups: Sequence[Sequence[RankRecord]],
+    evaluations: Sequence[Evaluation],
+    topology: Topology,
+    workload: Workload,
+    strategies: Sequence[Strategy],
 ) -> Topology:
     """The latency of exchanged counts, and all links' bytes/s times the factor that makes the median transfer take what it took."""
     latency_s = statistics.median(
@@ -100,10 +107,12 @@ def _scaled_links(
     ideal = dataclasses.replace(topology, latency_s_RR=np.zeros_like(topology.latency_s_RR))
     factors: dict[bool, list[float]] = {True: [], False: []}
     for ranks, evaluation in zip(groups, evaluations, strict=True):
-        bytes_LRR = evaluation.copies_LRR * (_per_micro_batch(evaluation, len(ranks), workload) * workload.copy_bytes)
+        bytes_HLRR = evaluation.hops_HLRR * (_per_micro_batch(evaluation, len(ranks), workload) * workload.copy_bytes)
         for (layer, stage, direction), (seconds, is_known) in transfer_seconds_of(ranks).items():
             goes_out = (stage == "dispatch") == (direction == "forward")
-            port_s = float(transfer_seconds(bytes_LRR[layer] if goes_out else bytes_LRR[layer].T, ideal))
+            chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
+            hops_HRR = bytes_HLRR[:, layer] / chunks
+            port_s = sum(float(transfer_seconds(hop_RR if goes_out else hop_RR.T, ideal)) for hop_RR in hops_HRR)
             if port_s > 0:
                 factors[is_known].append(port_s / max(seconds - latency_s, 0.1 * seconds))
     factor = statistics.median(factors[True] or factors[False] or [1.0])

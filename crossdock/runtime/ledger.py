@@ -15,7 +15,7 @@ import torch
 
 Stage = Literal["dispatch", "combine"]
 Direction = Literal["forward", "backward"]
-Kind = Literal["tokens", "metadata", "counts", "weights"]
+Kind = Literal["tokens", "metadata", "counts", "weights", "keys_values"]
 Bytes = tuple[int, int, int]
 """Bytes by link class, in the order of `placement.topology.LINK_CLASSES`: same device, same node, other node."""
 
@@ -103,7 +103,7 @@ class Ledger:
         taken, self._flights = self._flights, deque(maxlen=CAPACITY)
         if self._on_cuda and taken:
             torch.cuda.synchronize()
-        at = self._seconds
+        at = self.seconds
         return tuple(
             Flight(layer, stage, direction, kind, amounts, at(launched), at(wait_begin), at(wait_end), movement)
             for layer, stage, direction, kind, amounts, launched, wait_begin, wait_end, movement in taken
@@ -114,7 +114,8 @@ class Ledger:
         event.record()
         return event
 
-    def _seconds(self, mark: Mark) -> float:
+    def seconds(self, mark: Mark) -> float:
+        """A mark on the clock of flights, s; on CUDA once the device has come to it."""
         # A flight launched while the ledger was off carries 0.0 in place of an event.
         return float(mark) if isinstance(mark, float) else self._origin.elapsed_time(mark) / 1e3
 
@@ -156,7 +157,7 @@ def profile(flights: Iterable[Flight]) -> dict[int, LayerProfile]:
     tokens = {(f.layer, f.movement, f.stage, f.direction): f for f in flights if f.kind == "tokens"}
     movements: dict[int, set[int]] = defaultdict(set)
     for flight in flights:
-        if flight.kind != "weights":  # they belong to no movement of tokens
+        if flight.kind not in ("weights", "keys_values"):  # they belong to no movement of tokens
             movements[flight.layer].add(flight.movement)
     return {layer: _profile_layer(layer, movements[layer], tokens, flights) for layer in sorted(movements)}
 

@@ -91,6 +91,10 @@ class RunDirectory:
         return self.path / "result.json"
 
     @property
+    def choices(self) -> Path:
+        return self.path / "choices.jsonl"
+
+    @property
     def trace(self) -> Path:
         return self.path / "trace.npz"
 
@@ -126,7 +130,7 @@ class RunDirectory:
 
     def start_anew(self, keep_history: bool) -> None:
         """Take away the result of an earlier run, and unless `keep_history` its metrics, events and traces."""
-        history = [self.metrics, self.events, self.trace, self.topology, self.workload, self.report]
+        history = [self.metrics, self.events, self.choices, self.trace, self.topology, self.workload, self.report]
         stale = [self.result] if keep_history else [self.result, *history]
         for path in stale:
             path.unlink(missing_ok=True)

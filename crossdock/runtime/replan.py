@@ -3,20 +3,21 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import pydantic
 
 from crossdock.errors import BadConfig, CrossdockError
 from crossdock.placement.affinity import Affinity
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import evaluate
+from crossdock.placement.choice import Strategy
+from crossdock.placement.cost import Dispatch, Workload
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Objective, Problem, Solution
 from crossdock.placement.solvers import solve
 from crossdock.placement.topology import LINK_CLASSES, Topology
+from crossdock.placement.traffic import evaluate_strategies
 from crossdock.runtime import collectives
 from crossdock.runtime.calibrate import Calibrated
-from crossdock.runtime.dispatch_flat import Flat
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.migrate import RoutedLayer
 from crossdock.runtime.windows import Measured
@@ -98,18 +99,20 @@ def workload_of(layer: RoutedLayer, tokens_per_rank: int, accumulate: int) -> Wo
         expert_width=bank.expert_width,
         wire_bytes=wire_dtype.itemsize,
         expert_matrices=bank.activation.num_inputs + 1,
-        dispatch="flat" if isinstance(dispatcher, Flat) else "deduplicated",
+        dispatch=cast(Dispatch, dispatcher.name),
         micro_batches=accumulate,
     )
 
 
-def predicted_bytes(measured: Measured, plan: Plan, topology: Topology, workload: Workload, mesh: Mesh) -> dict[str, int]:
+def predicted_bytes(
+    measured: Measured, plan: Plan, topology: Topology, workload: Workload, strategies: Sequence[Strategy], mesh: Mesh
+) -> dict[str, int]:
     """The evaluator's bytes by link class of exactly the tokens of a window, every expert group on its own nodes."""
     total = [0, 0, 0]
     for group, trace in enumerate(measured.traces):
         nodes = mesh.node_of_rank[group * mesh.expert_parallel : (group + 1) * mesh.expert_parallel]
         there = dataclasses.replace(topology, node_of_R=renumbered(nodes))
-        bytes_by_class = evaluate(trace, plan, there, workload).bytes_by_class
+        bytes_by_class = evaluate_strategies(trace, plan, there, workload, strategies).bytes_by_class
         total = [known + int(new) for known, new in zip(total, bytes_by_class, strict=True)]
     return dict(zip(LINK_CLASSES, total, strict=True))
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossdock.placement.evaluate import evaluate
+from crossdock.placement.choice import Strategy
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import LINK_CLASSES, Topology
+from crossdock.placement.traffic import evaluate_strategies
 from crossdock.runtime.calibrate import Calibrated
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.replan import predicted_bytes
@@ -44,21 +45,27 @@ class WindowReport:
 
 
 def report_window(
-    measured: Measured, plan: Plan, topology: Topology, calibrated: Calibrated, earlier: Measured | None, mesh: Mesh
+    measured: Measured,
+    plan: Plan,
+    topology: Topology,
+    calibrated: Calibrated,
+    earlier: Measured | None,
+    strategies: Sequence[Strategy],
+    mesh: Mesh,
 ) -> WindowReport:
-    """Hold a window that ran under `plan` against the evaluator and, with an earlier window, against what that one promised."""
+    """Hold a window that ran under `plan`, each layer by its strategy, against the evaluator and what an earlier one promised."""
     workload = calibrated.workload
-    replayed = evaluate(measured.trace, plan, topology, workload)
+    replayed = evaluate_strategies(measured.trace, plan, topology, workload, strategies)
     forecast = predicted_s = None
     if earlier is not None:
-        promise = evaluate(earlier.trace, plan, calibrated.topology, workload)
+        promise = evaluate_strategies(earlier.trace, plan, calibrated.topology, workload, strategies)
         forecast_bytes = promise.bytes_for(replayed.num_tokens)
         forecast = {name: round(size) for name, size in zip(LINK_CLASSES, forecast_bytes, strict=True)}
         predicted_s = promise.step_s
     return WindowReport(
         steps=measured.steps,
         counted=measured.counted,
-        predicted=predicted_bytes(measured, plan, topology, workload, mesh),
+        predicted=predicted_bytes(measured, plan, topology, workload, strategies, mesh),
         forecast=forecast,
         measured_s=measured.step_s,
         predicted_s=predicted_s,

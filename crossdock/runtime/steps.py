@@ -59,6 +59,8 @@ class Step:
     exposed_s: float
     loss: float
     stop: bool
+    load_LE: np.ndarray
+    """float64 [L, E]: assignments that each expert served in the global batch."""
     metrics: dict[str, Any]
 
 
@@ -81,8 +83,11 @@ class Stepper:
         """Where the next step begins to read."""
         return self.sampler.after(state, self.config.batch_sequences)
 
-    def run(self, number: int, state: DataState, capture: Capture | None, stop_asked: bool) -> Step:
-        """Update number `number` (from 0) on the batch at `state`; `capture` records its routing. Raises `NonFiniteLoss` on every rank."""
+    def run(self, number: int, state: DataState, captures: Sequence[Capture], stop_asked: bool) -> Step:
+        """Update number `number` (from 0) on the batch at `state`; each capture records its routing.
+
+        Raises `NonFiniteLoss` on every rank.
+        """
         config, mesh = self.config, self.mesh
         watch = Stopwatch(mesh.device)
         self.model.train()
@@ -94,7 +99,7 @@ class Stepper:
             )
             token_QP, target_QP = self._on_device(batch)
             watch.lap("data_s")
-            output: Output = self.model(token_QP, self._context(batch, token_QP, number, capture))
+            output: Output = self.model(token_QP, self._context(batch, token_QP, number, captures))
             parts = {
                 "loss": cross_entropy(output.logits_QPV, target_QP),
                 **{f"loss_{name}": value for name, value in output.losses.items()},
@@ -114,6 +119,7 @@ class Stepper:
         report = self.engine.step(number + 1, lr, {**losses, **spent, **sent, "stop": float(stop_asked)})
         watch.lap("update_s")
         phases = watch.read()
+        counted_LE = load_LE.cpu().numpy()
         step_s, tokens = sum(phases.values()), config.batch_sequences * self.seq_len
         mean = {name: report.sums[name] / mesh.world_size for name in (*losses, *spent)}
         total_bytes = {name: int(report.sums[name]) for name in sent}
@@ -128,10 +134,12 @@ class Stepper:
             "update_s": phases["update_s"],
             **mean,
             **total_bytes,
-            **self._loads(load_LE, dropped),
+            **self._loads(counted_LE, dropped),
             "memory_bytes": peak_memory_bytes(mesh.device),
         }
-        return Step(flights, tuple(total_bytes.values()), step_s, mean["exposed_s"], mean["loss"], report.sums["stop"] > 0, metrics)
+        return Step(
+            flights, tuple(total_bytes.values()), step_s, mean["exposed_s"], mean["loss"], report.sums["stop"] > 0, counted_LE, metrics
+        )
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -143,7 +151,7 @@ class Stepper:
         )
         for batch in batches:
             token_QP, target_QP = self._on_device(batch)
-            output: Output = self.model(token_QP, self._context(batch, token_QP, number=0, capture=None, training=False))
+            output: Output = self.model(token_QP, self._context(batch, token_QP, number=0, captures=(), training=False))
             sums += torch.tensor([float(cross_entropy(output.logits_QPV, target_QP)) * target_QP.numel(), target_QP.numel()])
         collectives.all_reduce(sums, self.mesh.control_group)
         self.mesh.ledger.take()  # evaluation's traffic is no step's
@@ -155,22 +163,22 @@ class Stepper:
         )
         return token_QP, target_QP
 
-    def _context(self, batch: Batch, token_QP: Tensor, number: int, capture: Capture | None, training: bool = True) -> StepContext:
+    def _context(self, batch: Batch, token_QP: Tensor, number: int, captures: Sequence[Capture], training: bool = True) -> StepContext:
         token_T = token_QP.reshape(-1)
-        if capture is None:
-            return StepContext(self.config.seed, number, training, token_T, batch.first_token)
-        sequence_B = torch.from_numpy(batch.sequence_B).to(self.mesh.device)
-        capture.begin(token_T, sequence_B.repeat_interleave(self.seq_len, output_size=len(token_T)))
-        return StepContext(self.config.seed, number, training, token_T, batch.first_token, (capture.listener,))
+        for capture in captures:
+            sequence_B = torch.from_numpy(batch.sequence_B).to(self.mesh.device)
+            capture.begin(token_T, sequence_B.repeat_interleave(self.seq_len, output_size=len(token_T)))
+        listeners = tuple(capture.listener for capture in captures)
+        return StepContext(self.config.seed, number, training, token_T, batch.first_token, listeners)
 
-    def _loads(self, load_LE: Tensor, dropped: Tensor) -> dict[str, Any]:
+    def _loads(self, counted_LE: np.ndarray, dropped: Tensor) -> dict[str, Any]:
         """Load of devices and of experts over their means, averaged over layers; the share dropped; the plan."""
         plan = self.engine.plan
         if plan is None:
             return {"load_max_over_mean": 1.0, "expert_load_max_over_mean": 1.0, "dropped": 0.0}
         if self._share_of is None or self._share_of[0] is not plan:
             self._share_of = (plan, device_shares_LER(plan, self.mesh.node_of_expert_rank))
-        counted_LE, num_dropped = load_LE.cpu().numpy(), float(dropped)
+        num_dropped = float(dropped)
         return {
             "load_max_over_mean": _max_over_mean(np.einsum("le,ler->lr", counted_LE, self._share_of[1])),
             "expert_load_max_over_mean": _max_over_mean(counted_LE),

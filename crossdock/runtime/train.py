@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, recorded windows, a re-planning on the way, checkpoints, and an orderly stop on SIGTERM.
+"""The training loop: steps, evaluation, recorded windows, a re-planning and choices on the way, checkpoints, a stop on SIGTERM.
 
 It receives a model and never imports one. Every decision is the same on every rank: it follows from the step number, from reduced numbers,
 or from one broadcast record.
@@ -11,24 +11,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
 from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
+from crossdock.placement.choice import Strategy
 from crossdock.placement.cost import Workload
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.runtime import checkpoint, collectives
+from crossdock.runtime.adaptation import Adaptation, StepNumbers
 from crossdock.runtime.calibrate import Calibrated, calibrate
 from crossdock.runtime.capture import Capture, CaptureConfig
 from crossdock.runtime.checkpoint import CheckpointConfig, RunState
+from crossdock.runtime.choice import Adaptable, AdaptConfig, strategies_of
 from crossdock.runtime.data import Corpus, DataState
 from crossdock.runtime.engine import Engine
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.metrics import RunDirectory, console_line
 from crossdock.runtime.migrate import RoutedLayer, migrate
+from crossdock.runtime.profiler import ProfileConfig, Profiler
 from crossdock.runtime.replan import ReplanConfig, decide, topology_of, window_steps, workload_of
 from crossdock.runtime.result import Speeds, TrainResult, WindowReport, median, report_window
 from crossdock.runtime.steps import Stepper, TrainConfig
@@ -70,6 +74,8 @@ class Training:
     config: TrainConfig = field(default_factory=TrainConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     replan: ReplanConfig = field(default_factory=ReplanConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     topology: Topology | None = None
     """Declared devices and links; where None, this machine's, calibrated from the run."""
@@ -118,6 +124,21 @@ class _Run:
         self.loss: float | None = None
         self.eval_loss: float | None = None
         self.moves: int | None = None
+        self.profiler = Profiler(training.profile, mesh, self.directory.path)
+        self.adaptation: Adaptation | None = None
+        if self.topology is not None and training.adapt.mode != "off":
+            model, tokens = cast(Adaptable, training.model), self.stepper.tokens_per_rank
+            self.adaptation = Adaptation(
+                training.adapt,
+                model,
+                mesh,
+                self.topology,
+                tokens,
+                training.seq_len,
+                config.accumulate,
+                self.directory.choices,
+                self.event,
+            )
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -129,6 +150,8 @@ class _Run:
         with _on_sigterm(self._ask_to_stop):
             while self.step < self.config.steps:
                 self._window_edges()
+                if self.adaptation is not None and self.engine.plan is not None:
+                    self.adaptation.before(self.step, self.engine.plan, is_busy=self.window is not None)
                 stop = self._train_step()
                 if stop and self.step < self.config.steps:
                     folder = self._save()
@@ -199,7 +222,12 @@ class _Run:
     def _train_step(self) -> bool:
         """One optimizer step and what belongs to it; says whether any rank was asked to stop."""
         config = self.config
-        step = self.stepper.run(self.step, self.state, None if self.window is None else self.window.capture, self.stop_asked)
+        self.profiler.before(self.step + 1)
+        looking = None if self.adaptation is None else self.adaptation.window
+        windows = [window for window in (self.window, looking) if window is not None]
+        step = self.stepper.run(self.step, self.state, [window.capture for window in windows], self.stop_asked)
+        if (written := self.profiler.after(self.step + 1, step.flights)) is not None:
+            self.event("profiled", step=self.step + 1, path=str(written))
         self.state = self.stepper.after(self.state)
         self.step += 1
         self.loss = step.loss
@@ -208,6 +236,8 @@ class _Run:
         self.speeds.exposed_s.append(step.exposed_s)
         if self.window is not None:
             self.window.add(step.flights, step.bytes_by_class, step.step_s, step.exposed_s)
+        if self.adaptation is not None:
+            self.adaptation.after(StepNumbers(step.flights, step.bytes_by_class, step.step_s, step.exposed_s, step.load_LE))
         row = step.metrics
         if config.eval_batches and (self.step == config.steps or self._due(config.eval_every)):
             self.eval_loss = self.stepper.evaluate()
@@ -233,6 +263,9 @@ class _Run:
     def _workload(self) -> Workload:
         return workload_of(self.layers[0], self.stepper.tokens_per_rank, self.config.accumulate)
 
+    def _strategies(self) -> tuple[Strategy, ...]:
+        return strategies_of(cast(Adaptable, self.training.model), self.training.seq_len)
+
     def _new_window(self) -> Window:
         plan = self.engine.plan
         assert plan is not None
@@ -248,11 +281,11 @@ class _Run:
         measured = window.close(self.mesh) if window is not None else None
         calibrated = None
         if measured is not None:
-            calibrated = calibrate(measured, plan, topology, self._workload())
+            calibrated = calibrate(measured, plan, topology, self._workload(), self._strategies())
             calibrated.topology.save(self.directory.topology)  # with the workload, what `crossdock plan` needs to try other plans
             atomic.write_json(self.directory.workload, calibrated.workload.to_mapping())
             self.before = (measured, calibrated)
-            self.reports["before"] = report_window(measured, plan, topology, calibrated, None, self.mesh)
+            self.reports["before"] = report_window(measured, plan, topology, calibrated, None, self._strategies(), self.mesh)
         if replan.at_step is not None and window is not None:
             if measured is not None:
                 measured.trace.save(self.directory.trace)
@@ -293,8 +326,10 @@ class _Run:
             return
         measured.trace.save(self.directory.trace)
         earlier = self.before[0] if self.before is not None else None
-        calibrated = self.before[1] if self.before is not None else calibrate(measured, plan, topology, self._workload())
-        self.reports["after"] = report = report_window(measured, plan, topology, calibrated, earlier, self.mesh)
+        calibrated = (
+            self.before[1] if self.before is not None else calibrate(measured, plan, topology, self._workload(), self._strategies())
+        )
+        self.reports["after"] = report = report_window(measured, plan, topology, calibrated, earlier, self._strategies(), self.mesh)
         self.event("window_measured", step=self.step, **report.as_json())
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -330,6 +365,8 @@ class _Run:
         if self.mesh.rank == 0:
             self.directory.forget_after(self.step)
         self.event("resumed", step=self.step, path=str(folder))
+        if self.adaptation is not None:
+            self.adaptation.resume(self.step)
 
     def _ask_to_stop(self) -> None:
         self.stop_asked = True

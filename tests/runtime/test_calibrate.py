@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from crossdock.placement.choice import Strategy
 from crossdock.placement.cost import Window as Windows
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import Evaluation, evaluate
@@ -28,6 +29,7 @@ TRUTH = Workload(
     micro_batches=2,
     expert_overhead_s=5e-4,
 )
+AS_CONFIGURED = [Strategy("deduplicated", 0)] * NUM_LAYERS
 SIZES = dataclasses.replace(TRUTH, window=Windows(), other_s=0.0, expert_overhead_s=0.0)
 
 
@@ -89,7 +91,7 @@ def test_the_numbers_are_found_again_and_predict_another_plan(devices: int, byte
     )
     trace, plan = skewed_trace(devices), Plan.contiguous(NUM_LAYERS, 8, devices)
     measured = pretend(trace, plan, true_machine, latency_s)
-    found = calibrate(measured, plan, guess, SIZES)
+    found = calibrate(measured, plan, guess, SIZES, AS_CONFIGURED)
     assert found.evaluation.step_s == pytest.approx(measured.step_s, rel=1e-9)
     assert found.workload.expert_overhead_s == pytest.approx(TRUTH.expert_overhead_s, rel=1e-6)
     np.testing.assert_allclose(found.topology.flop_per_s_R, true_machine.flop_per_s_R, rtol=1e-6)
@@ -106,14 +108,14 @@ def test_the_numbers_are_found_again_and_predict_another_plan(devices: int, byte
 def test_measured_links_are_kept() -> None:
     measured_machine = dataclasses.replace(machine(1e7, 1e-4), measured=True)
     trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
-    found = calibrate(pretend(trace, plan, machine(3e7, 1e-4), 1e-4), plan, measured_machine, SIZES)
+    found = calibrate(pretend(trace, plan, machine(3e7, 1e-4), 1e-4), plan, measured_machine, SIZES, AS_CONFIGURED)
     np.testing.assert_array_equal(found.topology.bytes_per_s_RR, measured_machine.bytes_per_s_RR)
 
 
 def test_a_device_that_is_slower_is_seen() -> None:
     uneven = dataclasses.replace(machine(1e7, 1e-4), flop_per_s_R=np.array([3e9, 1.5e9]))
     trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
-    found = calibrate(pretend(trace, plan, uneven, 1e-4), plan, machine(1e7, 1e-4), SIZES)
+    found = calibrate(pretend(trace, plan, uneven, 1e-4), plan, machine(1e7, 1e-4), SIZES, AS_CONFIGURED)
     slow, fast = sorted(found.topology.flop_per_s_R)
     assert found.topology.flop_per_s_R[1] == slow
     assert 1.5 < fast / slow < 2.6

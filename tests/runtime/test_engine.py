@@ -81,7 +81,7 @@ def poisoned(rank: int, world_size: int, folder: str) -> tuple[str, bool]:
     bank = next(iter(steps.engine.banks.values()))
     bank.inner.register_hook(lambda gradient: gradient * (float("nan") if rank == 1 else 1.0))
     with pytest.raises(NonFiniteLoss) as caught:
-        steps.run(0, DataState(), None, stop_asked=False)
+        steps.run(0, DataState(), (), stop_asked=False)
     after = tiny.census(steps.engine)
     moments_untouched = all(np.array_equal(before[key], after[key]) for key in before)
     return str(caught.value), moments_untouched

@@ -89,7 +89,7 @@ def refuse(rank: int, world_size: int, folder: str, after: Plan) -> str:
     steps = tiny.stepper(rank, world_size, folder, tiny.random_plan(2, 1))
     with pytest.raises(BadData) as caught:
         migrate(steps.engine, steps.model.moe_layers, after, steps.mesh)  # type: ignore[arg-type]
-    steps.run(0, DataState(), None, stop_asked=False)  # still whole
+    steps.run(0, DataState(), (), stop_asked=False)  # still whole
     return str(caught.value)
 
 

@@ -83,7 +83,7 @@ def run_steps(steps: Stepper, first: int, last: int) -> list[tuple[float, float]
         state = steps.after(state)
     seen = []
     for number in range(first, last):
-        done = steps.run(number, state, None, stop_asked=False)
+        done = steps.run(number, state, (), stop_asked=False)
         seen.append((done.loss, done.metrics["grad_norm"]))
         state = steps.after(state)
     return seen

@@ -1,0 +1,273 @@
+"""Adaptive choice: when to look again, what to measure for it, one decision on rank 0, the same strategies on every rank.
+
+watch     every step's expert load, equal on every rank, says when a look is due: at the start, every so many steps, or when it moved
+window    a few steps recorded on all ranks: routing, transfers, stage times
+decide    rank 0 prices the candidates of every layer (`placement.choice`) and broadcasts one record; all ranks compare its hash
+apply     each layer takes its strategy between two steps; no weight moves
+"""
+
+import dataclasses
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from crossdock.errors import BadData
+from crossdock.placement.choice import Choice, Choices, LayerProblem, LayerTimes, Strategy, choose
+from crossdock.placement.cost import Dispatch, Workload
+from crossdock.placement.gather import GatherCost, choose_gathered
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
+from crossdock.placement.traffic import load_RE, traffic_of
+from crossdock.runtime import collectives
+from crossdock.runtime.calibrate import Calibrated, calibrate
+from crossdock.runtime.dispatch import DISPATCHERS
+from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.migrate import RoutedLayer
+from crossdock.runtime.overlap import Chunked, Schedule
+from crossdock.runtime.stage_times import StageTimes
+from crossdock.runtime.windows import Measured
+from crossdock.strict_yaml import StrictModel
+
+Load = NDArray[np.float64]
+
+FIRST_STEPS = 2
+"""Steps before the first look: caches, buffers and connections are made in them."""
+
+
+class AdaptConfig(StrictModel):
+    """Whether a run chooses how its tokens move, and when it looks again. The wire format is never chosen."""
+
+    mode: Literal["off", "start", "continuous"] = "off"
+    """off: as configured. start: chosen once, from the first steps. continuous: chosen again when the load has moved, and now and then."""
+    window: int = pydantic.Field(default=4, ge=1)
+    """Steps measured before every decision, and over which the load is summed."""
+    every: int = pydantic.Field(default=200, ge=1)
+    """Steps after which to look again although the load has not moved."""
+    drift: float = pydantic.Field(default=0.1, gt=0.0, le=1.0)
+    """Look again when this share of a layer's assignments goes to other experts than at the last look (total variation distance)."""
+    min_saving: float = pydantic.Field(default=0.03, ge=0.0, lt=1.0)
+    """Predicted share of a block's time that a change must save; below it the strategy stays."""
+    max_chunks: int = pydantic.Field(default=8, ge=1, le=64)
+    """Highest degree of chunking to consider; degrees are powers of two."""
+    gather: bool = True
+    """Consider moving the weights of hot experts instead of their tokens."""
+
+    @property
+    def chunk_counts(self) -> tuple[int, ...]:
+        """The degrees to consider: 1, 2, 4, ..."""
+        return tuple(2**power for power in range(self.max_chunks.bit_length()))
+
+
+class Adaptable(Protocol):
+    """What a model needs so that its strategies can be chosen."""
+
+    moe_layers: Sequence[Any]
+
+    @property
+    def window_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """The stages of each MoE layer that may run while tokens travel."""
+        ...
+
+    def schedules(self, num_positions: int) -> Sequence[Schedule]:
+        """What each MoE layer does for sequences of that length."""
+        ...
+
+    def set_schedules(self, schedules: Sequence[Schedule]) -> None:
+        """Give each MoE layer its schedule."""
+        ...
+
+
+class Watch:
+    """Says when to look; mutable, and the same on every rank, since all of them see the same steps and the same load."""
+
+    def __init__(self, config: AdaptConfig) -> None:
+        self.config = config
+        self._recent: deque[Load] = deque(maxlen=config.window)
+        self._looked_at: int | None = None
+        self._seen_LE: Load | None = None
+
+    def note(self, load_LE: Load) -> None:
+        """A step's assignments by expert, of the whole world."""
+        self._recent.append(np.asarray(load_LE, dtype=np.float64))
+
+    def due(self, step: int) -> str | None:
+        """Why to begin a look after `step` steps, or None."""
+        config = self.config
+        if config.mode == "off" or step < FIRST_STEPS:
+            return None
+        if self._looked_at is None:
+            return "start"
+        if config.mode == "start" or step < self._looked_at + config.window:
+            return None
+        if (moved := self.drift()) > config.drift:
+            return f"load moved by {moved:.3f}"
+        return f"every {config.every} steps" if step >= self._looked_at + config.every else None
+
+    def drift(self) -> float:
+        """The total variation distance between the load of the last look and the recent one, in the layer that moved most."""
+        if self._seen_LE is None or not self._recent:
+            return 0.0
+        return float(np.abs(_shares(self.recent_LE()) - _shares(self._seen_LE)).sum(axis=1).max() / 2)
+
+    def recent_LE(self) -> Load:
+        """Assignments by expert over the last steps."""
+        return np.sum(self._recent, axis=0)
+
+    def looked(self, step: int, load_LE: Load) -> None:
+        """A look ended after `step` steps with this load: what later ones are held against, so that one shift is one look."""
+        self._looked_at, self._seen_LE = step, np.asarray(load_LE, dtype=np.float64)
+
+
+def _shares(load_LE: Load) -> Load:
+    return load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1.0)
+
+
+# ---- strategies of a model
+
+
+def strategies_of(model: Adaptable, num_positions: int) -> tuple[Strategy, ...]:
+    """What the model does now, layer by layer."""
+    schedules = model.schedules(num_positions)
+    return tuple(
+        Strategy(
+            cast(Dispatch, layer.dispatch),
+            schedule.expert_slot,
+            schedule.forward_chunks,
+            schedule.backward_chunks,
+            schedule.overlap,
+            tuple(sorted(layer.gathered_experts)),
+        )
+        for layer, schedule in zip(model.moe_layers, schedules, strict=True)
+    )
+
+
+def apply(model: Adaptable, strategies: Sequence[Strategy]) -> None:
+    """Every layer takes its strategy, between two steps; all ranks together, with the same ones."""
+    for layer, strategy in zip(model.moe_layers, strategies, strict=True):
+        layer.set_strategy(strategy)
+    model.set_schedules([Chunked(s.expert_slot, s.forward_chunks, s.backward_chunks, s.overlap) for s in strategies])
+
+
+# ---- deciding
+
+
+@dataclasses.dataclass(frozen=True)
+class RankTimes:
+    """What one rank measured beside its window: seconds of each layer's stages, and per byte of packing rows."""
+
+    stage_s: list[list[float]]
+    row_s_per_byte: float
+
+
+def decide(
+    config: AdaptConfig,
+    step: int,
+    measured: Measured,
+    ranks: Sequence[RankTimes],
+    plan: Plan,
+    topology: Topology,
+    workload: Workload,
+    now: Sequence[Strategy],
+    layers: Sequence[RoutedLayer],
+    wire: str,
+) -> tuple[Choices, Calibrated]:
+    """Rank 0: price every layer's candidates on what a window measured, and choose."""
+    calibrated = calibrate(measured, plan, topology, workload, now)
+    topology, workload = calibrated.topology, calibrated.workload
+    element_bytes = layers[0].bank.inner.dtype.itemsize
+    trace = measured.trace
+    nothing: list[tuple[int, ...]] = [()] * len(now)
+    sets_L: list[list[tuple[int, ...]]] = [[strategy.gathered] for strategy in now]
+    if config.gather and topology.num_devices > 1:
+        for layer in range(len(now)):
+            load = load_RE(trace, layer, topology.num_devices, workload)
+            sets_L[layer].append(choose_gathered(GatherCost(load, plan, layer, topology, workload, element_bytes)).experts)
+    variants = [nothing, [sets[0] for sets in sets_L], [sets[-1] for sets in sets_L]]
+    exchange_s = statistics.median(
+        [min(flights) for flights in zip(*(rank.count_flights_s for rank in measured.ranks), strict=False)] or [0.0]
+    )
+    chosen = []
+    traffics = [
+        traffic_of(trace, plan, topology, workload, cast(Dispatch, dispatch), variant, element_bytes)
+        for dispatch in DISPATCHERS
+        for variant in variants
+    ]
+    for layer, strategy in enumerate(now):
+        of_layer = {(found[layer].dispatch, found[layer].gathered): found[layer] for found in traffics}
+        stage_s = tuple(max(rank.stage_s[layer][number] for rank in ranks) for number in range(len(ranks[0].stage_s[layer])))
+        times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=max(rank.row_s_per_byte for rank in ranks))
+        problem = LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, wire)
+        chosen.append(choose(problem, strategy, config.min_saving))
+    return Choices(step, tuple(chosen)), calibrated
+
+
+def agreed(choices: Choices | None, mesh: Mesh) -> Choices:
+    """Rank 0's record on every rank. Raises `BadData` on all of them where the ranks do not read the same."""
+    sent = collectives.broadcast_object(None if choices is None else (choices.canonical, choices.digest), mesh)
+    assert sent is not None, "rank 0 decides"
+    text, digest = sent
+    return checked(Choices.from_canonical(text), digest, mesh)
+
+
+def checked(choices: Choices, digest: str, mesh: Mesh) -> Choices:
+    """`choices`, once all ranks have shown that theirs has the hash `digest`. Raises `BadData` on every rank otherwise."""
+    found = collectives.all_gather_objects(choices.digest, mesh)
+    wrong = [rank for rank, other in enumerate(found) if other != digest]
+    if wrong:
+        raise BadData(
+            f"the choice of strategies after step {choices.step} has hash {digest[:12]} on rank 0 and {found[wrong[0]][:12]} on rank "
+            f"{wrong[0]} ({len(wrong)} of {len(found)} ranks differ); start all ranks with the same version of Crossdock and of Python"
+        )
+    return choices
+
+
+def row_seconds_per_byte(width: int, dtype: torch.dtype, device: torch.device, rows: int = 4096, repeats: int = 5) -> float:
+    """Seconds per byte of gathering rows of that width in another order, which is what packing and unpacking are made of."""
+    source = torch.zeros((rows, width), dtype=dtype, device=device)
+    order = torch.arange(rows, device=device).flip(0)
+    seconds = []
+    for _ in range(repeats + 1):
+        begin_s = time.perf_counter()
+        source.index_select(0, order)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin_s)
+    return statistics.median(seconds[1:]) / (rows * width * dtype.itemsize)
+
+
+def as_event(choices: Choices, before: Sequence[Strategy], why: str) -> dict[str, Any]:
+    """What `events.jsonl` holds of a decision: old and new strategy of each layer, predicted seconds of the alternatives, the reason."""
+    return {
+        "step": choices.step,
+        "why": why,
+        "digest": choices.digest,
+        "layers": [_layer_event(choice, old) for choice, old in zip(choices.layers, before, strict=True)],
+    }
+
+
+def _layer_event(choice: Choice, old: Strategy) -> dict[str, Any]:
+    return {
+        "layer": choice.layer,
+        "old": dataclasses.asdict(old),
+        "new": dataclasses.asdict(choice.strategy),
+        "changed": choice.strategy != old,
+        "predicted_s": choice.predicted_s,
+        "old_predicted_s": choice.current_s,
+        "alternatives": [
+            {**dataclasses.asdict(other.strategy), "forward_s": other.forward_s, "backward_s": other.backward_s, "total_s": other.total_s}
+            for other in choice.alternatives
+        ],
+        "candidates": choice.num_candidates,
+        "reason": choice.reason,
+    }
+
+
+__all__ = ["AdaptConfig", "StageTimes", "Watch", "agreed", "apply", "as_event", "decide", "strategies_of"]

@@ -1,0 +1,243 @@
+"""Choice of strategies: nothing is faster than what is chosen, and the choice goes where links, nodes and loads push it."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crossdock.errors import BadData
+from crossdock.placement.choice import (
+    Choices,
+    LayerProblem,
+    LayerTimes,
+    Priced,
+    Strategy,
+    Traffic,
+    choose,
+    describe,
+    explain,
+    price,
+)
+from crossdock.placement.cost import Window, Workload, block_cost
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
+from crossdock.placement.trace import Trace
+from crossdock.placement.traffic import evaluate_strategies, load_RE, traffic_of
+
+WORKLOAD = Workload(tokens_per_rank=512, model_width=256, expert_width=512, wire_bytes=4, expert_overhead_s=1e-4)
+TIMES = LayerTimes((2e-3, 4e-3, 1e-3), exchange_s=2e-4, row_s_per_byte=1e-10)
+NOW = Strategy("deduplicated", 1)
+
+
+def machine(nodes: int, per_node: int, between: float = 6e7, inside: float = 2e9, latency_s: float = 1e-4) -> Topology:
+    return Topology.uniform(
+        nodes,
+        per_node,
+        flop_per_s=2e10,
+        memory_bytes=1e9,
+        same_node_bytes_per_s=inside,
+        same_node_latency_s=latency_s,
+        other_node_bytes_per_s=between,
+        other_node_latency_s=latency_s,
+        shared_by_node=True,
+    )
+
+
+def routed(topology: Topology, num_tokens: int = 512, skew: float = 0.0, top_k: int = 3, num_layers: int = 1, seed: int = 0) -> Trace:
+    rng = np.random.default_rng(seed)
+    chance = np.arange(1, 17) ** -skew
+    order = rng.gumbel(size=(num_tokens * topology.num_devices, num_layers, 16)) + np.log(chance)
+    home_T = np.repeat(np.arange(topology.num_devices), num_tokens).astype(np.int32)
+    return Trace(np.argsort(-order, axis=2)[:, :, :top_k].astype(np.uint16), 16, home_T=home_T)
+
+
+def problem(
+    topology: Topology, trace: Trace, dispatches: tuple[Any, ...], gathered: tuple[tuple[int, ...], ...] = ((),), **options: Any
+) -> LayerProblem:
+    workload = options.pop("workload", WORKLOAD)
+    plan = Plan.contiguous(trace.num_layers, trace.num_experts, topology.num_devices)
+    traffics = tuple(
+        traffic_of(trace, plan, topology, workload, dispatch, [experts] * trace.num_layers, 4)[0]
+        for dispatch, experts in itertools.product(dispatches, gathered)
+    )
+    return LayerProblem(0, traffics, options.pop("times", TIMES), topology, workload, **options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("nodes", "skew"), [(2, 0.0), (1, 1.2), (2, 1.2)])
+def test_no_strategy_is_faster_than_the_chosen_one(seed: int, nodes: int, skew: float) -> None:
+    topology = machine(nodes, 2)
+    counts = (1, 2, 4, 8)
+    asked = problem(topology, routed(topology, skew=skew, seed=seed), ("flat", "deduplicated"), ((), (0,), (0, 1)), chunk_counts=counts)
+    found = choose(asked, NOW)
+    every = [
+        price(asked, Strategy(dispatch, slot, forward, backward, overlap, gathered))
+        for dispatch in ("flat", "deduplicated")
+        for gathered in ((), (0,), (0, 1))
+        for slot in range(4)
+        for overlap in (False, True)
+        for forward, backward in itertools.product(counts, repeat=2)
+    ]
+    assert found.predicted_s == pytest.approx(min(one.total_s for one in every), rel=1e-12)
+    assert found.predicted_s == price(asked, found.strategy).total_s
+    assert found.alternatives[0].strategy == found.strategy
+    assert [one.total_s for one in found.alternatives] == sorted(one.total_s for one in found.alternatives)
+
+
+def test_one_piece_costs_what_the_cost_model_says() -> None:
+    topology, slot = machine(2, 2), 2
+    asked = problem(topology, routed(topology, skew=1.0), ("deduplicated",), times=LayerTimes(TIMES.stage_s))
+    traffic = asked.traffics[0]
+    before_s, after_s = sum(TIMES.stage_s[:slot]), sum(TIMES.stage_s[slot:])
+    window = Window(before_s, after_s, 2 * before_s, 2 * after_s)
+    block = block_cost(traffic.hops_HRR[0], traffic.rows_R, topology, dataclasses.replace(WORKLOAD, window=window))
+    priced = price(asked, Strategy("deduplicated", slot))
+    assert priced.forward_s == pytest.approx(float(block.forward_s))
+    assert priced.backward_s == pytest.approx(float(block.backward_s))
+    sequential = price(asked, Strategy("deduplicated", slot, overlap=False))
+    assert sequential.forward_s == pytest.approx(before_s + after_s + float(block.dispatch_s + block.expert_s + block.combine_s))
+
+
+def test_slow_links_between_nodes_call_for_the_hierarchical_dispatch() -> None:
+    chosen = {}
+    for between in (1e7, 1e11):
+        topology = machine(2, 4, between=between, inside=1e9)
+        asked = problem(topology, routed(topology, top_k=6), ("flat", "deduplicated", "hierarchical"))
+        chosen[between] = choose(asked, NOW).strategy.dispatch
+    assert chosen == {1e7: "hierarchical", 1e11: "deduplicated"}
+
+
+def test_on_one_node_the_deduplicated_dispatch_is_best() -> None:
+    topology = machine(1, 4)
+    assert choose(problem(topology, routed(topology), ("flat", "deduplicated")), Strategy("flat", 0)).strategy.dispatch == "deduplicated"
+
+
+def test_a_smaller_load_takes_no_more_chunks() -> None:
+    topology = machine(2, 2, latency_s=2e-4)
+    taken = []
+    for tokens in (8, 64, 512, 4096):
+        workload = dataclasses.replace(WORKLOAD, tokens_per_rank=tokens)
+        trace = routed(topology, num_tokens=512)
+        found = choose(problem(topology, trace, ("deduplicated",), workload=workload, chunk_counts=(1, 2, 4, 8)), NOW)
+        taken.append(found.strategy.forward_chunks)
+    assert taken == sorted(taken)
+    assert taken[0] == 1 < taken[-1]
+
+
+def test_hot_experts_are_gathered_and_others_are_not() -> None:
+    topology = machine(2, 2)
+    small = dataclasses.replace(WORKLOAD, expert_width=64)  # weights that weigh little
+    skewed = problem(topology, routed(topology, num_tokens=4096, skew=2.0), ("deduplicated",), ((), (0,)), workload=small)
+    assert choose(skewed, NOW).strategy.gathered == (0,)
+    even = problem(topology, routed(topology), ("deduplicated",), ((), (0,)))
+    assert choose(even, NOW).strategy.gathered == ()
+
+
+def test_a_change_must_save_enough() -> None:
+    topology = machine(2, 2)
+    asked = problem(topology, routed(topology), ("flat", "deduplicated"))
+    worse = Strategy("flat", 0)
+    free = choose(asked, worse)
+    saving = 1.0 - free.predicted_s / free.current_s
+    assert 0.02 < saving < 0.98
+    assert choose(asked, worse, saving - 0.01).strategy == free.strategy
+    kept = choose(asked, worse, saving + 0.01)
+    assert kept.strategy == worse
+    assert "below" in kept.reason
+    assert choose(asked, free.strategy).strategy == free.strategy
+
+
+def test_equal_times_go_to_the_simpler_strategy() -> None:
+    topology = machine(1, 1)
+    asked = problem(topology, routed(topology), ("deduplicated",), times=LayerTimes(()), chunk_counts=(1, 2))
+    chosen = choose(asked, Strategy("deduplicated", 0, 2, 2)).strategy
+    assert (chosen.forward_chunks, chosen.backward_chunks, chosen.gathered) == (1, 1, ())
+
+
+def test_what_was_not_counted_is_not_priced() -> None:
+    topology = machine(1, 2)
+    asked = problem(topology, routed(topology), ("deduplicated",))
+    with pytest.raises(BadData, match="no traffic was counted for flat"):
+        price(asked, Strategy("flat", 0))
+    with pytest.raises(BadData, match="name at least one dispatch"):
+        choose(dataclasses.replace(asked, traffics=()), NOW)
+
+
+def choices() -> Choices:
+    topology = machine(2, 2)
+    trace = routed(topology, skew=1.2, num_layers=2)
+    asked = problem(topology, trace, ("flat", "deduplicated"), ((), (0, 3)), chunk_counts=(1, 2, 4))
+    layers = [choose(dataclasses.replace(asked, layer=layer), now) for layer, now in enumerate((NOW, Strategy("flat", 0)))]
+    return Choices(12, tuple(layers))
+
+
+def test_a_record_reads_back_and_its_hash_notices_everything() -> None:
+    record = choices()
+    again = Choices.from_canonical(record.canonical)
+    assert again.layers == record.layers
+    assert again.digest == record.digest == choices().digest
+    first = record.layers[0]
+    nudged = Priced(first.alternatives[-1].strategy, np.nextafter(first.alternatives[-1].forward_s, 1.0), first.alternatives[-1].backward_s)
+    others = [
+        Choices(13, record.layers),
+        Choices(12, record.layers[::-1]),
+        Choices(12, (dataclasses.replace(first, alternatives=(*first.alternatives[:-1], nudged)), record.layers[1])),
+    ]
+    assert len({record.digest, *(other.digest for other in others)}) == 4
+    with pytest.raises(BadData, match="version 9"):
+        Choices.from_canonical(record.canonical.replace('"version":1', '"version":9'))
+
+
+def test_the_table_fits_a_terminal_and_shows_what_was_chosen() -> None:
+    record = choices()
+    text = explain(record)
+    assert max(map(len, text.splitlines())) <= 80
+    marked = [line for line in text.splitlines() if line.startswith(" ->")]
+    assert len(marked) == 2
+    for line, choice in zip(marked, record.layers, strict=True):
+        assert line.split()[1] == choice.strategy.dispatch
+        assert f"{choice.strategy.forward_chunks}/{choice.strategy.backward_chunks}" in line
+    assert describe(Strategy("flat", 2, 4, 1, True, (3, 7))) == "flat, slot 2, chunks 4/1, gathered 3 7"
+    assert describe(Strategy("flat", 2, overlap=False)) == "flat, sequential"
+
+
+def test_layers_with_their_own_strategies_are_replayed_each_for_itself() -> None:
+    topology = machine(2, 2)
+    trace = routed(topology, skew=1.0, num_layers=3)
+    plan = Plan.contiguous(3, 16, 4)
+    strategies = [Strategy("flat", 0), Strategy("deduplicated", 0), Strategy("flat", 0, gathered=(0, 5))]
+    joined = evaluate_strategies(trace, plan, topology, WORKLOAD, strategies)
+    alone = []
+    for layer, strategy in enumerate(strategies):
+        one = dataclasses.replace(trace, experts_TLK=trace.experts_TLK[:, layer : layer + 1])
+        alone.append(evaluate_strategies(one, Plan.contiguous(1, 16, 4), topology, WORKLOAD, [strategy]))
+    assert joined.exact
+    assert joined.bytes_by_class == tuple(np.sum([one.bytes_by_class for one in alone], axis=0).tolist())
+    np.testing.assert_array_equal(joined.rows_LR, np.concatenate([one.rows_LR for one in alone]))
+    assert joined.step_s == pytest.approx(sum(one.step_s for one in alone))
+    hot = np.isin(trace.experts_TLK[:, 2], (0, 5)).any()
+    assert hot
+    assert alone[2].bytes_by_class[2] < alone[0].bytes_by_class[2] * 0.9
+
+
+def test_load_is_counted_by_home_and_expert() -> None:
+    trace = Trace(np.array([[[0, 2]], [[2, 65535]], [[1, 2]], [[0, 1]]], dtype=np.uint16), 3, home_T=np.array([0, 0, 1, 1], dtype=np.int32))
+    counted = load_RE(trace, 0, 2, dataclasses.replace(WORKLOAD, tokens_per_rank=20))  # ten times the trace's two tokens a device
+    np.testing.assert_array_equal(counted, [[10, 0, 20], [10, 20, 10]])
+
+
+def test_traffic_of_a_micro_batch_is_the_evaluators() -> None:
+    topology = machine(2, 2)
+    trace = routed(topology)
+    plan = Plan.contiguous(1, 16, 4)
+    (traffic,) = traffic_of(trace, plan, topology, WORKLOAD, "flat", [(0, 1)], 4)
+    assert isinstance(traffic, Traffic)
+    assert traffic.rows_R.sum() == pytest.approx(512 * 4 * 3)
+    # Experts 0 and 1 live on device 0; the others get them from it, the other node through one leader each.
+    assert traffic.weight_hops_HRR.shape == (2, 4, 4)
+    each = WORKLOAD.expert_parameters * 4
+    assert traffic.weight_hops_HRR[0, 0, 1] == 2 * each
+    assert traffic.weight_hops_HRR[0, 0, 2:].sum() == 2 * each
+    assert traffic.weight_hops_HRR[1, 2:, 2:].sum() == 2 * each
