@@ -10,13 +10,13 @@ and the overlap schedule all call `makespan`.
 
 Transfers. `copies_RR[h, d]` counts copies that homes on device h send to device d. Dispatch carries them from h to d and combine carries as
 many back. In backward the gradient of the combine travels from h to d and the gradient of the dispatch from d to h, so four transfers need
-two times: `dispatch_s` (h to d) and `combine_s` (d to h).
+two times: `dispatch_s` (h to d) and `combine_s` (d to h). Hierarchical dispatch takes two hops, one after the other (`placement.hops`).
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,7 +28,8 @@ from crossdock.placement.topology import LINK_CLASSES, OTHER_NODE, Topology
 from crossdock.strict_yaml import Document, StrictModel
 
 Float = NDArray[np.float64]
-Dispatch = Literal["deduplicated", "flat"]
+Dispatch = Literal["deduplicated", "flat", "hierarchical"]
+DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
 
 NUM_DIRECTIONS = 4  # dispatch and combine, forward and backward
 BACKWARD_FLOP_RATIO = 2.0  # gradients of the inputs and of the weights
@@ -70,7 +71,7 @@ class Workload:
     expert_width                F, hidden width of an expert
     wire_bytes                  bytes of an element on the wire: 2 for bf16, 4 for fp32
     expert_matrices             D x F matrices of an expert: 2 with GELU, 3 with SwiGLU
-    dispatch                    "deduplicated" or "flat", see the glossary in plan.py
+    dispatch                    "deduplicated", "flat" or "hierarchical", see the glossary in plan.py
     window                      compute beside the transfers of every block
     other_s                     the rest of the step: everything outside the blocks' dispatch, experts, combine and windows
     micro_batches               forward and backward passes in a step
@@ -98,8 +99,8 @@ class Workload:
             _check_number(name, value, least=1)
         for name in ("other_s", "expert_overhead_s", "state_bytes_per_parameter"):
             _check_number(name, getattr(self, name), least=0.0)
-        if self.dispatch not in ("deduplicated", "flat"):
-            raise BadConfig(f"dispatch is {self.dispatch!r}; choose deduplicated or flat")
+        if self.dispatch not in DISPATCHES:
+            raise BadConfig(f"dispatch is {self.dispatch!r}; choose from {', '.join(DISPATCHES)}")
 
     @property
     def copy_bytes(self) -> int:
@@ -186,15 +187,18 @@ def transfer_seconds(bytes_RR: ArrayLike, topology: Topology) -> Any:
     return busiest_s
 
 
-def block_cost(copies_RR: ArrayLike, rows_R: ArrayLike, topology: Topology, workload: Workload) -> BlockCost:
+def block_cost(
+    copies_RR: ArrayLike, rows_R: ArrayLike, topology: Topology, workload: Workload, second_hop_RR: ArrayLike | None = None
+) -> BlockCost:
     """Cost of one block, or of many at once.
 
     `copies_RR` [..., R, R] are the copies of one micro-batch from home (row) to device (column), counted as `workload.dispatch` sends
-    them; `rows_R` [..., R] are the rows that each device's experts compute. Expected values are as welcome as counts.
+    them; `rows_R` [..., R] are the rows that each device's experts compute. With hierarchical dispatch `copies_RR` and `second_hop_RR` are
+    the two hops. Expected values are as welcome as counts.
     """
-    bytes_RR = np.asarray(copies_RR, dtype=np.float64) * workload.copy_bytes
-    dispatch_s = transfer_seconds(bytes_RR, topology)
-    combine_s = transfer_seconds(np.swapaxes(bytes_RR, -1, -2), topology)
+    hops = [np.asarray(hop_RR, dtype=np.float64) * workload.copy_bytes for hop_RR in (copies_RR, second_hop_RR) if hop_RR is not None]
+    dispatch_s = np.add.reduce([transfer_seconds(bytes_RR, topology) for bytes_RR in hops])
+    combine_s = np.add.reduce([transfer_seconds(np.swapaxes(bytes_RR, -1, -2), topology) for bytes_RR in hops])
     slowest_s = (np.asarray(rows_R, dtype=np.float64) * workload.row_flop / topology.flop_per_s_R).max(axis=-1)
     expert_s = slowest_s + workload.expert_overhead_s
     expert_backward_s = BACKWARD_FLOP_RATIO * slowest_s + workload.expert_overhead_s

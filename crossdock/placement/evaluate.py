@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import BadData
-from crossdock.placement.cost import NUM_DIRECTIONS, BlockCost, Workload, block_cost, step_seconds
+from crossdock.placement.cost import NUM_DIRECTIONS, BlockCost, Dispatch, Workload, block_cost, step_seconds
+from crossdock.placement.hops import check_nodes, two_hops
 from crossdock.placement.plan import Plan, choose_replica
 from crossdock.placement.problem import check_mode
 from crossdock.placement.topology import LINK_CLASSES, Topology
@@ -26,7 +27,9 @@ class Evaluation:
     """What a trace of `num_tokens` tokens does under a plan.
 
     exact               True where the trace knows homes: the counts below are then integers (int64), else expectations (float64)
-    copies_LRR          [L, R, R], copies from home (row) to device (column), counted as the workload dispatches them
+    copies_LRR          [L, R, R], copies from home (row) to device (column): flat dispatch makes one for each of a token's experts on the
+                        device, the others make one
+    hops_HLRR           [H, L, R, R], rows over every link in each hop: `copies_LRR`, or the two hops of hierarchical dispatch
     rows_LR             [L, R], rows that each device's experts compute: one for every (token, expert)
     bytes_by_class      payload over same_device, same_node and other_node links, of the whole trace and all four directions
     devices_per_token   mean over tokens and layers of the distinct devices that the token's experts live on (a replica: the one it uses)
@@ -42,6 +45,7 @@ class Evaluation:
     num_tokens: int
     exact: bool
     copies_LRR: Counts
+    hops_HLRR: Counts
     rows_LR: Counts
     bytes_by_class: tuple[int, int, int] | tuple[float, float, float]
     devices_per_token: float
@@ -77,19 +81,23 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload) -
     check_mode(plan.mode)
     plan.check_model(trace.num_layers, trace.num_experts, topology.num_devices)
     _check_homes(trace, topology)
-    copies_LRR, rows_LRR, totals = _replay(trace, plan, topology)
-    sent_LRR = rows_LRR if workload.dispatch == "flat" else copies_LRR
-    rows_LR = rows_LRR.sum(axis=1)
+    replay = _replay(trace, plan, topology)
+    totals = replay.totals
+    sent_LRR = replay.rows_LRR if workload.dispatch == "flat" else replay.copies_LRR
+    hops_HLRR = _hops(sent_LRR, replay.node_copies_LRN, topology, workload.dispatch)
+    rows_LR = replay.rows_LRR.sum(axis=1)
     tokens_per_trace_token = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
-    block = block_cost(sent_LRR * tokens_per_trace_token, rows_LR * tokens_per_trace_token, topology, workload)
+    first_LRR, *then = hops_HLRR * tokens_per_trace_token
+    block = block_cost(first_LRR, rows_LR * tokens_per_trace_token, topology, workload, then[0] if then else None)
     exact = trace.home_T is not None
     unit_bytes = NUM_DIRECTIONS * workload.copy_bytes
-    sent = [sent_LRR[:, topology.link_class_RR == link_class].sum() * unit_bytes for link_class in range(len(LINK_CLASSES))]
+    sent = [hops_HLRR[..., topology.link_class_RR == link_class].sum() * unit_bytes for link_class in range(len(LINK_CLASSES))]
     same_device, same_node, other_node = (int(size) if exact else float(size) for size in sent)
     return Evaluation(
         num_tokens=trace.num_tokens,
         exact=exact,
         copies_LRR=sent_LRR,
+        hops_HLRR=hops_HLRR,
         rows_LR=rows_LR,
         bytes_by_class=(same_device, same_node, other_node),
         devices_per_token=totals.devices / (trace.num_tokens * trace.num_layers),
@@ -113,14 +121,30 @@ class _Totals:
     hops: float = 0.0
 
 
-def _replay(trace: Trace, plan: Plan, topology: Topology) -> tuple[Counts, Counts, _Totals]:
-    """Copies to distinct devices [L, R, R], rows [L, R, R] from home to device, and totals.
+@dataclass(frozen=True, eq=False)
+class _Replay:
+    """From each home: copies to distinct devices [L, R, R] and to distinct nodes [L, R, N], and rows to devices [L, R, R]."""
 
-    Integers where homes are known. Otherwise the mean of R scenarios, in the r-th of which every token lives on device r; without replicas
-    the scenarios send the same copies, and one stands for all.
+    copies_LRR: Counts
+    node_copies_LRN: Counts
+    rows_LRR: Counts
+    totals: _Totals
+
+
+def _hops(sent_LRR: Counts, node_copies_LRN: Counts, topology: Topology, dispatch: Dispatch) -> Counts:
+    """[H, L, R, R]. Nodes of one device, and one node alone, leave hierarchical dispatch one hop."""
+    if dispatch != "hierarchical" or check_nodes(topology.node_of_R) in (1, topology.num_devices):
+        return sent_LRR[None]
+    return two_hops(sent_LRR, node_copies_LRN, topology.node_of_R)
+
+
+def _replay(trace: Trace, plan: Plan, topology: Topology) -> _Replay:
+    """What every home sends. Integers where homes are known. Otherwise the mean of R scenarios, in the r-th of which
+    every token lives on device r; without replicas the scenarios send the same copies, and one stands for all.
     """
-    R = topology.num_devices
+    R, N = topology.num_devices, topology.num_nodes
     copies_LRR = np.zeros((trace.num_layers, R, R), dtype=np.int64)
+    node_copies_LRN = np.zeros((trace.num_layers, R, N), dtype=np.int64)
     rows_LRR = np.zeros_like(copies_LRR)
     totals = _Totals()
     scenarios = list(_scenarios(trace, plan, R))
@@ -132,10 +156,12 @@ def _replay(trace: Trace, plan: Plan, topology: Topology) -> tuple[Counts, Count
         for number, home_T in enumerate(scenarios):
             device_KT = route.devices(layer, choice_KT, home_T)
             copy_KT = _distinct(device_KT, R)
-            copies_LRR[layer] += _count_pairs(home_T, copy_KT, R)
-            rows_LRR[layer] += _count_pairs(home_T, device_KT, R)
+            node_copy_KT = _distinct(route.node_X[device_KT], N)
+            copies_LRR[layer] += _count_pairs(home_T, copy_KT, R, R)
+            node_copies_LRN[layer] += _count_pairs(home_T, node_copy_KT, R, N)
+            rows_LRR[layer] += _count_pairs(home_T, device_KT, R, R)
             totals.devices += np.count_nonzero(copy_KT < R)
-            totals.nodes += np.count_nonzero(_distinct(route.node_X[device_KT], topology.num_nodes) < topology.num_nodes)
+            totals.nodes += np.count_nonzero(node_copy_KT < N)
             first_device_T = route.devices(layer, first_choice_T, home_T)
             if layer > 0:
                 both_T = (before[number] < R) & (first_device_T < R)
@@ -144,12 +170,14 @@ def _replay(trace: Trace, plan: Plan, topology: Topology) -> tuple[Counts, Count
                 totals.node_hops += np.count_nonzero(both_T & (route.node_X[before[number]] != route.node_X[first_device_T]))
             before[number] = first_device_T
     if trace.home_T is not None:
-        return copies_LRR, rows_LRR, totals
+        return _Replay(copies_LRR, node_copies_LRN, rows_LRR, totals)
     totals.devices /= len(scenarios)
     totals.nodes /= len(scenarios)
+    counts: list[Counts] = [copies_LRR, node_copies_LRN, rows_LRR]
     if not plan.has_replicas:
-        copies_LRR, rows_LRR = (np.repeat(counts_LRR[:, :1], R, axis=1) for counts_LRR in (copies_LRR, rows_LRR))
-    return copies_LRR / R, rows_LRR / R, totals
+        counts = [np.repeat(counts_LRX[:, :1], R, axis=1) for counts_LRX in counts]
+    copies, node_copies, rows = (counts_LRX / R for counts_LRX in counts)
+    return _Replay(copies, node_copies, rows, totals)
 
 
 def _scenarios(trace: Trace, plan: Plan, num_devices: int) -> Iterator[NDArray[np.int64]]:
@@ -185,11 +213,11 @@ def _distinct(place_KT: NDArray[np.int64], nowhere: int) -> NDArray[np.int64]:
     return distinct_KT
 
 
-def _count_pairs(home_T: NDArray[np.int64], device_KT: NDArray[np.int64], num_devices: int) -> NDArray[np.int64]:
-    """int64 [R, R]: how often each home meets each device; device R counts for nothing."""
-    side = num_devices + 1
-    pairs = np.bincount((home_T * side + device_KT).reshape(-1), minlength=num_devices * side)
-    return pairs.reshape(num_devices, side)[:, :num_devices]
+def _count_pairs(home_T: NDArray[np.int64], place_KT: NDArray[np.int64], num_homes: int, num_places: int) -> NDArray[np.int64]:
+    """int64 [homes, places]: how often each home meets each place; place number `num_places` counts for nothing."""
+    side = num_places + 1
+    pairs = np.bincount((home_T * side + place_KT).reshape(-1), minlength=num_homes * side)
+    return pairs.reshape(num_homes, side)[:, :num_places]
 
 
 def _load_max_over_mean(rows_LR: Counts) -> float:

@@ -9,7 +9,8 @@ Words used throughout placement:
     replica   one of several copies of an expert in a layer, each on its own device
     home      the device on which a token's sequence, attention and residual stream live
     copy      one row of width D sent from a home to a device: flat dispatch sends one for every (token, expert),
-              de-duplicated dispatch one for every (token, distinct device)
+              de-duplicated dispatch one for every (token, distinct device); hierarchical dispatch sends one for every
+              (token, distinct node), and from there one for every (token, distinct device)
 
 A worked example: 4 experts on 2 devices with 3 slots, expert 0 replicated.
 

@@ -7,11 +7,11 @@ the two equal.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from crossdock import strict_yaml
 from crossdock.errors import BadConfig
-from crossdock.placement.cost import Workload
+from crossdock.placement.cost import DISPATCHES, Dispatch, Workload
 from crossdock.strict_yaml import Document
 
 _RUN_SECTIONS = ("model", "train", "parallel", "data", "precision")
@@ -52,7 +52,7 @@ def load_workload(path: Path) -> Workload:
         expert_width=keys.integer("model.expert_width", mlp_width),
         wire_bytes=_WIRE_BYTES[keys.choice("precision.wire", _WIRE_BYTES, compute)],
         expert_matrices=_EXPERT_MATRICES[keys.choice("model.activation", _EXPERT_MATRICES, "swiglu")],
-        dispatch="flat" if keys.choice("dispatch", ("deduplicated", "flat"), "deduplicated") == "flat" else "deduplicated",
+        dispatch=cast(Dispatch, keys.choice("dispatch", DISPATCHES, "deduplicated")),
         micro_batches=micro_batches,
     )
 

@@ -4,6 +4,8 @@ An all-to-all is started and waited for by two calls, each an autograd Function 
 Autograd runs its nodes in reverse order of creation: the wait's backward launches the gradient's all-to-all, the start's backward joins it,
 and the gradients of whatever stood between run in between. No hook, no extra schedule for the backward pass.
 
+What is started and waited for is a `Path`: one hop between the ranks of a group (`Route`), or several (`relay.Relay`).
+
 On CUDA the collectives run on the process group's own stream: a start makes that stream wait for the rows, a wait makes the compute stream
 wait for the collective, and neither blocks the host. Buffers are held here until they are joined, so that the allocator cannot hand them
 out earlier.
@@ -36,9 +38,48 @@ class Pending(Protocol[T_co]):
         ...
 
 
+class Exchange(Protocol):
+    """An all-to-all under way, in whatever hops."""
+
+    def wait(self) -> Tensor:
+        """Block (on CUDA: make the current stream wait) until the rows are here. May be called again, after the first call returned."""
+        ...
+
+
+class Path(Protocol):
+    """A way that rows go and their gradients come back."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def movement(self) -> int: ...
+
+    def num_rows(self, direction: Direction) -> int:
+        """How many rows this rank sends."""
+        ...
+
+    def bytes_sent(self, rows: Tensor, direction: Direction) -> Bytes:
+        """Bytes that this rank sends over each class of link."""
+        ...
+
+    def exchange_start(self, rows: Tensor, direction: Direction) -> Exchange:
+        """Let contiguous `rows` leave."""
+        ...
+
+    def back(self, stage: Stage) -> "Path":
+        """The way back: what came from a rank goes to it again."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
-    """How many rows go to and come from each rank of a group, and under which name the ledger knows them."""
+    """One hop: how many rows go to and come from each rank of a group, and under which name the ledger knows them."""
 
     mesh: Mesh
     group: Group
@@ -49,53 +90,84 @@ class Route:
     kind: Kind
     movement: int
 
+    def num_rows(self, direction: Direction) -> int:
+        """See `Path`."""
+        return sum(self._sizes(direction)[0])
+
+    def bytes_sent(self, rows: Tensor, direction: Direction) -> Bytes:
+        """See `Path`."""
+        return bytes_sent(self.mesh, self._sizes(direction)[0], rows)
+
+    def exchange_start(self, rows: Tensor, direction: Direction) -> Exchange:
+        """See `Path`."""
+        send, receive = self._sizes(direction)
+        return exchange_start(rows, send, receive, self.group)
+
     def back(self, stage: Stage) -> "Route":
-        """The way back: what came from a rank goes to it again."""
+        """See `Path`."""
         return Route(self.mesh, self.group, self.receive_R, self.send_R, self.layer, stage, self.kind, self.movement)
 
+    def _sizes(self, direction: Direction) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.send_R, self.receive_R) if direction == "forward" else (self.receive_R, self.send_R)
 
-def all_to_all_start(rows: Tensor, route: Route) -> Pending[Tensor]:
-    """Send `rows` [sum(send_R), ...], grouped by destination; `wait()` gives [sum(receive_R), ...], grouped by source, in the same dtype.
+
+def all_to_all_start(rows: Tensor, path: Path) -> Pending[Tensor]:
+    """Send `rows` [C, ...], grouped by destination; `wait()` gives those that come here, grouped by source, in the same dtype.
 
     Differentiable where the dtype is; the gradients go the same way back in the same dtype. `rows` must not be changed before the wait.
     In a group of one nothing is copied: the result shares its memory with `rows`.
     """
-    assert rows.shape[0] == sum(route.send_R), f"{rows.shape[0]} rows for {sum(route.send_R)} announced"
-    if route.group is None:
-        return _LocalCrossing(rows, route)
-    return _Crossing(rows, route)
+    assert rows.shape[0] == path.num_rows("forward"), f"{rows.shape[0]} rows for {path.num_rows('forward')} announced"
+    if isinstance(path, Route) and path.group is None:
+        return _LocalCrossing(rows, path)
+    return _Crossing(rows, path)
 
 
-class _Flying:
-    """One all-to-all under way, in one direction: its buffers, torch's work object and its entry in the ledger."""
+class Flying:
+    """One movement under way, in one direction, without autograd: what is exchanged, and its entry in the ledger."""
 
-    def __init__(self, rows: Tensor, route: Route, direction: Direction) -> None:
-        mesh = route.mesh
-        send, receive = (route.send_R, route.receive_R) if direction == "forward" else (route.receive_R, route.send_R)
-        self.route, self.direction = route, direction
-        self.sent = rows.contiguous()
-        self.received = self.sent.new_empty((sum(receive), *rows.shape[1:]))
-        self.bytes = bytes_sent(mesh, send, rows) if mesh.ledger.enabled else (0, 0, 0)
-        self.launched = mesh.ledger.now()
-        with _naming_lost_peers(route, mesh):
-            self.work = _exchange(self.received, self.sent, list(receive), list(send), route.group)
+    def __init__(self, rows: Tensor, path: Path, direction: Direction) -> None:
+        ledger = path.mesh.ledger
+        self.path, self.direction = path, direction
+        self.bytes = path.bytes_sent(rows, direction) if ledger.enabled else (0, 0, 0)
+        self.launched = ledger.now()
+        with _naming_lost_peers(path):
+            self.exchange = path.exchange_start(rows.contiguous(), direction)
 
     def join(self) -> Tensor:
-        route, ledger = self.route, self.route.mesh.ledger
+        """The rows that came, once they are here."""
+        path, ledger = self.path, self.path.mesh.ledger
         wait_begin = ledger.now()
-        with _naming_lost_peers(route, route.mesh):
-            self.work.wait()
-        ledger.record(
-            route.layer, route.stage, self.direction, route.kind, self.bytes, self.launched, wait_begin, ledger.now(), route.movement
-        )
+        with _naming_lost_peers(path):
+            received = self.exchange.wait()
+        ledger.record(path.layer, path.stage, self.direction, path.kind, self.bytes, self.launched, wait_begin, ledger.now(), path.movement)
+        return received
+
+
+def exchange_start(
+    rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, *, into: Tensor | None = None, tag: int = 0
+) -> Exchange:
+    """Start one bare all-to-all: `send[p]` of `rows` to the group's rank p. No autograd, no ledger.
+
+    into: where received rows are put; allocated where it is None. tag: on the CPU, exchanges of one group with different tags may be
+    started in different orders on different ranks; others not.
+    """
+    received = rows.new_empty((sum(receive), *rows.shape[1:])) if into is None else into
+    if rows.device.type == "cpu":
+        return _GlooExchange(received, rows, list(receive), list(send), group, tag)
+    work = dist.all_to_all_single(received, rows, list(receive), list(send), group=group, async_op=True)
+    return _NcclExchange(received, rows, work)
+
+
+@dataclass(frozen=True, eq=False)
+class _NcclExchange:
+    received: Tensor
+    sent: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        self.work.wait()
         return self.received
-
-
-def _exchange(received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], group: Group) -> Any:
-    """Start torch's all-to-all, or on the CPU our own over gloo; the result's `wait()` ends it."""
-    if sent.device.type == "cpu":
-        return _GlooExchange(received, sent, receive_R, send_R, group)
-    return dist.all_to_all_single(received, sent, receive_R, send_R, group=group, async_op=True)
 
 
 class _GlooExchange:
@@ -106,26 +178,29 @@ class _GlooExchange:
     sharing it: 4 MiB a rank over a 500 Mbit/s link took 70 to 118 ms (median 92), and this way takes 69 to 71.
     """
 
-    def __init__(self, received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], group: Group) -> None:
+    def __init__(self, received: Tensor, sent: Tensor, receive_R: list[int], send_R: list[int], group: Group, tag: int) -> None:
         here, num_ranks = group.rank(), group.size()
+        self.received, self.sent = received, sent
         into_R, from_R = received.split(receive_R), sent.split(send_R)
         peers = [(here + distance) % num_ranks for distance in range(1, num_ranks)]
-        self.works = [group.recv([into_R[peer]], peer, 0) for peer in reversed(peers) if into_R[peer].numel()]
-        self.works += [group.send([from_R[peer]], peer, 0) for peer in peers if from_R[peer].numel()]
+        self.works = [group.recv([into_R[peer]], peer, tag) for peer in reversed(peers) if into_R[peer].numel()]
+        self.works += [group.send([from_R[peer]], peer, tag) for peer in peers if from_R[peer].numel()]
         into_R[here].copy_(from_R[here])
 
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+    def wait(self) -> Tensor:
+        while self.works:
+            self.works[-1].wait()
+            self.works.pop()
+        return self.received
 
 
 class _Crossing:
     """A differentiable all-to-all: the flight forward, and later the flight of its gradient."""
 
-    def __init__(self, rows: Tensor, route: Route) -> None:
-        self.route = route
-        self.forward: _Flying | None = None
-        self.backward: _Flying | None = None
+    def __init__(self, rows: Tensor, path: Path) -> None:
+        self.path = path
+        self.forward: Flying | None = None
+        self.backward: Flying | None = None
         self.in_flight: Tensor | None = _Start.apply(rows, self)
 
     def wait(self) -> Tensor:
@@ -138,11 +213,12 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, crossing: _Crossing) -> Tensor:
         ctx.crossing = crossing
-        crossing.forward = _Flying(rows.detach(), crossing.route, "forward")
-        received = crossing.forward.received
-        if not received.is_floating_point():
-            ctx.mark_non_differentiable(received)
-        return received
+        crossing.forward = Flying(rows.detach(), crossing.path, "forward")
+        # What comes is not here yet: an empty tensor holds its place in autograd's graph.
+        placeholder = rows.new_empty(0)
+        if not rows.is_floating_point():
+            ctx.mark_non_differentiable(placeholder)
+        return placeholder
 
     @staticmethod
     @once_differentiable
@@ -156,17 +232,18 @@ class _Wait(torch.autograd.Function):
     def forward(ctx: Any, in_flight: Tensor, crossing: _Crossing) -> Tensor:
         assert crossing.forward is not None
         ctx.crossing = crossing
-        ctx.mark_dirty(in_flight)
         flying, crossing.forward = crossing.forward, None
-        flying.join()
-        return in_flight
+        received = flying.join()
+        if not received.is_floating_point():
+            ctx.mark_non_differentiable(received)
+        return received
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.crossing.backward = _Flying(grad, ctx.crossing.route, "backward")
-        # The gradient is still on its way, and _Start picks it up there; autograd only wants to see the shape.
-        return grad.new_empty(()).expand(grad.shape), None
+        ctx.crossing.backward = Flying(grad, ctx.crossing.path, "backward")
+        # The gradient is still on its way, and _Start picks it up there.
+        return grad.new_empty(0), None
 
 
 class _LocalCrossing:
@@ -232,7 +309,7 @@ class _PendingCounts:
         even = (1,) * len(sent_RX)
         self.flying = None
         if mesh.count_group is not None:
-            self.flying = _Flying(sent_RX, Route(mesh, mesh.count_group, even, even, layer, "dispatch", "counts", movement), "forward")
+            self.flying = Flying(sent_RX, Route(mesh, mesh.count_group, even, even, layer, "dispatch", "counts", movement), "forward")
 
     def wait(self) -> Counts:
         sent = self.sent_RX
@@ -357,15 +434,16 @@ _LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|reset by peer|broke
 class _naming_lost_peers:
     """Turn what a backend says when a peer is gone into `PeerLost`; leave every other error as it is."""
 
-    def __init__(self, route: Route | None = None, mesh: Mesh | None = None) -> None:
-        self.route, self.mesh = route, mesh
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
-            what = "a collective" if self.route is None else f"{self.route.stage} of layer {self.route.layer} ({self.route.kind})"
-            where = "" if self.mesh is None else f" on rank {self.mesh.rank} of {self.mesh.world_size}"
+            what = "a collective"
+            if (path := self.path) is not None:
+                what = f"{path.stage} of layer {path.layer} ({path.kind}) on rank {path.mesh.rank} of {path.mesh.world_size}"
             detail = (str(error).strip().splitlines() or ["no detail"])[0]
-            raise PeerLost(f"{what}{where} failed: another rank is gone or stopped answering ({detail})") from error
+            raise PeerLost(f"{what} failed: another rank is gone or stopped answering ({detail})") from error

@@ -20,6 +20,7 @@ from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.collectives import Pending
 from crossdock.runtime.dispatch_deduplicated import Deduplicated
 from crossdock.runtime.dispatch_flat import Flat
+from crossdock.runtime.dispatch_hierarchical import hierarchical
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle
@@ -29,6 +30,11 @@ __all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending"]
 
 class Dispatcher(Protocol):
     """Moves tokens to their experts and the experts' outputs back."""
+
+    @property
+    def name(self) -> str:
+        """What the cost model calls this way of moving tokens."""
+        ...
 
     @property
     def mesh(self) -> Mesh:
@@ -49,5 +55,9 @@ class Dispatcher(Protocol):
         ...
 
 
-DISPATCHERS: dict[str, Callable[[Mesh, ExpertLayout, torch.dtype | None], Dispatcher]] = {"flat": Flat, "deduplicated": Deduplicated}
+DISPATCHERS: dict[str, Callable[[Mesh, ExpertLayout, torch.dtype | None], Dispatcher]] = {
+    "flat": Flat,
+    "deduplicated": Deduplicated,
+    "hierarchical": hierarchical,
+}
 """Dispatchers by the name they have in a configuration."""

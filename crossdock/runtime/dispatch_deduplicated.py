@@ -5,16 +5,18 @@ gradient comes back the same way). They are counted as metadata.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.collectives import Counts, Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.copies import Arrivals, Copies
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
-from crossdock.runtime.rows import RowMap, count_of, inverse, spread
+from crossdock.runtime.rows import RowMap, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,7 @@ class Deduplicated:
     ranks, gradients included; None: that of the tokens.
     """
 
+    name: ClassVar[str] = "deduplicated"
     mesh: Mesh
     layout: ExpertLayout
     wire_dtype: torch.dtype | None = None
@@ -32,37 +35,23 @@ class Deduplicated:
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Sort the entries by (device, token), send one row for each pair and the entries beside them; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
-        num_ranks, num_slots, num_tokens = layout.num_ranks, layout.num_slots, assignment.num_tokens
         wire_dtype = self.wire_dtype or x_TD.dtype
-        slot_A = layout.slot_of_expert_E[assignment.expert_A]
+        copies = Copies.of(assignment, layout)
 
-        # 1. Entries of one copy side by side; a copy begins where (device, token) changes.
-        pair_A = slot_A.div(num_slots, rounding_mode="floor") * num_tokens + assignment.token_A
-        order_A = torch.argsort(pair_A, stable=True)
-        pair_A, token_A, slot_A = pair_A[order_A], assignment.token_A[order_A], slot_A[order_A]
-        begins_A = torch.ones_like(pair_A)
-        begins_A[1:] = pair_A[1:] != pair_A[:-1]
-        copy_A = begins_A.cumsum(0) - 1
-        device_A = slot_A.div(num_slots, rounding_mode="floor")
-        copies_R = torch.zeros(num_ranks, dtype=torch.int64, device=slot_A.device).scatter_add_(0, device_A, begins_A)
-
-        # 2. Tell every device how many copies come, and how many entries for each of its slots.
-        entries_RS = count_of(slot_A, num_ranks * num_slots).view(num_ranks, num_slots)
+        # Tell every device how many copies come, and how many entries for each of its slots.
         movement = mesh.ledger.next_movement()
-        counts = counts_start(torch.cat((copies_R.unsqueeze(1), entries_RS), 1), mesh, layout.layer, movement)
-        first_R = copies_R.cumsum(0) - copies_R
-        code_A = ((copy_A - first_R[device_A]) * num_slots + slot_A % num_slots).int()
-        weight_A = assignment.weight_A[order_A]
+        counts = counts_start(torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS), 1), mesh, layout.layer, movement)
+        code_A, weight_A = copies.codes(), assignment.weight_A[copies.order_A]
         counted = counts.wait()
 
-        # 3. Send the copies, and the entries beside them.
-        home = _home_map(copy_A, token_A, num_tokens, int(counted.sent_cpu[:, 0].sum()), assignment.uniform_k, num_ranks)
+        # Send the copies, and the entries beside them.
+        home = _home_map(copies, assignment, int(counted.sent_cpu[:, 0].sum()), layout.num_ranks)
         tokens = _route(mesh, layout, counted, "tokens", movement)
         metadata = _route(mesh, layout, counted, "metadata", movement)
         rows = all_to_all_start(spread(x_TD, home, wire_dtype), tokens)
         codes = all_to_all_start(code_A, metadata)
         weights = all_to_all_start(weight_A, metadata)
-        return _PendingRows(rows, codes, weights, tokens, home, counted, num_slots, x_TD.dtype, wire_dtype)
+        return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype, wire_dtype)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
@@ -82,9 +71,10 @@ class _PendingRows:
     wire_dtype: torch.dtype
 
     def wait(self) -> Dispatched:
-        code_A = self.codes.wait().long()
-        arrival = _arrival_map(code_A, self.counted.received, self.num_slots, sum(self.route.receive_R))
-        rows_MD = spread(self.rows.wait(), arrival, self.dtype)
+        count_RX = self.counted.received
+        first_R = count_RX[:, 0].cumsum(0) - count_RX[:, 0]
+        arrivals = Arrivals(self.codes.wait().long(), first_R, count_RX[:, 1:].sum(1), self.num_slots, sum(self.route.receive_R))
+        rows_MD = spread(self.rows.wait(), arrival := arrivals.row_map(), self.dtype)
         handle = Handle(self.route, self.home, arrival, None, self.weights.wait(), self.dtype, self.wire_dtype)
         return Dispatched(rows_MD, self.counted.received_cpu[:, 1:].sum(0), handle)
 
@@ -99,22 +89,10 @@ def _route(mesh: Mesh, layout: ExpertLayout, counted: Counts, kind: str, movemen
     return Route(mesh, mesh.metadata_group, tuple(send_R), tuple(receive_R), layout.layer, "dispatch", "metadata", movement)
 
 
-def _home_map(copy_A: Tensor, token_A: Tensor, num_tokens: int, num_copies: int, uniform_k: int | None, num_ranks: int) -> RowMap:
+def _home_map(copies: Copies, assignment: Assignment, num_copies: int, num_ranks: int) -> RowMap:
     """From tokens to the copies that are sent. On one device, where no token is without experts, they are the tokens themselves."""
-    if num_ranks == 1 and uniform_k:
+    if num_ranks == 1 and assignment.uniform_k:
         return RowMap.identity()
     # Entries of one copy all write the same token, so their order is of no account.
-    source_C = torch.empty(num_copies, dtype=torch.int64, device=token_A.device).scatter_(0, copy_A, token_A)
-    position_C = torch.argsort(source_C, stable=True)
-    offset_T = torch.searchsorted(source_C[position_C], torch.arange(num_tokens, device=token_A.device))
-    return RowMap(source_C, position_C, offset_T)
-
-
-def _arrival_map(code_A: Tensor, count_RX: Tensor, num_slots: int, num_copies: int) -> RowMap:
-    """From the copies that arrived to rows sorted by slot. `code_A` is (copy within its source's block) * S + slot, grouped by source."""
-    copies_R, entries_R = count_RX[:, 0], count_RX[:, 1:].sum(1)
-    first_R = copies_R.cumsum(0) - copies_R
-    copy_A = code_A.div(num_slots, rounding_mode="floor") + first_R.repeat_interleave(entries_R, output_size=code_A.numel())
-    order_M = torch.argsort(code_A % num_slots, stable=True)
-    offset_C = torch.searchsorted(copy_A, torch.arange(num_copies, device=code_A.device))
-    return RowMap(copy_A[order_M], inverse(order_M), offset_C)
+    source_C = torch.empty(num_copies, dtype=torch.int64, device=copies.token_A.device).scatter_(0, copies.copy_A, copies.token_A)
+    return RowMap.from_source(source_C, assignment.num_tokens)

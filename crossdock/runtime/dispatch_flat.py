@@ -1,6 +1,7 @@
 """Flat dispatch: one row per (token, expert); combine weights are applied at home."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Flat:
     `wire_dtype` is that of rows between ranks, gradients included; None: that of the tokens.
     """
 
+    name: ClassVar[str] = "flat"
     mesh: Mesh
     layout: ExpertLayout
     wire_dtype: torch.dtype | None = None

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from crossdock.errors import BadConfig, PeerLost, Unavailable
+from crossdock.placement.hops import devices_per_node
+from crossdock.runtime.background import Background
 from crossdock.runtime.ledger import Ledger
 
 Group = Any
@@ -48,6 +50,14 @@ class Mesh:
     """How many rows will come."""
     weight_group: Group = None
     """Weights of gathered experts, which travel beside all of these."""
+    node_group: Group = None
+    """The ranks of this expert group on this node; like the next one only where `has_rails`."""
+    rail_group: Group = None
+    """This rank's rail: the ranks of this expert group with the same number on their node, one on every node."""
+    outward: Background = field(default_factory=Background)
+    """Starts the second hops of movements away from home."""
+    homeward: Background = field(default_factory=Background)
+    """Starts the second hops of movements towards home."""
     expert_replica_group: Group = None
     """The ranks that hold the same experts: reduction of expert gradients."""
     dense_group: Group = None
@@ -85,6 +95,16 @@ class Mesh:
         return self.node_of_rank[first : first + self.expert_parallel]
 
     @property
+    def ranks_per_node(self) -> int | None:
+        """G, ranks of this expert group on each of its nodes; None where nodes hold unequal numbers of them, or not in one block each."""
+        return devices_per_node(self.node_of_expert_rank)
+
+    @property
+    def has_rails(self) -> bool:
+        """Whether the expert group spans several nodes with several ranks on each, so that a movement can take two hops."""
+        return (size := self.ranks_per_node) is not None and 1 < size < self.expert_parallel
+
+    @property
     def link_class_of_peer(self) -> tuple[int, ...]:
         """Class of the link to every rank of this expert group, [R]: 0 same device, 1 same node, 2 other node."""
         nodes = self.node_of_expert_rank
@@ -120,10 +140,19 @@ class Mesh:
         expert_groups = [list(range(first, first + expert_parallel)) for first in range(0, world_size, expert_parallel)]
         replica_groups = [list(range(first, world_size, expert_parallel)) for first in range(expert_parallel)]
         world = [list(range(world_size))]
+        sizes = [devices_per_node(tuple(nodes[rank] for rank in ranks)) for ranks in expert_groups]
+        node_groups, rail_groups = [], []
+        for ranks, size in zip(expert_groups, sizes, strict=True):
+            if size is None or size in (1, expert_parallel):  # no second hop to make
+                node_groups += [[rank] for rank in ranks]
+                rail_groups += [[rank] for rank in ranks]
+            else:
+                node_groups += [ranks[first : first + size] for first in range(0, expert_parallel, size)]
+                rail_groups += [ranks[local::size] for local in range(size)]
 
         def mine(partition: list[list[int]], backend: str | None = None) -> Group:
             """Create all groups of a partition, as every rank must, and keep the one that this rank is in."""
-            if len(partition[0]) == 1:
+            if all(len(ranks) == 1 for ranks in partition):
                 return None
             groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend=backend) for ranks in partition]
             return next(group for ranks, group in zip(partition, groups, strict=True) if rank in ranks)
@@ -138,6 +167,10 @@ class Mesh:
             metadata_group=mine(expert_groups),
             count_group=mine(expert_groups),
             weight_group=mine(expert_groups),
+            node_group=mine(node_groups),
+            rail_group=mine(rail_groups),
+            outward=Background(device),
+            homeward=Background(device),
             expert_replica_group=mine(replica_groups),
             dense_group=mine(world),
             control_group=mine(world, backend="gloo"),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossdock.runtime.collectives import Pending, Route, all_to_all_start
+from crossdock.runtime.collectives import Path, Pending, all_to_all_start
 from crossdock.runtime.rows import RowMap, merge
 
 
@@ -14,7 +14,7 @@ from crossdock.runtime.rows import RowMap, merge
 class Handle:
     """The way of one dispatch's rows, kept for the combine. Tokens fan out to copies at home, and copies to expert rows on arrival."""
 
-    route: Route
+    route: Path
     """The dispatch's; the combine goes it backwards."""
     home: RowMap
     """Narrow: this rank's T tokens; wide: the copies it sent."""

@@ -44,6 +44,13 @@ class RowMap:
         """Every narrow row has one wide row: wide[m] = narrow[source_M[m]]."""
         return cls(source_M, inverse(source_M), None)
 
+    @classmethod
+    def from_source(cls, source_M: Tensor, num_narrow: int) -> "RowMap":
+        """wide[m] = narrow[source_M[m]]; wide rows are summed in ascending order."""
+        position_M = torch.argsort(source_M, stable=True)
+        offset_C = torch.searchsorted(source_M[position_M], torch.arange(num_narrow, device=source_M.device))
+        return cls(source_M, position_M, offset_C)
+
 
 def inverse(order_A: Tensor) -> Tensor:
     """The permutation that undoes `order_A`, int64 [A]."""
@@ -80,13 +87,13 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, rows_CD: Tensor, row_map: RowMap, dtype: torch.dtype) -> Tensor:
         ctx.row_map, ctx.dtype = row_map, rows_CD.dtype
         # Rounding first moves fewer bytes, and a copy of a rounded row is the rounded copy of the row.
-        return _gather(rows_CD.detach().to(dtype), row_map)
+        return gather(rows_CD.detach().to(dtype), row_map)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         work = torch.promote_types(grad_MD.dtype, ctx.dtype)
-        return _sum(grad_MD.to(work), ctx.row_map, None).to(ctx.dtype), None, None
+        return sum_rows(grad_MD.to(work), ctx.row_map, None).to(ctx.dtype), None, None
 
 
 class _Merge(torch.autograd.Function):
@@ -96,7 +103,7 @@ class _Merge(torch.autograd.Function):
         ctx.row_map, ctx.dtype, ctx.work = row_map, rows_MD.dtype, work
         rows_MD = rows_MD.detach().to(work)
         ctx.save_for_backward(rows_MD if ctx.needs_input_grad[1] else None, weight_M)
-        return _sum(rows_MD, row_map, None if weight_M is None else weight_M.detach().to(work)).to(dtype)
+        return sum_rows(rows_MD, row_map, None if weight_M is None else weight_M.detach().to(work)).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -105,7 +112,7 @@ class _Merge(torch.autograd.Function):
         row_map: RowMap = ctx.row_map
         grad_rows = grad_weight = None
         if weight_M is None:
-            return _gather(grad_CD.to(ctx.dtype), row_map), None, None, None
+            return gather(grad_CD.to(ctx.dtype), row_map), None, None, None
         grad_CD = grad_CD.to(ctx.work)
         if ctx.needs_input_grad[0]:
             grad_rows = _scaled_gather(grad_CD, row_map, weight_M.to(ctx.work)).to(ctx.dtype)
@@ -114,13 +121,13 @@ class _Merge(torch.autograd.Function):
         return grad_rows, grad_weight, None, None
 
 
-def _gather(rows_CD: Tensor, row_map: RowMap) -> Tensor:
+def gather(rows_CD: Tensor, row_map: RowMap) -> Tensor:
     """Each wide row's narrow row, [C, D] -> [M, D]."""
     assert row_map.source_M is not None
     return rows_CD.index_select(0, row_map.source_M)
 
 
-def _sum(rows_MD: Tensor, row_map: RowMap, weight_M: Tensor | None) -> Tensor:
+def sum_rows(rows_MD: Tensor, row_map: RowMap, weight_M: Tensor | None) -> Tensor:
     """Rows summed by narrow row, [M, D] -> [C, D]."""
     position_M, offset_C = row_map.position_M, row_map.offset_C
     assert position_M is not None

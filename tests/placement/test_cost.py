@@ -205,7 +205,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "half an element": ({"model_width": 1.5}, "model_width"),
     "zero": ({"tokens_per_rank": 0}, "tokens_per_rank"),
     "negative seconds": ({"other_s": -1.0}, "other_s"),
-    "other dispatch": ({"dispatch": "hierarchical"}, "dispatch"),
+    "other dispatch": ({"dispatch": "two hops"}, "dispatch"),
 }
 
 
@@ -224,5 +224,5 @@ def test_values_built_in_code_are_checked_too() -> None:
         Workload(wire_bytes=0)
     with pytest.raises(BadConfig, match=r"window\.dispatch_forward_s is nan"):
         Window(dispatch_forward_s=float("nan"))
-    with pytest.raises(BadConfig, match="choose deduplicated or flat"):
+    with pytest.raises(BadConfig, match="choose from deduplicated, flat, hierarchical"):
         Workload(dispatch="both")  # type: ignore[arg-type]

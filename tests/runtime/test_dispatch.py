@@ -1,15 +1,24 @@
 """Dispatchers equal the reference and one rank, outputs and every gradient, whatever the plan and the routing."""
 
+import dataclasses
+import time
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from crossdock.errors import BadConfig
 from crossdock.runtime import reference
 from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.background import Background
+from crossdock.runtime.collectives import Route
 from crossdock.runtime.dispatch import DISPATCHERS, Deduplicated, Flat
 from crossdock.runtime.layout import ExpertLayout
+from crossdock.runtime.ledger import bytes_by_way
 from tests.pool import Pool, mesh_for
 from tests.runtime.movement_cases import WIDTH, Case, as_slots, assert_equals_one_process, inputs, random_slots, run_layer
 
@@ -171,3 +180,87 @@ def test_a_single_rank_copies_nothing_over_the_wire() -> None:
     dispatcher = Deduplicated(mesh, ExpertLayout.contiguous(0, 2, mesh))
     pending = dispatcher.dispatch_start(x, assignment)
     assert pending.rows.in_flight.data_ptr() == x.data_ptr()  # type: ignore[attr-defined]
+
+
+RAILS = (0, 0, 1, 1)
+
+
+@settings(max_examples=40)
+@given(case=cases().filter(lambda case: case.world_size == 4), spread=st.booleans())
+def test_hierarchical_over_rails(ranks: Pool, case: Case, spread: bool) -> None:
+    slots = (
+        case.slots_RS if case.expert_parallel == 4 else as_slots(random_slots(np.random.default_rng(case.seed), case.num_experts, 4, 6, 2))
+    )
+    nodes = RAILS if spread else (1, 1, 0, 0)
+    assert_equals_one_process(ranks, "hierarchical", dataclasses.replace(case, expert_parallel=4, slots_RS=slots, node_of_rank=nodes))
+
+
+def second_hops(rank: int, world_size: int, case: Case) -> list[bool]:
+    """Whether each second hop had been started, without anybody waiting for it, while the program did something else."""
+    mesh = mesh_for(rank, world_size, 4, RAILS)
+    dispatcher = DISPATCHERS["hierarchical"](mesh, ExpertLayout.from_plan(case.plan, 0, mesh), None)
+    x, assignment, grad_y = inputs(case, rank)
+    started = []
+
+    def idle(background: Background) -> None:
+        begin = time.monotonic()
+        task = background.submit(lambda: Route(mesh, None, (), (), 0, "dispatch", "tokens", 0))  # type: ignore[arg-type, return-value]
+        while not task._ran.is_set() and time.monotonic() < begin + 20:
+            time.sleep(0.001)
+        started.append(task._ran.is_set())
+
+    class Idle(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor, background: Background) -> Tensor:
+            ctx.background = background
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            idle(ctx.background)
+            return grad, None
+
+    pending = dispatcher.dispatch_start(x, assignment)
+    idle(mesh.outward)
+    other = Idle.apply(torch.ones(1, requires_grad=True), mesh.homeward)
+    rows, _, handle = pending.wait()
+    returning = dispatcher.combine_start(rows, handle)
+    idle(mesh.homeward)
+    other = Idle.apply(other, mesh.outward)
+    ((returning.wait() * grad_y).sum() + other.sum()).backward()
+    return started
+
+
+def test_second_hops_start_by_themselves(ranks: Pool) -> None:
+    case = Case(4, 4, CONTIGUOUS[4], routing(2, 4, 4), RAILS)
+    assert ranks.run(4, second_hops, case) == [[True] * 4] * 4
+
+
+def test_hierarchical_sends_one_row_for_each_node_over_the_slow_link(ranks: Pool) -> None:
+    # Every token of every rank has all four experts: three rows leave a device directly, one leaves the node by a relay.
+    case = Case(4, 4, CONTIGUOUS[4], (((0, 1, 2, 3),) * 5,) * 4, RAILS, dtype=torch.float32)
+    row_bytes = 4 * WIDTH
+    for name, (other_node, same_node) in {"deduplicated": (2, 1), "hierarchical": (1, 2)}.items():
+        for outcome in ranks.run(4, run_layer, name, case):
+            for way in bytes_by_way(outcome.flights).values():
+                assert way == (5 * row_bytes, 5 * same_node * row_bytes, 5 * other_node * row_bytes)
+
+
+@pytest.mark.parametrize(("expert_parallel", "nodes"), [(2, RAILS), (4, (0, 1, 2, 3)), (4, None)])
+def test_hierarchical_without_a_second_hop_is_deduplicated(ranks: Pool, expert_parallel: int, nodes: tuple[int, ...] | None) -> None:
+    assert ranks.run(4, kind_of_hierarchical, expert_parallel, nodes) == ["Deduplicated"] * 4
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 0, 1), (0, 1, 0, 1)])
+def test_hierarchical_refuses_nodes_that_cannot_relay(ranks: Pool, nodes: tuple[int, ...]) -> None:
+    for answer in ranks.run(4, kind_of_hierarchical, 4, nodes):
+        assert "equally many consecutive" in answer
+        assert ", ".join(map(str, nodes)) in answer
+
+
+def kind_of_hierarchical(rank: int, world_size: int, expert_parallel: int, nodes: tuple[int, ...] | None) -> str:
+    mesh = mesh_for(rank, world_size, expert_parallel, nodes)
+    try:
+        return type(DISPATCHERS["hierarchical"](mesh, ExpertLayout.contiguous(0, 4, mesh), None)).__name__
+    except BadConfig as error:
+        return str(error)

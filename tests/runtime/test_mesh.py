@@ -60,6 +60,24 @@ def test_one_group_over_two_nodes(ranks: Pool) -> None:
     assert all(a["token"] == [0, 1, 2, 3] and a["replica"] is None for a in answers)
 
 
+def rails(rank: int, world_size: int, expert_parallel: int, nodes: tuple[int, ...]) -> tuple[Any, ...]:
+    mesh = mesh_for(rank, world_size, expert_parallel, nodes)
+    groups = (mesh.node_group, mesh.rail_group)
+    return mesh.ranks_per_node, mesh.has_rails, *(None if group is None else dist.get_process_group_ranks(group) for group in groups)
+
+
+def test_nodes_and_rails(ranks: Pool) -> None:
+    assert ranks.run(4, rails, 4, (0, 0, 1, 1)) == [(2, True, [r // 2 * 2, r // 2 * 2 + 1], [r % 2, r % 2 + 2]) for r in range(4)]
+    assert ranks.run(4, rails, 4, (7, 7, 3, 3))[0] == (2, True, [0, 1], [0, 2])
+    for expert_parallel, nodes, per_node in (
+        (2, (0, 0, 1, 1), 2),  # an expert group within a node
+        (4, (0, 1, 2, 3), 1),  # a rank a node
+        (4, (0, 0, 0, 1), None),  # unequal
+        (4, (0, 1, 0, 1), None),  # not in blocks
+    ):
+        assert ranks.run(4, rails, expert_parallel, nodes) == [(per_node, False, None, None)] * 4
+
+
 def test_no_expert_parallelism_is_replicas_only(ranks: Pool) -> None:
     answers = ranks.run(4, describe, 1)
     assert all(a["token"] is None and a["replica"] == [0, 1, 2, 3] for a in answers)

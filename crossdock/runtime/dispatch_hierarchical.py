@@ -1,0 +1,182 @@
+"""Hierarchical dispatch: one copy per (token, node) over the slow link, fan-out inside the node, one partial sum per (token, node) back.
+
+Rank n * G + g is device g of node n. A token of home n * G + g travels to node m over the *rail* g, to rank m * G + g, and from there to
+the devices of that node that hold its experts: the idea of HetuMoE (arXiv 2203.14685) and of Tutel's 2DH (arXiv 2206.03382), with copies
+shared as well. On the way back each device weights and sums its experts' outputs, the rail's rank sums over the devices of its node, and
+the home over the nodes.
+
+Counts, slots and weights travel directly from home to device, as in the de-duplicated dispatch; which copies a rail's rank passes on to
+which device travels to it beside them (int32).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from crossdock.placement.hops import check_nodes
+from crossdock.runtime.assignment import Assignment
+from crossdock.runtime.collectives import Counts, Flying, Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.copies import Arrivals, Copies, begins
+from crossdock.runtime.dispatch_deduplicated import Deduplicated
+from crossdock.runtime.layout import ExpertLayout
+from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
+from crossdock.runtime.relay import FanOut, Hop, Relay
+from crossdock.runtime.rows import RowMap, spread
+
+
+def hierarchical(mesh: Mesh, layout: ExpertLayout, wire_dtype: torch.dtype | None = None) -> "Hierarchical | Deduplicated":
+    """The dispatcher in two hops; on one node, or with one rank on each, there is one hop, and it is the de-duplicated dispatcher.
+
+    Raises `BadConfig` where the nodes do not hold equal numbers of consecutive ranks of the expert group.
+    """
+    check_nodes(mesh.node_of_expert_rank)
+    return Hierarchical(mesh, layout, wire_dtype) if mesh.has_rails else Deduplicated(mesh, layout, wire_dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchical:
+    """Dispatcher that sends a token once to each other node that holds at least one of its experts.
+
+    `wire_dtype` is that of rows between ranks, gradients included; None: that of the tokens.
+    """
+
+    name: ClassVar[str] = "hierarchical"
+    mesh: Mesh
+    layout: ExpertLayout
+    wire_dtype: torch.dtype | None = None
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """Send one row for each (node, token), and the entries beside them; see `dispatch.Dispatcher`."""
+        mesh, layout = self.mesh, self.layout
+        assert mesh.ranks_per_node is not None
+        num_tokens, per_node = assignment.num_tokens, mesh.ranks_per_node
+        num_nodes, local = layout.num_ranks // per_node, mesh.expert_rank % per_node
+        wire_dtype = self.wire_dtype or x_TD.dtype
+        copies = Copies.of(assignment, layout)
+
+        # 1. Number the copies for nodes, sorted by (node, token).
+        node_A = copies.device_A.div(per_node, rounding_mode="floor")
+        pair_A = node_A * num_tokens + copies.token_A
+        by_pair_A = torch.argsort(pair_A, stable=True)
+        begins_A = begins(pair_A[by_pair_A])
+        node_copy_A = torch.empty_like(pair_A).scatter_(0, by_pair_A, begins_A.cumsum(0) - 1)
+        copies_N = torch.zeros(num_nodes, dtype=torch.int64, device=pair_A.device).scatter_add_(0, node_A[by_pair_A], begins_A)
+
+        # 2. Tell every device what comes for its slots, and my rail how many rows and how many of them are for each device.
+        for_rail_NX = torch.cat((copies_N.unsqueeze(1), copies.copies_R.view(num_nodes, per_node)), 1)
+        for_rails_NGX = for_rail_NX.new_zeros(num_nodes, per_node, 1 + per_node)
+        for_rails_NGX[:, local] = for_rail_NX
+        counts_RX = torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS, for_rails_NGX.flatten(0, 1)), 1)
+        movement = mesh.ledger.next_movement()
+        counts = counts_start(counts_RX, mesh, layout.layer, movement)
+        code_A, weight_A = copies.codes(), assignment.weight_A[copies.order_A]
+        told = _Told(counts.wait(), num_nodes, per_node, layout.num_slots, local)
+
+        # 3. Send what each rail's rank passes on, then the rows, then the entries.
+        metadata = _metadata(mesh, layout.layer, movement, told.entries_sent, told.entries_received)
+        first_N = copies_N.cumsum(0) - copies_N
+        fan_code_A = (node_copy_A - first_N[node_A]) * per_node + copies.device_A % per_node
+        fan_code_C = _one_of_each(fan_code_A, copies.copy_A, sum(told.codes_sent)).int()
+        to_rail = _metadata(mesh, layout.layer, movement, told.on_rail(told.codes_sent), told.on_rail(told.codes_received))
+        fan_out = FanOut(
+            Flying(fan_code_C, to_rail, "forward"), told.rail_NX[:, 0], told.rail_NX[:, 1:].sum(1), sum(told.rows_received), per_node
+        )
+        relay = Relay(
+            mesh,
+            rail=Hop(mesh.rail_group, told.rows_sent, told.rows_received),
+            node=Hop(mesh.node_group, told.fanned_out, told.fanned_in),
+            fan_out=fan_out,
+            num_staying=told.staying(mesh.expert_rank),
+            layer=layout.layer,
+            stage="dispatch",
+            movement=movement,
+        )
+        home = RowMap.from_source(_one_of_each(copies.token_A, node_copy_A, sum(told.rows_sent)), num_tokens)
+        rows = all_to_all_start(spread(x_TD, home, wire_dtype), relay)
+        codes = all_to_all_start(code_A, metadata)
+        weights = all_to_all_start(weight_A, metadata)
+        return _PendingRows(rows, codes, weights, relay, home, told, x_TD.dtype, wire_dtype)
+
+    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
+        """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
+        return combine_start(rows_MD, handle)
+
+
+class _Told:
+    """What the exchanged counts say, [R, X]: copies, entries of each slot, and on the rail rows and how many of them go to each device."""
+
+    def __init__(self, counts: Counts, num_nodes: int, per_node: int, num_slots: int, local: int) -> None:
+        self.counts, self.num_nodes, self.per_node, self.num_slots, self.local = counts, num_nodes, per_node, num_slots, local
+        sent, received = counts.sent_cpu, counts.received_cpu
+        self.entries_sent = tuple(self._entries(sent).sum(1).tolist())
+        self.entries_received = tuple(self._entries(received).sum(1).tolist())
+        rail_sent, rail_received = self._rail(sent), self._rail(received)
+        self.rows_sent, self.rows_received = tuple(rail_sent[:, 0].tolist()), tuple(rail_received[:, 0].tolist())
+        self.codes_sent, self.codes_received = tuple(rail_sent[:, 1:].sum(1).tolist()), tuple(rail_received[:, 1:].sum(1).tolist())
+        self.fanned_out = tuple(rail_received[:, 1:].sum(0).tolist())
+        self.fanned_in = tuple(received[:, 0].view(num_nodes, per_node).sum(0).tolist())
+
+    @property
+    def count_S(self) -> Tensor:
+        """int64 [S] on the CPU: rows for each local slot."""
+        return self._entries(self.counts.received_cpu).sum(0)
+
+    @property
+    def rail_NX(self) -> Tensor:
+        """int64 [N, 1 + G]: from each node over my rail, rows and how many of them go to each device."""
+        return self._rail(self.counts.received)
+
+    def staying(self, rank: int) -> int:
+        """Copies from this rank to itself."""
+        return int(self.counts.sent_cpu[rank, 0])
+
+    def on_rail(self, value_N: tuple[int, ...]) -> tuple[int, ...]:
+        """One value for each rank of the group: the rail's, and 0 for all others."""
+        return tuple(value if local == self.local else 0 for value in value_N for local in range(self.per_node))
+
+    def arrivals(self, code_A: Tensor) -> Arrivals:
+        """Copies come from the ranks of this node in turn, and from each sorted by home node."""
+        received = self.counts.received
+        copies_GN = received[:, 0].view(self.num_nodes, self.per_node).t().reshape(-1)
+        first_R = (copies_GN.cumsum(0) - copies_GN).view(self.per_node, self.num_nodes).t().reshape(-1)
+        return Arrivals(code_A, first_R, self._entries(received).sum(1), self.num_slots, sum(self.fanned_in))
+
+    def _entries(self, counts_RX: Tensor) -> Tensor:
+        return counts_RX[:, 1 : 1 + self.num_slots]
+
+    def _rail(self, counts_RX: Tensor) -> Tensor:
+        return counts_RX.view(self.num_nodes, self.per_node, -1)[:, self.local, 1 + self.num_slots :]
+
+
+@dataclass(frozen=True, eq=False)
+class _PendingRows:
+    rows: Pending[Tensor]
+    codes: Pending[Tensor]
+    weights: Pending[Tensor]
+    relay: Relay
+    home: RowMap
+    told: _Told
+    dtype: torch.dtype
+    wire_dtype: torch.dtype
+
+    def wait(self) -> Dispatched:
+        arrivals = self.told.arrivals(self.codes.wait().long())
+        by_copy_A = arrivals.by_copy()
+        arrival = arrivals.row_map(by_copy_A)
+        rows_MD = spread(self.rows.wait(), arrival, self.dtype)
+        self.relay.fan_out.codes.join()  # they came before the rows; this is their entry in the ledger
+        weight_A = self.weights.wait().index_select(0, by_copy_A)
+        handle = Handle(self.relay, self.home, arrival, None, weight_A, self.dtype, self.wire_dtype)
+        return Dispatched(rows_MD, self.told.count_S, handle)
+
+
+def _metadata(mesh: Mesh, layer: int, movement: int, send_R: tuple[int, ...], receive_R: tuple[int, ...]) -> Route:
+    return Route(mesh, mesh.metadata_group, send_R, receive_R, layer, "dispatch", "metadata", movement)
+
+
+def _one_of_each(value_A: Tensor, number_A: Tensor, num_values: int) -> Tensor:
+    """[num_values]: the value of each number, where entries of one number all have the same."""
+    return torch.empty(num_values, dtype=value_A.dtype, device=value_A.device).scatter_(0, number_A, value_A)
