@@ -34,6 +34,7 @@ class Case:
     micro_batches: int = 1
     training: bool = True
     router_bias: tuple[float, ...] = ()
+    nodes: tuple[int, ...] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -87,7 +88,7 @@ def make_plan(kind: str, config: ModelConfig, devices: int, seed: int = 5) -> Pl
 def run_step(rank: int, world_size: int, case: Case) -> Outcome:
     """Forward and backward of this rank's share of the same global batch, then the reduction of gradients that an engine would do."""
     config = case.config
-    mesh = mesh_for(rank, world_size, case.expert_parallel if world_size > 1 else 1)
+    mesh = mesh_for(rank, world_size, case.expert_parallel if world_size > 1 else 1, case.nodes)
     plan = make_plan(case.plan, config, mesh.expert_parallel)
     model = Transformer(config, mesh, plan, torch.float64, seed=3, dispatch=case.dispatch)
     if case.router_bias:
