@@ -116,6 +116,8 @@ class _Supervisor:
         except self.ray.exceptions.RayError as failure:
             first_line = (str(failure).splitlines() or ["no reason given"])[0]
             return Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({first_line})")
+        except PeerLost as failure:
+            return Outcome(0, PeerLost.exit_code, str(failure))
         finally:
             self._end(incarnation)
 
@@ -155,10 +157,12 @@ class _Supervisor:
             incarnation.groups.append(placement_group(bundles, strategy="STRICT_PACK", bundle_label_selector=on_node))
         _, waiting = ray.wait([group.ready() for group in incarnation.groups], num_returns=shape.nodes, timeout=self.policy.wait_s)
         if waiting:
-            raise Unavailable(
-                f"{len(waiting)} of {shape.nodes} nodes are busy with other work: {shape.ranks_per_node} ranks found no room there within "
+            message = (
+                f"{len(waiting)} of {shape.nodes} nodes are gone or busy: {shape.ranks_per_node} ranks found no room there within "
                 f"{self.policy.wait_s:g} s; see `ray status`, or wait longer (--wait-s)"
             )
+            # Ray goes on listing a dead node for some seconds, so that after a loss this is one more loss
+            raise PeerLost(message) if incarnation.number > 1 else Unavailable(message)
         threads = {"OMP_NUM_THREADS": str(shape.cores_per_rank), "OMP_WAIT_POLICY": "PASSIVE"}
         for rank in range(shape.world_size):
             node_number, bundle = divmod(rank, shape.ranks_per_node)

@@ -1,5 +1,6 @@
 """How a run is laid out on a Ray cluster: pure decisions on facts about nodes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from crossdock.launch.cluster import Shape
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ray_cluster import Node, able, shape_of, shrunk, too_small
 from crossdock.launch.ray_launcher import Policy, launch
-from crossdock.launch.ray_metrics import last_row
+from crossdock.launch.ray_metrics import GAUGES, last_row
 from crossdock.launch.worker_env import in_ray_job
 
 CPU = Shape(nodes=2, ranks_per_node=2, gpus=False, cores_per_rank=2)
@@ -86,3 +87,9 @@ def test_last_row(tmp_path: Path) -> None:
     assert last_row(path) == {"step": 2}
     path.write_text('{"step": 1}\n{"st')
     assert last_row(path) == {}
+
+
+def test_the_dashboard_draws_every_gauge_and_no_other() -> None:
+    dashboard = json.loads(Path("configs/grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert sorted(expressions) == sorted(f'ray_crossdock_{name}{{run=~"$run"}}' for name in GAUGES)
