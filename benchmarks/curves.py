@@ -28,33 +28,58 @@ class Curve:
         return cls(tuple(x), *(tuple(combine(column) for column in columns) for combine in (mean, min, max)))
 
 
-def figure(panels: Mapping[str, Mapping[str, Curve]], y_label: str) -> str:
-    """An SVG document: one panel for each x label, its curves by name, one scale of y for all."""
+@dataclass(frozen=True)
+class Axis:
+    """Where values lie between its ends, and where it is labelled; a logarithmic one at the powers of its base."""
+
+    low: float
+    high: float
+    logarithmic_base: float | None = None
+
+    def share(self, value: float) -> float:
+        if self.logarithmic_base is None:
+            return (value - self.low) / (self.high - self.low)
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def ticks(self) -> list[float]:
+        if self.logarithmic_base is None:
+            return _ticks(self.low, self.high)
+        base = self.logarithmic_base
+        first, last = math.ceil(math.log(self.low, base) - 1e-9), math.floor(math.log(self.high, base) + 1e-9)
+        return [base**power for power in range(first, last + 1)]
+
+
+def figure(panels: Mapping[str, Mapping[str, Curve]], y_label: str, logarithmic: bool = False) -> str:
+    """An SVG document: one panel for each x label, its curves by name, one scale of y for all; `logarithmic` in both directions."""
     every = [curve for curves in panels.values() for curve in curves.values()]
-    y_range = _padded(min(min(curve.low) for curve in every), max(max(curve.high) for curve in every))
+    low, high = min(min(curve.low) for curve in every), max(max(curve.high) for curve in every)
+    y_axis = Axis(low / 1.25, high * 1.25, 10.0) if logarithmic else Axis(*_padded(low, high))
     width, height = len(panels) * PANEL_WIDTH, PANEL_HEIGHT
-    body = [line for number, (label, curves) in enumerate(panels.items()) for line in _panel(number, label, curves, y_label, y_range)]
+    body: list[str] = []
+    for number, (label, curves) in enumerate(panels.items()):
+        ends = min(min(curve.x) for curve in curves.values()), max(max(curve.x) for curve in curves.values())
+        x_axis = Axis(*ends, 2.0) if logarithmic else Axis(0.0, ends[1])
+        body += _panel(number, label, curves, y_label, x_axis, y_axis)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return "\n".join(
         [f'{head} font-family="sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>\n"]
     )
 
 
-def _panel(number: int, x_label: str, curves: Mapping[str, Curve], y_label: str, y_range: tuple[float, float]) -> Iterator[str]:
-    x_range = (0.0, max(max(curve.x) for curve in curves.values()))
+def _panel(number: int, x_label: str, curves: Mapping[str, Curve], y_label: str, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
     left, right = number * PANEL_WIDTH + LEFT, (number + 1) * PANEL_WIDTH - RIGHT
     top, bottom = TOP, PANEL_HEIGHT - BOTTOM
 
     def across(x: float) -> float:
-        return left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left)
+        return left + x_axis.share(x) * (right - left)
 
     def down(y: float) -> float:
-        return bottom - (y - y_range[0]) / (y_range[1] - y_range[0]) * (bottom - top)
+        return bottom - y_axis.share(y) * (bottom - top)
 
-    for y in _ticks(*y_range):
+    for y in y_axis.ticks():
         yield f'<line x1="{left}" x2="{right}" y1="{down(y):.1f}" y2="{down(y):.1f}" stroke="#e5e7eb"/>'
         yield f'<text x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>'
-    for x in _ticks(*x_range):
+    for x in x_axis.ticks():
         yield f'<text x="{across(x):.1f}" y="{bottom + 15}" text-anchor="middle">{x:g}</text>'
     yield f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="#111827"/>'
     yield f'<text x="{(left + right) / 2:.1f}" y="{bottom + 34}" text-anchor="middle">{escape(x_label)}</text>'

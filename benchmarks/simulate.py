@@ -16,10 +16,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
-Float = NDArray[np.float64]
 ROUNDING = 1e-12  # of the work or of a resource: what is left below this is arithmetic's fault
 
 
@@ -98,31 +94,38 @@ def simulate(capacity_per_s: Mapping[str, float], tasks: Sequence[Task]) -> dict
 
 def fair_rates(capacity_per_s: Mapping[str, float], tasks: Sequence[Task]) -> list[float]:
     """Units of work a second of each piece of each of these running tasks; infinite where nothing limits it."""
-    resources = list(capacity_per_s)
-    capacity_M = np.array([capacity_per_s[name] for name in resources], dtype=np.float64)
-    demand_AM = np.array([[task.demand.get(name, 0.0) for name in resources] for task in tasks], dtype=np.float64)
-    demand_AM = demand_AM.reshape(len(tasks), len(resources))
-    count_A = np.array([task.count for task in tasks], dtype=np.float64)
-    dominant_A = (demand_AM / capacity_M).max(axis=1, initial=0.0)  # seconds of the scarcest resource that a unit of work takes
-    rate_A = np.array([task.ceiling for task in tasks], dtype=np.float64)
-    rising = dominant_A > 0
-    scale_A = np.where(rising, dominant_A, 1.0)
-    use_AM = demand_AM / capacity_M * (count_A / scale_A)[:, None]  # share of each resource for a dominant share of 1
-    most_A = np.where(np.isfinite(rate_A), rate_A * scale_A, np.inf)
-    free_M = np.ones(len(resources))
+    rates = [task.ceiling for task in tasks]
+    # Seconds of the scarcest resource that a unit of work takes; the dominant share of a task is its rate times that.
+    dominant = [max((amount / capacity_per_s[name] for name, amount in task.demand.items()), default=0.0) for task in tasks]
+    rising = [number for number, scarcest in enumerate(dominant) if scarcest > 0]
+    use = {
+        number: {
+            name: amount / capacity_per_s[name] * tasks[number].count / dominant[number] for name, amount in tasks[number].demand.items()
+        }
+        for number in rising
+    }
+    free = dict.fromkeys(capacity_per_s, 1.0)
     level = 0.0
-    while rising.any():
-        use_M = use_AM[rising].sum(axis=0)
-        room_M = np.full(len(resources), np.inf)
-        np.divide(free_M, use_M, out=room_M, where=use_M > 0)
-        step = max(0.0, min(room_M.min(), most_A[rising].min() - level))
+    while rising:
+        used = dict.fromkeys(capacity_per_s, 0.0)
+        for number in rising:
+            for name, share in use[number].items():
+                used[name] += share
+        room = min(free[name] / share for name, share in used.items() if share > 0)
+        lowest_ceiling = min(tasks[number].ceiling * dominant[number] for number in rising)
+        step = max(0.0, min(room, lowest_ceiling - level))
         level += step
-        free_M -= step * use_M
-        full_M = (free_M <= ROUNDING) & (use_M > 0)
-        stops = rising & ((use_AM[:, full_M] > 0).any(axis=1) | (most_A <= level * (1 + ROUNDING)))
-        rate_A[stops] = level / scale_A[stops]
-        rising &= ~stops
-    return [float(rate) for rate in rate_A]
+        for name, share in used.items():
+            free[name] -= step * share
+        full = {name for name, share in used.items() if share > 0 and free[name] <= ROUNDING}
+        still = []
+        for number in rising:
+            if tasks[number].ceiling * dominant[number] <= level * (1 + ROUNDING) or any(use[number].get(name, 0.0) > 0 for name in full):
+                rates[number] = level / dominant[number]
+            else:
+                still.append(number)
+        rising = still
+    return rates
 
 
 def _checked(capacity_per_s: Mapping[str, float], tasks: Sequence[Task]) -> dict[str, Task]:

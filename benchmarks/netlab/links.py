@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from crossdock.errors import Unavailable, UsageError
 
+QUEUE_BYTES = 256 << 20  # at most; only what waits takes memory
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -65,7 +67,8 @@ def _shaping(device: str, before: float | None, rate: float | None) -> list[str]
 
     Two queues below one htb class: packets of fewer than 128 bytes (bare acknowledgements) go ahead of data. In one common queue each
     direction's acknowledgements wait behind the other direction's data, and a full-duplex exchange takes twice its time now and then.
-    The data queue holds a tenth of a second.
+    The data queue holds what senders can have under way: where several meet at one receiver, a shorter one drops, and the exchange then
+    waits for TCP's timeouts of 0.2 s, which the lossless fabrics that are emulated here do not have.
     """
     if rate is None:
         return [] if before is None else [f"qdisc delete dev {device} root"]
@@ -77,7 +80,7 @@ def _shaping(device: str, before: float | None, rate: float | None) -> list[str]
         f"class {verb} dev {device} parent 1:1 classid 1:10 htb rate {rate / 10:.0f}bit ceil {rate:.0f}bit prio 0 {burst}",
         f"class {verb} dev {device} parent 1:1 classid 1:20 htb rate {rate * 0.9:.0f}bit ceil {rate:.0f}bit prio 1 {burst}",
         f"qdisc {verb} dev {device} parent 1:10 handle 10: bfifo limit 1000000",
-        f"qdisc {verb} dev {device} parent 1:20 handle 20: bfifo limit {max(262_144, int(rate / 8 / 10))}",
+        f"qdisc {verb} dev {device} parent 1:20 handle 20: bfifo limit {QUEUE_BYTES}",
     ]
     if before is not None:
         return lines
