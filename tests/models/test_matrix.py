@@ -90,7 +90,7 @@ def case_of(picked: Picked, expert_parallel: int, nodes: tuple[int, ...]) -> Cas
     gate = GATES[picked["gate"]]
     model = BLOCKS[picked["block"]] | gate | {"gate": gate["gate"] | {"capacity": CAPACITIES[picked["capacity"]]}}
     model |= {"schedule": SCHEDULES[picked["schedule"]]}
-    return Case(model, expert_parallel, picked["plan"], picked["dispatch"], nodes=nodes)
+    return Case(model, expert_parallel, picked["plan"], picked["dispatch"], sequences=2 * len(nodes), nodes=nodes)
 
 
 def name_of(picked: Picked) -> str:
