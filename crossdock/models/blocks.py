@@ -158,6 +158,11 @@ class MoEBlock(nn.Module):
         return stream.x_QPD + routed_QPD, (routing,) if stream.routing is None else (routing, stream.routing)
 
     @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        """All stages of the shared stream, in order."""
+        return self._stages
+
+    @property
     def _shares_norm(self) -> bool:
         """Whether the routed experts read the very thing that the shared expert reads."""
         return self.config.window[:1] == ("shared",)

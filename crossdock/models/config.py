@@ -73,6 +73,9 @@ class ModelConfig(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     expert_recompute: Recompute = "none"
     """What routed experts compute again in backward instead of keeping it: nothing, the activation, or all hidden values."""
+    traffic: Literal["home", "coherent"] = "home"
+    """home: tokens return after every layer. coherent: they stay with their expert, and keys and values come to them; block top_k with
+    top_k 1 only. See `crossdock.models.coherent`."""
     gathered_experts: list[int] = Field(default_factory=list)
     """Routed experts of every MoE layer whose weights travel to all ranks, so that their tokens stay: see `crossdock.placement.gather`."""
 
@@ -121,6 +124,8 @@ class ModelConfig(StrictModel):
             )
         self.gate.check(self.num_experts, self.top_k, num_barred=self.top_k * (self.kind.turns_per_block - 1))
         check_gathered(self.gathered_experts, self.num_experts)
+        if self.traffic == "coherent":
+            self._check_coherent()
         slot, stages = self.schedule.expert_slot, self.window
         if slot != "auto" and not 0 <= slot <= len(stages):
             raise BadConfig(
@@ -128,6 +133,21 @@ class ModelConfig(StrictModel):
                 f"choose 0 to {len(stages)}, or auto"
             )
         return self
+
+    def _check_coherent(self) -> None:
+        """What cannot follow tokens that live anywhere: several experts, sequences that a gate wants whole, weights that travel as well."""
+        if self.block != "top_k" or self.top_k != 1:
+            raise BadConfig(
+                f"traffic coherent keeps a token with its one expert, and block {self.block} with top_k {self.top_k} has others; "
+                "set block: top_k and top_k: 1, or traffic: home"
+            )
+        capacities = (self.gate.capacity, self.gate.eval_capacity)
+        if any(capacity is not None and capacity.policy != "dropless" for capacity in capacities):
+            raise BadConfig("traffic coherent scatters sequences over ranks, and capacity counts in them; leave gate.capacity out")
+        if self.gate.kind == "deepseek_v3" and self.gate.sequence_loss:
+            raise BadConfig("traffic coherent scatters sequences over ranks, and gate.sequence_loss wants them whole; set it to 0")
+        if self.gathered_experts:
+            raise BadConfig("traffic coherent moves every token to its expert, so gathered_experts would not be used; leave them out")
 
     @property
     def kind(self) -> BlockKind:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crossdock.models.attention import RMSNorm
 from crossdock.models.blocks import DenseBlock, MoEBlock
+from crossdock.models.coherent import run_blocks
 from crossdock.models.config import ModelConfig
 from crossdock.models.gates.base import Statistics, add_statistics, reduce_statistics
 from crossdock.models.initial import named_fill
@@ -100,7 +101,16 @@ class Transformer(nn.Module):
 
     def forward(self, token_QP: Tensor, context: StepContext) -> ModelOutput:
         """Logits [Q, P, V] for Q sequences of P tokens, and the balance of all layers, summed over the world in one all-reduce."""
-        x_QPD = self.embedding(token_QP)
+        x_QPD, statistics = self._through_blocks(self.embedding(token_QP), context)
+        head = self.embedding.weight if self.config.tied_head else self.head.weight
+        logits_QPV = F.linear(self.norm(x_QPD), head)
+        return self._balanced(logits_QPV, statistics, context)
+
+    def _through_blocks(self, x_QPD: Tensor, context: StepContext) -> tuple[Tensor, list[Statistics]]:
+        """The blocks' output, and the sums of each MoE layer's gate."""
+        if self.config.traffic == "coherent":
+            x_QPD, chosen = run_blocks(self._first_blocks(), x_QPD, context)
+            return x_QPD, [routing.statistics for routing in chosen]
         statistics: list[Statistics] = []
         for block in self.blocks:
             if isinstance(block, MoEBlock):
@@ -112,9 +122,7 @@ class Transformer(nn.Module):
                     statistics.append(sums)
             else:
                 x_QPD = block(x_QPD)
-        head = self.embedding.weight if self.config.tied_head else self.head.weight
-        logits_QPV = F.linear(self.norm(x_QPD), head)
-        return self._balanced(logits_QPV, statistics, context)
+        return x_QPD, statistics
 
     def set_schedules(self, schedules: Sequence[Schedule]) -> None:
         """Give each MoE layer its schedule; the same on every rank. Raises `BadConfig` for a slot that a block does not have."""

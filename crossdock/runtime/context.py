@@ -27,3 +27,5 @@ class StepContext:
     first_token: int
     """Number of this rank's first token in the global batch."""
     listeners: tuple[Listener, ...] = ()
+    number_T: Tensor | None = None
+    """int64 [T]: the number of each token in the global batch, where they are not consecutive from `first_token` on."""

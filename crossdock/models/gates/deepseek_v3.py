@@ -83,7 +83,7 @@ class DeepSeekV3(Gate):
     def _choose_TK(self, biased_TE: Tensor) -> Tensor:
         """The top K experts inside the `top_groups` groups whose two best scores sum highest (section 2.1.2, node-limited routing)."""
         if self.config.top_groups < self.config.num_groups:
-            biased_TGe = biased_TE.view(len(biased_TE), self.config.num_groups, -1)
+            biased_TGe = biased_TE.view(len(biased_TE), self.config.num_groups, self.num_experts // self.config.num_groups)
             group_TG = biased_TGe.topk(min(2, biased_TGe.shape[-1]), dim=-1).values.sum(-1)
             best_TG = group_TG.topk(self.config.top_groups, dim=-1).indices
             barred_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(1, best_TG, False)
@@ -94,8 +94,8 @@ class DeepSeekV3(Gate):
         """Sum over this rank's sequences of sum_i f_i P_i, and their number; a sequence never spans ranks."""
         num_sequences = len(score_TE) // tokens_per_sequence
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
-        share_QE = share_TE.view(num_sequences, tokens_per_sequence, -1).mean(1)
-        expert_Qk = expert_TK.view(num_sequences, -1)
+        share_QE = share_TE.view(num_sequences, tokens_per_sequence, self.num_experts).mean(1)
+        expert_Qk = expert_TK.view(num_sequences, tokens_per_sequence * self.top_k)
         count_QE = torch.zeros_like(share_QE).scatter_add_(1, expert_Qk, torch.ones_like(expert_Qk, dtype=share_QE.dtype))
         even = self.top_k * tokens_per_sequence / self.num_experts
         balance = (count_QE / even * share_QE).sum().view(1)

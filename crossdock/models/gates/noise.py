@@ -23,7 +23,9 @@ def uniform_TC(context: StepContext, layer: int, purpose: int, turn: int, shape:
     key = 0
     for word in (context.seed, context.step, layer, purpose + turn * NUM_PURPOSES):
         key = _mix_integer(key + GOLDEN + (word & _MASK))
-    token_T = torch.arange(context.first_token, context.first_token + num_tokens, device=device)
+    token_T = context.number_T
+    if token_T is None:
+        token_T = torch.arange(context.first_token, context.first_token + num_tokens, device=device)
     column_C = torch.arange(1, num_columns + 1, device=device)
     bits_T = _mix(token_T * _signed(GOLDEN) + _signed(key))
     bits_TC = _mix(bits_T[:, None] + column_C * _signed(GOLDEN))
