@@ -56,6 +56,7 @@ class Problem:
     mode        "home": tokens return to their home after every layer. "coherent" is refused: nothing here solves it yet
     objective   "seconds" of the predicted step; mean distinct "devices" or "nodes" of a token's experts in one layer; "hops", the
                 fraction of consecutive layers whose first choices live on different devices
+    node_weight what a hop to another node counts, beside 1 for one within the node (objective hops: two-level costs); 1 or more
     Raises `UsageError`, `BadData` and `InfeasiblePlan`.
     """
 
@@ -65,11 +66,16 @@ class Problem:
     mode: Mode = "home"
     objective: Objective = "seconds"
     constraints: Constraints = field(default_factory=Constraints)
+    node_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         if self.objective not in OBJECTIVES:
             raise UsageError(f"objective is {self.objective!r}; choose from {', '.join(OBJECTIVES)}")
+        if not (np.isfinite(self.node_weight) and self.node_weight >= 1.0):
+            raise UsageError(
+                f"node weight is {self.node_weight}; a hop to another node costs no less than one within it, so give 1.0 or more"
+            )
         num_slots, num_experts = int(self.slots_R.sum()), self.num_experts
         if num_slots < num_experts:
             raise InfeasiblePlan(
@@ -99,6 +105,12 @@ class Problem:
             return slots_R
         layer_bytes_R = self.topology.memory_bytes_R * self.constraints.memory_fraction / self.num_layers
         return np.minimum(slots_R, (layer_bytes_R // self.workload.expert_state_bytes).astype(np.int64))
+
+    @property
+    def hop_cost_RR(self) -> NDArray[np.float64]:
+        """float64 [R, R]: what a token's step from device r to device s counts under objective hops: 0, 1, or
+        `node_weight` between nodes."""
+        return np.array([0.0, 1.0, self.node_weight])[self.topology.link_class_RR]
 
     @property
     def tokens_per_trace_token(self) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, balance, contiguous, ilp, random
+from crossdock.placement.solvers import anneal, balance, columns, contiguous, ilp, random, sweep
 
 Solver = Callable[[Problem, float, int], Solution]
 
@@ -12,7 +12,9 @@ SOLVERS: dict[str, Solver] = {
     "contiguous": contiguous.solve,
     "random": random.solve,
     "balance": balance.solve,
+    "sweep": sweep.solve,
     "anneal": anneal.solve,
+    "columns": columns.solve,
     "ilp": ilp.solve,
 }
 

@@ -2,14 +2,15 @@
 
 With tokens at home on every device alike the cost is a sum over layers, so each layer is searched alone: every round anneals once from the
 best assignment so far or from a fresh start, then descends to a local optimum. Layers take turns, so that a time cap hurts all alike, and a
-layer that stopped improving makes room for the others. A layer's random numbers depend on (seed, layer, round) alone.
+layer that stopped improving makes room for the others. A layer's random numbers depend on (seed, layer, round) alone. Objective hops
+couples the layers and has a search of its own, `chain_search.py`.
 """
 
 import numpy as np
 
 from crossdock.errors import InfeasiblePlan
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import chain, starts
+from crossdock.placement.solvers import chain, chain_search, starts
 from crossdock.placement.solvers.price import Layer, Price, layer_of, price_of
 from crossdock.placement.solvers.search import Deadline, LayerSearch, Placed, anneal_layer, descend
 from crossdock.placement.solvers.solution import solution_of
@@ -27,9 +28,11 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
 
     Raises `InfeasiblePlan`, naming the layer and the lowest peak found, where no plan within the load cap was found.
     """
-    if problem.objective == "hops":
-        return chain.solve(problem, seconds, seed)
     deadline = Deadline(seconds)
+    if problem.objective == "hops":
+        found, stopped_by = chain_search.search(problem, seed, deadline)
+        chain.check_load_cap(found)
+        return solution_of(problem, found.device_LE, method="anneal", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
     placed_L, stopped_by = search_layers(problem, seed, deadline)
     check_load_cap(problem, placed_L)
     device_LE = np.stack([placed.device_I[: problem.num_experts] for placed in placed_L])

@@ -38,7 +38,7 @@ def copies_to_devices(problem: Problem) -> FloatArray:
 
 def copies_to_nodes(problem: Problem) -> FloatArray:
     """[L]: copies of the whole trace to distinct nodes, at least."""
-    return _copies(problem, int(np.bincount(problem.topology.node_of_R, problem.slots_R).max()))
+    return _copies(problem, _node_capacity(problem))
 
 
 def layer_seconds(problem: Problem) -> FloatArray:
@@ -84,7 +84,15 @@ def _least_busiest(ports: Ports, sent: float) -> float:
 
 
 def _hops(problem: Problem) -> float:
-    transitions_LEE, capacity = problem.affinity.transitions_LEE, int(problem.slots_R.max())
+    """Hops between devices, and again, weighed by what a node costs more, between nodes; each expert keeps at most its largest flows."""
+    to_device = _least_hops(problem, int(problem.slots_R.max()))
+    if problem.node_weight == 1.0:
+        return to_device
+    return to_device + (problem.node_weight - 1.0) * _least_hops(problem, _node_capacity(problem))
+
+
+def _least_hops(problem: Problem, capacity: int) -> float:
+    transitions_LEE = problem.affinity.transitions_LEE
     if not transitions_LEE.sum():
         return 0.0
     kept = 0
@@ -93,3 +101,8 @@ def _hops(problem: Problem) -> float:
         arriving = np.sort(transitions_EE, axis=0)[-capacity:].sum()
         kept += min(int(leaving), int(arriving))
     return 1.0 - kept / int(transitions_LEE.sum())
+
+
+def _node_capacity(problem: Problem) -> int:
+    """Experts of one layer that the largest node may hold."""
+    return int(np.bincount(problem.topology.node_of_R, problem.slots_R).max())

@@ -64,9 +64,9 @@ def copies_to(problem: Problem, place_LE: IntArray, num_places: int) -> IntArray
 
 
 def hops_of(problem: Problem, device_LE: IntArray) -> float:
-    """Fraction of consecutive layers whose first choices live on different devices; 0 where there is one layer."""
-    transitions_LEE = problem.affinity.transitions_LEE
-    moved = 0
+    """Mean over consecutive layers of what the step from the first choice's device to the next costs; 0 where there is one layer."""
+    transitions_LEE, hop_cost_RR = problem.affinity.transitions_LEE, problem.hop_cost_RR
+    cost = 0.0
     for transitions_EE, before_E, after_E in zip(transitions_LEE, device_LE, device_LE[1:], strict=False):
-        moved += int(transitions_EE[before_E[:, None] != after_E].sum())
-    return moved / max(int(transitions_LEE.sum()), 1)
+        cost += float((transitions_EE * hop_cost_RR[np.ix_(before_E, after_E)]).sum())
+    return cost / max(int(transitions_LEE.sum()), 1)

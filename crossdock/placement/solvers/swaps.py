@@ -86,6 +86,12 @@ class CopyState:
         alone_II = self._alone[:num_items, :num_items]
         return alone_II - np.diag(alone_II)[:, None] + self._absent[:num_items].T[self.place_I]
 
+    def arriving(self, items: IntArray) -> FloatArray:
+        """[X, X]: copies that item `items[x]` would bring to the place of `items[y]` if all of them, on distinct places,
+        were taken away."""
+        place_X = self._place_of_item[items]
+        return self._absent[np.ix_(items, place_X)] + self._alone[np.ix_(items, items)].T
+
     def swap(self, a: int, b: int) -> None:
         """Exchange the places of items a and b."""
         p, q = int(self._place_of_item[a]), int(self._place_of_item[b])
