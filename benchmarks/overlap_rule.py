@@ -1,0 +1,206 @@
+"""When does overlap lose on a CPU? Measures the two numbers of `placement/overlap_rule.py`, and how often the rule is right elsewhere.
+
+    python -m benchmarks.overlap_rule [--threads 1,2,4] [--repeats 15] [--out FILE] [--json] [--short]
+
+2 ranks on one host over loopback, where a transfer is nothing but work for the processor: the worst case for overlap. Each rank computes
+with 1, 2 or 4 threads, so that cores are left over, just taken, or fought over. A point is an all-to-all of so many MiB a rank and square
+matrix products that take about `ratio` times as long; its four variants run in turn, each from a barrier on:
+
+    compute, transfer       alone
+    sequential              start, wait, compute
+    overlapped              start, compute, wait
+
+For each number of threads, handle_s comes from the smallest message (the median of overlapped minus sequential with nothing to compute, at
+least 0) and slowdown from one point, the middle one. All other points are predicted from their compute and transfer alone: whether overlap
+pays, and by how much. Seconds are those of the slower rank, medians over repeats.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Sample, Spread, interleaved, print_table, publish, timed
+from crossdock.placement.overlap_rule import Interference, beside_s
+from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier
+from crossdock.runtime.mesh import Mesh, initialise, shutdown
+
+RANKS, WIDTH = 2, 1024
+MIB_PER_RANK = (0.25, 2.0, 8.0, 32.0)
+RATIOS = (0.0, 0.5, 1.0, 3.0)
+CALIBRATION = (8.0, 1.0)
+"""(MiB, ratio) of the point that gives the slowdown."""
+HANDLE = (0.25, 0.0)
+COLUMNS = (
+    "threads", "mib", "ratio", "role", "compute_s", "transfer_s", "sequential_s", "overlapped_s", "predicted_s", "pays", "predicted_pays"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of message and amount of computing."""
+
+    mib: float
+    ratio: float
+
+
+def matmuls(count: int, left: torch.Tensor, out: torch.Tensor) -> None:
+    """`count` products of square matrices."""
+    for _ in range(count):
+        torch.mm(left, left, out=out)
+
+
+def point_calls(mesh: Mesh, point: Point, transfer_alone_s: float) -> dict[str, Callable[[], None]]:
+    """The four variants of a point; what is computed is made to take `ratio` times `transfer_alone_s`."""
+    rows = int(point.mib * 2**20) // (4 * WIDTH) // 2 * 2
+    x_TD = torch.randn(rows, WIDTH)
+    half = (rows // 2,) * RANKS
+    left, out = torch.randn(256, 256), torch.empty(256, 256)
+    matmuls(20, left, out)
+    single_s = Spread.of(sample.wall_s for sample in interleaved({"one": partial(matmuls, 10, left, out)}, 5)["one"]).median / 10
+    count = max(all_gather_objects(round(point.ratio * transfer_alone_s / single_s), mesh))
+    compute = partial(matmuls, count, left, out)
+
+    def start() -> Any:
+        return all_to_all_start(x_TD, Route(mesh, mesh.token_group, half, half, 0, "dispatch", "tokens", 0))
+
+    def transfer() -> None:
+        start().wait()
+
+    def sequential() -> None:
+        start().wait()
+        compute()
+
+    def overlapped() -> None:
+        pending = start()
+        compute()
+        pending.wait()
+
+    return {"compute": compute, "transfer": transfer, "sequential": sequential, "overlapped": overlapped}
+
+
+def timed_rounds(mesh: Mesh, calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[Sample]]:
+    """Every variant in turn, each from a barrier on that is not timed, after two rounds that are not either."""
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    for number in range(-2, repeats):
+        for name, call in calls.items():
+            barrier(mesh)
+            sample = timed(call)
+            mesh.ledger.take()
+            if number >= 0:
+                samples[name].append(sample)
+    return samples
+
+
+def run_rank(rank: int, threads: tuple[int, ...], points: list[Point], repeats: int, store: str, answer: Connection) -> None:
+    """One rank's samples by (threads, point, variant)."""
+    torch.manual_seed(rank)
+    initialise(rank, RANKS, init_method=f"file://{store}")
+    mesh = Mesh.create(rank, RANKS, RANKS, (0,) * RANKS)
+    found: dict[tuple[int, Point], dict[str, list[float]]] = {}
+    with torch.no_grad():
+        for count in threads:
+            torch.set_num_threads(count)
+            for point in points:
+                alone = timed_rounds(mesh, {"transfer": point_calls(mesh, Point(point.mib, 0.0), 0.0)["transfer"]}, repeats)["transfer"]
+                alone_s = max(all_gather_objects(Spread.of(sample.wall_s for sample in alone).median, mesh))
+                samples = timed_rounds(mesh, point_calls(mesh, point, alone_s), repeats)
+                found[count, point] = {name: [sample.wall_s for sample in values] for name, values in samples.items()}
+    answer.send(found)
+    shutdown()
+
+
+def measure(threads: tuple[int, ...], points: list[Point], repeats: int) -> dict[tuple[int, Point], dict[str, float]]:
+    """Median seconds of the slower rank by (threads, point) and variant."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="crossdock-rule-") as folder:
+        ends = [spawn.Pipe() for _ in range(RANKS)]
+        ranks = [
+            spawn.Process(target=run_rank, args=(rank, threads, points, repeats, str(Path(folder) / "store"), end[1]), daemon=True)
+            for rank, end in enumerate(ends)
+        ]
+        for process, (_, theirs) in zip(ranks, ends, strict=True):
+            process.start()
+            theirs.close()
+        try:
+            answers = [ours.recv() for ours, _ in ends]
+        finally:
+            for process in ranks:
+                process.join(timeout=20)
+                process.kill()
+    slower = {key: {name: list(map(max, *(answer[key][name] for answer in answers))) for name in answers[0][key]} for key in answers[0]}
+    return {key: {name: Spread.of(values).median for name, values in variants.items()} for key, variants in slower.items()}
+
+
+def rows_of(
+    measured: dict[tuple[int, Point], dict[str, float]], threads: tuple[int, ...]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(one row for each point, one summary for each number of threads)."""
+    rows, summaries = [], []
+    for count in threads:
+        smallest, middle = measured[count, Point(*HANDLE)], measured[count, Point(*CALIBRATION)]
+        handle_s = max(0.0, smallest["overlapped"] - smallest["sequential"])
+        found = Interference.measured(middle["compute"], middle["transfer"], middle["overlapped"], handle_s)
+        own: list[dict[str, Any]] = []
+        for (of_threads, point), seconds in measured.items():
+            if of_threads != count:
+                continue
+            role = {HANDLE: "handle", CALIBRATION: "slowdown"}.get((point.mib, point.ratio), "held out")
+            predicted_s = beside_s(seconds["compute"], seconds["transfer"], found)
+            own.append(
+                {
+                    "threads": count,
+                    "mib": point.mib,
+                    "ratio": point.ratio,
+                    "role": role,
+                    **{f"{name}_s": value for name, value in seconds.items()},
+                    "predicted_s": predicted_s,
+                    "pays": seconds["overlapped"] < seconds["sequential"],
+                    "predicted_pays": predicted_s < seconds["compute"] + seconds["transfer"],
+                }
+            )
+        held_out = [row for row in own if row["role"] == "held out" and row["ratio"] > 0]
+        wrong = [row for row in held_out if row["pays"] != row["predicted_pays"]]
+        lost = [abs(row["overlapped_s"] - row["sequential_s"]) / row["sequential_s"] for row in wrong]
+        always = [max(0.0, row["overlapped_s"] / row["sequential_s"] - 1.0) for row in held_out]
+        summaries.append(
+            {
+                "threads": count,
+                "handle_s": found.handle_s,
+                "slowdown": found.slowdown,
+                "right": len(held_out) - len(wrong),
+                "of": len(held_out),
+                "worst_loss_by_rule": max(lost, default=0.0),
+                "worst_loss_by_always_overlapping": max(always, default=0.0),
+            }
+        )
+        rows += own
+    return rows, summaries
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", default="1,2,4", help="threads of each rank (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON document here")
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--short", action="store_true", help="3 rounds with one thread: shows that it runs")
+    options = parser.parse_args()
+    threads = (1,) if options.short else tuple(int(text) for text in options.threads.split(","))
+    points = [Point(mib, ratio) for mib in MIB_PER_RANK for ratio in RATIOS]
+    rows, summaries = rows_of(measure(threads, points, 3 if options.short else options.repeats), threads)
+    publish(rows, f"overlap beside matrix products, {RANKS} ranks, loopback", options.out, options.json, COLUMNS, {"summaries": summaries})
+    if not options.json:
+        print_table(summaries, "the rule, calibrated on one point for each number of threads")
+
+
+if __name__ == "__main__":
+    main()
