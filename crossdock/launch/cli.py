@@ -69,17 +69,25 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved configuration, check it and its files, start nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="stdout is one JSON object alone: it always is, but for --dry-run.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Choose how tokens move from the first measured steps, and print why (adapt.mode=start).")
+    ] = False,
+    profile_steps: Annotated[
+        str | None, typer.Option("--profile-steps", metavar="A:B", help="Write a Chrome trace of steps A to B for every rank.")
+    ] = None,
 ) -> None:
     """Train a model. Under torchrun it joins the other ranks; alone it starts local ranks itself.
 
     Example: crossdock train configs/tiny.yaml train.steps=50 plan=plan.json
 
     Example: torchrun --nproc-per-node 4 -m crossdock train configs/small.yaml parallel.expert=4
+
+    Example: crossdock train configs/tiny.yaml --explain --profile-steps 10:12
     """
     from crossdock.launch import start
     from crossdock.launch.config import read_config
 
-    run_config = read_config(config, overrides or ())
+    run_config = read_config(config, [*(overrides or ()), *_asked(explain, profile_steps)])
     if dry_run:
         start.check_inputs(run_config)
         _print_config(run_config, as_json)
@@ -196,6 +204,17 @@ def checkpoint_verify(
             print(f"{row['path']}: {'ok, ' if row['ok'] else 'BAD: '}{row['finding']}")
     if not any(row["ok"] for row in found):
         raise typer.Exit(BadCheckpoint.exit_code)
+
+
+def _asked(explain: bool, profile_steps: str | None) -> list[str]:
+    """Options of `train` as overrides of the configuration. Raises `UsageError` for steps that are none."""
+    overrides = ["adapt.explain=true"] if explain else []
+    if profile_steps is not None:
+        first, separator, last = profile_steps.partition(":")
+        if not (first.isdigit() and (last.isdigit() or not separator)):
+            raise UsageError(f"--profile-steps {profile_steps!r} is not of the form A:B, as in --profile-steps 10:12, or A alone")
+        overrides += [f"profile.first={int(first)}", f"profile.last={int(last or first)}"]
+    return overrides
 
 
 def print_json(value: Any, indent: int | None = None) -> None:

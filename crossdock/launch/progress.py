@@ -30,6 +30,10 @@ class Lines:
         if (line := sentence(event, details)) is not None:
             self.console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
 
+    def table(self, text: str) -> None:
+        """A table that somebody asked for."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
 
 def sentence(event: str, details: Mapping[str, Any]) -> str | None:
     """An event in words; None for those that only files need."""
@@ -42,6 +46,11 @@ def sentence(event: str, details: Mapping[str, Any]) -> str | None:
             return f"-- checkpoint saved in {details['path']}"
         case "checkpoint_passed_over":
             return f"-- damaged checkpoint passed over: {details['message']}"
+        case "choice":
+            changed = sum(layer["changed"] for layer in details["layers"])
+            return f"-- strategies chosen after step {details['step']} ({details['why']}), new for {changed} of {len(details['layers'])} layers"
+        case "profiled":
+            return f"-- profile written to {details['path']}"
         case "resumed":
             return f"-- resumed after step {details['step']} from {details['path']}"
     return None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from crossdock.models.config import ModelConfig
 from crossdock.models.gates.base import wide
+from crossdock.runtime.profiler import mark_backward, span
 
 
 class RMSNorm(nn.Module):
@@ -56,15 +57,23 @@ class Attention(nn.Module):
 
     def forward(self, x_QPD: Tensor) -> Tensor:
         """x + attention(norm(x)) for Q sequences of P positions."""
-        num_sequences, num_positions, _ = x_QPD.shape
-        heads = self.qkv(self.norm(x_QPD)).view(num_sequences, num_positions, -1, self.head_width)
+        with span("attention"):
+            normed_QPD = self.norm(x_QPD)
+            mixed_QPD = self._mixed(normed_QPD)
+        mark_backward("attention", mixed_QPD, normed_QPD)
+        return x_QPD + mixed_QPD
+
+    def _mixed(self, normed_QPD: Tensor) -> Tensor:
+        num_sequences, num_positions, _ = normed_QPD.shape
+        heads = self.qkv(normed_QPD).view(num_sequences, num_positions, -1, self.head_width)
         query, key, value = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=2)
-        cos, sin = rotation(num_positions, self.head_width, self.rope_base, x_QPD.device, wide(x_QPD.dtype))
+        cos, sin = rotation(num_positions, self.head_width, self.rope_base, normed_QPD.device, wide(normed_QPD.dtype))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=self.kv_heads < self.num_heads
         )
-        return x_QPD + self.out(mixed.transpose(1, 2).reshape(num_sequences, num_positions, -1))
+        output_QPD: Tensor = self.out(mixed.transpose(1, 2).reshape(num_sequences, num_positions, -1))
+        return output_QPD
 
 
 class SwiGLU(nn.Module):

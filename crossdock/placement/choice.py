@@ -180,16 +180,16 @@ def choose(problem: LayerProblem, current: Strategy, min_saving: float = 0.0) ->
 def price_all(problem: LayerProblem) -> Iterable[Priced]:
     """Every candidate with its predicted seconds.
 
-    Degrees forward and backward are chosen apart, since neither changes the other's time: for each traffic and slot the best of each, plus
-    the unchunked one.
+    Degrees forward and backward do not change one another's time. Where nothing overlaps, neither slot nor chunks matter to it.
     """
     num_slots = len(problem.times.stage_s) + 1
     for traffic in problem.traffics:
         priced = _Block(problem, traffic)
         for overlap, slot in [(False, 0), *((True, slot) for slot in range(num_slots if num_slots > 1 else 0))]:
-            forward_s = {chunks: priced.forward_s(slot, chunks, overlap) for chunks in problem.chunk_counts}
-            backward_s = {chunks: priced.backward_s(slot, chunks, overlap) for chunks in problem.chunk_counts}
-            for forward_chunks, backward_chunks in itertools.product(problem.chunk_counts, repeat=2):
+            chunk_counts = problem.chunk_counts if overlap else (1,)
+            forward_s = {chunks: priced.forward_s(slot, chunks, overlap) for chunks in chunk_counts}
+            backward_s = {chunks: priced.backward_s(slot, chunks, overlap) for chunks in chunk_counts}
+            for forward_chunks, backward_chunks in itertools.product(chunk_counts, repeat=2):
                 strategy = Strategy(traffic.dispatch, slot, forward_chunks, backward_chunks, overlap, traffic.gathered)
                 yield Priced(strategy, forward_s[forward_chunks], backward_s[backward_chunks])
 

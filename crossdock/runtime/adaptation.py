@@ -49,14 +49,13 @@ class Adaptation:
         accumulate: int,
         path: Path,
         event: Callable[..., None],
+        table: Callable[[str], None],
     ) -> None:
         self.config, self.model, self.mesh, self.topology = config, model, mesh, topology
         self.tokens_per_rank, self.num_positions, self.accumulate = tokens_per_rank, num_positions, accumulate
-        self.path, self.event = path, event
+        self.path, self.event, self.table = path, event, table
         self.watch = Watch(config)
         self.window: Window | None = None
-        self.explained: Choices | None = None
-        """The last decision."""
         self._why = ""
         self._begun_at = 0
         self._stage_times = StageTimes(model.window_stages, mesh.ledger)
@@ -97,12 +96,7 @@ class Adaptation:
             choices = choice.checked(Choices.from_canonical(kept["record"]), kept["digest"], self.mesh)
             choice.apply(self.model, [layer.strategy for layer in choices.layers])
             self.watch.looked(kept["step"], np.array(kept["load"]))
-            self.explained = choices
             self.event("choice_resumed", step=step, digest=choices.digest, taken_after=kept["step"])
-
-    def table(self) -> str:
-        """The last decision for people."""
-        return "" if self.explained is None else explain(self.explained)
 
     def _begin(self, step: int, plan: Plan, why: str) -> None:
         bank = self.model.moe_layers[0].bank
@@ -135,24 +129,18 @@ class Adaptation:
         if measured is not None:
             assert ranks is not None
             workload = workload_of(self.model.moe_layers[0], self.tokens_per_rank, self.accumulate)
-            decided, _ = choice.decide(
-                self.config, step, measured, ranks, plan, self.topology, workload, before, self.model.moe_layers, self._wire
-            )
+            decided, _ = choice.decide(self.config, step, measured, ranks, plan, self.topology, workload, before, self.model.moe_layers)
         choices = choice.agreed(decided, self.mesh)
         load_LE = self.watch.recent_LE()
         self.watch.looked(step, load_LE)
-        self.explained = choices
         after = [layer.strategy for layer in choices.layers]
         if tuple(after) != before:
             choice.apply(self.model, after)
         if self.mesh.rank == 0:
             self._remember(choices, load_LE)
+            if self.config.explain:
+                self.table(explain(choices))
         self.event("choice", **choice.as_event(choices, before, self._why))
-
-    @property
-    def _wire(self) -> str:
-        layer = self.model.moe_layers[0]
-        return str(layer.wire_dtype or layer.bank.inner.dtype).removeprefix("torch.")
 
     def _remember(self, choices: Choices, load_LE: np.ndarray) -> None:
         entry = {

@@ -59,6 +59,13 @@ class AdaptConfig(StrictModel):
     """Highest degree of chunking to consider; degrees are powers of two."""
     gather: bool = True
     """Consider moving the weights of hot experts instead of their tokens."""
+    explain: bool = False
+    """Print the table of candidates with every choice; with mode off, choose once as with start."""
+
+    @property
+    def mode_asked(self) -> str:
+        """The mode, where `explain` alone asks for a choice at the start."""
+        return "start" if self.mode == "off" and self.explain else self.mode
 
     @property
     def chunk_counts(self) -> tuple[int, ...]:
@@ -69,7 +76,10 @@ class AdaptConfig(StrictModel):
 class Adaptable(Protocol):
     """What a model needs so that its strategies can be chosen."""
 
-    moe_layers: Sequence[Any]
+    @property
+    def moe_layers(self) -> Sequence[Any]:
+        """The MoE layers in the order of a plan's layers."""
+        ...
 
     @property
     def window_stages(self) -> Sequence[Sequence[nn.Module]]:
@@ -101,11 +111,11 @@ class Watch:
     def due(self, step: int) -> str | None:
         """Why to begin a look after `step` steps, or None."""
         config = self.config
-        if config.mode == "off" or step < FIRST_STEPS:
+        if config.mode_asked == "off" or step < FIRST_STEPS:
             return None
         if self._looked_at is None:
             return "start"
-        if config.mode == "start" or step < self._looked_at + config.window:
+        if config.mode_asked == "start" or step < self._looked_at + config.window:
             return None
         if (moved := self.drift()) > config.drift:
             return f"load moved by {moved:.3f}"
@@ -159,6 +169,11 @@ def apply(model: Adaptable, strategies: Sequence[Strategy]) -> None:
 # ---- deciding
 
 
+def dispatches_for(mesh: Mesh) -> tuple[Dispatch, ...]:
+    """The dispatchers that differ on this mesh: without two levels of links the hierarchical one is the de-duplicated one."""
+    return tuple(cast(Dispatch, name) for name in DISPATCHERS if name != "hierarchical" or mesh.has_rails)
+
+
 @dataclasses.dataclass(frozen=True)
 class RankTimes:
     """What one rank measured beside its window: seconds of each layer's stages, and per byte of packing rows."""
@@ -177,7 +192,6 @@ def decide(
     workload: Workload,
     now: Sequence[Strategy],
     layers: Sequence[RoutedLayer],
-    wire: str,
 ) -> tuple[Choices, Calibrated]:
     """Rank 0: price every layer's candidates on what a window measured, and choose."""
     calibrated = calibrate(measured, plan, topology, workload, now)
@@ -196,15 +210,15 @@ def decide(
     )
     chosen = []
     traffics = [
-        traffic_of(trace, plan, topology, workload, cast(Dispatch, dispatch), variant, element_bytes)
-        for dispatch in DISPATCHERS
+        traffic_of(trace, plan, topology, workload, dispatch, variant, element_bytes)
+        for dispatch in dispatches_for(layers[0].dispatcher.mesh)
         for variant in variants
     ]
     for layer, strategy in enumerate(now):
         of_layer = {(found[layer].dispatch, found[layer].gathered): found[layer] for found in traffics}
         stage_s = tuple(max(rank.stage_s[layer][number] for rank in ranks) for number in range(len(ranks[0].stage_s[layer])))
         times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=max(rank.row_s_per_byte for rank in ranks))
-        problem = LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, wire)
+        problem = LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, workload.wire)
         chosen.append(choose(problem, strategy, config.min_saving))
     return Choices(step, tuple(chosen)), calibrated
 

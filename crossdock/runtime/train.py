@@ -50,6 +50,9 @@ class Progress(Protocol):
     def event(self, event: str, details: Mapping[str, Any]) -> None:
         """Anything else that happened: what events.jsonl holds."""
 
+    def table(self, text: str) -> None:
+        """A table that somebody asked for."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -58,6 +61,9 @@ class Silent:
         """Nothing."""
 
     def event(self, event: str, details: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def table(self, text: str) -> None:
         """Nothing."""
 
 
@@ -126,7 +132,7 @@ class _Run:
         self.moves: int | None = None
         self.profiler = Profiler(training.profile, mesh, self.directory.path)
         self.adaptation: Adaptation | None = None
-        if self.topology is not None and training.adapt.mode != "off":
+        if self.topology is not None and training.adapt.mode_asked != "off":
             model, tokens = cast(Adaptable, training.model), self.stepper.tokens_per_rank
             self.adaptation = Adaptation(
                 training.adapt,
@@ -138,6 +144,7 @@ class _Run:
                 config.accumulate,
                 self.directory.choices,
                 self.event,
+                training.progress.table,
             )
 
     # ---- the run -------------------------------------------------------------------------------------------------
