@@ -75,7 +75,7 @@ class Shape:
     @property
     def workload(self) -> Workload:
         """The same as the cost model wants it."""
-        return Workload(self.tokens, self.model_width, self.expert_width, wire_bytes=4, expert_matrices=2, dispatch="flat")
+        return Workload(self.tokens, self.model_width, self.expert_width, wire="fp32", expert_matrices=2, dispatch="flat")
 
     def shares(self, skewed: bool) -> NDArray[np.float64]:
         """How often each expert is chosen, [E]: equally, or by Zipf's law in an order drawn once."""

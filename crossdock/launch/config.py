@@ -12,6 +12,7 @@ import pydantic
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadConfig, UsageError
 from crossdock.models.config import ModelConfig
+from crossdock.placement.cost import Dispatch
 from crossdock.runtime.capture import CaptureConfig
 from crossdock.runtime.checkpoint import CheckpointConfig
 from crossdock.runtime.choice import AdaptConfig
@@ -49,7 +50,7 @@ class PrecisionConfig(StrictModel):
     """Number formats. Optimizer state and master weights are fp32 whatever is chosen (float64 for float64)."""
 
     compute: Literal["fp32", "bf16", "fp64"] = "fp32"
-    wire: Literal["fp32", "bf16"] | None = None
+    wire: Literal["fp32", "bf16", "int8"] | None = None
     """Of token rows on their way; the compute format where left out."""
 
 
@@ -67,7 +68,7 @@ class RunConfig(StrictModel):
     """A topology.yaml or a preset's name: the nodes of the ranks are declared by it, and predictions use its speeds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: PrecisionConfig = PrecisionConfig()
-    dispatch: Literal["deduplicated", "flat"] = "deduplicated"
+    dispatch: Dispatch = "deduplicated"
     capture: CaptureConfig = CaptureConfig()
     replan: ReplanConfig = ReplanConfig()
     adapt: AdaptConfig = AdaptConfig()

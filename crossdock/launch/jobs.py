@@ -36,9 +36,8 @@ Job = Callable[[Request, WorkerEnv, Mesh], dict[str, Any]]
 
 def build_model(config: RunConfig, mesh: Mesh, plan: Plan | None) -> Transformer:
     """The configured model on this rank, its experts where `plan` puts them."""
-    wire = None if config.precision.wire is None else DTYPES[config.precision.wire]
     dtype = DTYPES[config.precision.compute]
-    return Transformer(config.model, mesh, plan, dtype, config.train.seed, dispatch=config.dispatch, wire_dtype=wire)
+    return Transformer(config.model, mesh, plan, dtype, config.train.seed, dispatch=config.dispatch, wire=config.precision.wire)
 
 
 def read_corpus(config: RunConfig) -> Corpus:

@@ -19,10 +19,11 @@ from crossdock.runtime.context import StepContext
 from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.gathered import GatheringBank
-from crossdock.runtime.grouped_mlp import Recompute
+from crossdock.runtime.grouped_mlp import Network, Recompute
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.profiler import mark_backward, span, spanned
+from crossdock.runtime.wire import wire_named
 
 
 class MoELayer(nn.Module):
@@ -47,7 +48,7 @@ class MoELayer(nn.Module):
         plan: Plan | None = None,
         layer: int = 0,
         dispatch: str = "deduplicated",
-        wire_dtype: torch.dtype | None = None,
+        wire: str | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         initial_std: float = 0.02,
@@ -58,7 +59,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.mesh = mesh if mesh is not None else Mesh.single()
         self.layer, self.seed = layer, seed
-        self.dispatch, self.wire_dtype = dispatch, wire_dtype
+        self.dispatch, self.wire = dispatch, wire_named(wire)
         if dispatch not in DISPATCHERS:
             raise BadConfig(f"no dispatcher is called {dispatch!r}; choose from {', '.join(DISPATCHERS)}")
         self.plan_has_copies = plan is not None and plan.has_replicas
@@ -121,6 +122,13 @@ class MoELayer(nn.Module):
         mark_backward("experts", computed_MD, rows_MD)
         return computed_MD, handle
 
+    def network(self) -> Network:
+        """This rank's experts as tensors, gathered ones included once they are here."""
+        if self.gathering is None:
+            return self.bank.network()
+        self.gathering.arrive()
+        return self.gathering.network()
+
     def combine_start(self, computed: tuple[Tensor, Handle]) -> Pending[Tensor]:
         """Send the experts' rows back to the ranks of their tokens; the result is y [T, D]."""
         rows_MD, handle = computed
@@ -173,7 +181,7 @@ class MoELayer(nn.Module):
         if self.gathered_experts:
             layout = layout.with_gathered(self.gathered_experts, self.mesh)
             self.gathering = GatheringBank(self.bank, layout, self.mesh)
-        self.dispatcher: Dispatcher = DISPATCHERS[self.dispatch](self.mesh, layout, self.wire_dtype)
+        self.dispatcher: Dispatcher = DISPATCHERS[self.dispatch](self.mesh, layout, self.wire)
 
     def _plain_context(self, x_TD: Tensor) -> StepContext:
         step = self._num_forwards

@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         seed: int = 0,
         *,
         dispatch: str = "deduplicated",
-        wire_dtype: torch.dtype | None = None,
+        wire: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
                 plan=plan,
                 layer=len(self.moe_layers),
                 dispatch=dispatch,
-                wire_dtype=wire_dtype,
+                wire=wire,
                 dtype=dtype,
                 seed=seed,
                 initial_std=config.initial_std,

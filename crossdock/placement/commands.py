@@ -67,7 +67,7 @@ class Asked:
             f"top {trace.top_k} of {trace.num_experts}{known}",
             f"topology   {topology.name}: {topology.num_devices} devices on {topology.num_nodes} nodes",
             f"workload   {workload.tokens_per_rank:,} tokens per rank, D {workload.model_width}, F {workload.expert_width}, "
-            f"{workload.wire_bytes} bytes on the wire, {workload.dispatch}",
+            f"{workload.wire} on the wire, {workload.dispatch}",
             f"problem    mode {self.problem.mode}, objective {self.problem.objective}, load cap {cap}, slots {self.problem.slots_R.max()}",
             f"search     {search}",
         ]

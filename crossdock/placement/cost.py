@@ -30,6 +30,8 @@ from crossdock.strict_yaml import Document, StrictModel
 Float = NDArray[np.float64]
 Dispatch = Literal["deduplicated", "flat", "hierarchical"]
 DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
+WireName = Literal["fp64", "fp32", "bf16", "int8"]
+WIRE_NAMES: tuple[WireName, ...] = get_args(WireName)
 
 NUM_DIRECTIONS = 4  # dispatch and combine, forward and backward
 BACKWARD_FLOP_RATIO = 2.0  # gradients of the inputs and of the weights
@@ -41,6 +43,12 @@ def makespan(before_s: ArrayLike, dispatch_s: ArrayLike, expert_s: ArrayLike, af
     Scalars or arrays of one shape. Compute never overlaps compute, and the experts wait for the last token.
     """
     return np.maximum(before_s, dispatch_s) + expert_s + np.maximum(after_s, combine_s)
+
+
+def row_bytes(wire: WireName, width: int) -> int:
+    """Bytes of a row of `width` elements on the wire; int8 has a scale of 16 bits for every 128 elements, the last block may be short."""
+    element_bytes = {"fp64": 8, "fp32": 4, "bf16": 2, "int8": 1}[wire]
+    return width * element_bytes + (2 * -(-width // 128) if wire == "int8" else 0)
 
 
 def _check_number(name: str, value: float, least: float) -> None:
@@ -69,7 +77,7 @@ class Workload:
     tokens_per_rank             tokens of one micro-batch on one device
     model_width                 D, elements of a row on the wire
     expert_width                F, hidden width of an expert
-    wire_bytes                  bytes of an element on the wire: 2 for bf16, 4 for fp32
+    wire                        format of rows on the wire: "fp64", "fp32", "bf16", or "int8" with a scale for every 128 elements
     expert_matrices             D x F matrices of an expert: 2 with GELU, 3 with SwiGLU
     dispatch                    "deduplicated", "flat" or "hierarchical", see the glossary in plan.py
     window                      compute beside the transfers of every block
@@ -82,7 +90,7 @@ class Workload:
     tokens_per_rank: int = 4096
     model_width: int = 2048
     expert_width: int = 1408
-    wire_bytes: int = 2
+    wire: WireName = "bf16"
     expert_matrices: int = 3
     dispatch: Dispatch = "deduplicated"
     window: Window = Window()
@@ -92,7 +100,7 @@ class Workload:
     state_bytes_per_parameter: float = 18.0
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_rank", "model_width", "expert_width", "wire_bytes", "expert_matrices", "micro_batches"):
+        for name in ("tokens_per_rank", "model_width", "expert_width", "expert_matrices", "micro_batches"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise BadConfig(f"{name} is {value!r}; give an integer")
@@ -101,11 +109,13 @@ class Workload:
             _check_number(name, getattr(self, name), least=0.0)
         if self.dispatch not in DISPATCHES:
             raise BadConfig(f"dispatch is {self.dispatch!r}; choose from {', '.join(DISPATCHES)}")
+        if self.wire not in WIRE_NAMES:
+            raise BadConfig(f"wire is {self.wire!r}; choose from {', '.join(WIRE_NAMES)}")
 
     @property
     def copy_bytes(self) -> int:
         """Bytes of one copy in one direction."""
-        return self.model_width * self.wire_bytes
+        return row_bytes(self.wire, self.model_width)
 
     @property
     def expert_parameters(self) -> int:
@@ -235,7 +245,7 @@ class _WorkloadFile(StrictModel):
     tokens_per_rank: int = Field(default=Workload.tokens_per_rank, ge=1)
     model_width: int = Field(default=Workload.model_width, ge=1)
     expert_width: int = Field(default=Workload.expert_width, ge=1)
-    wire_bytes: int = Field(default=Workload.wire_bytes, ge=1)
+    wire: WireName = Workload.wire
     expert_matrices: int = Field(default=Workload.expert_matrices, ge=1)
     dispatch: Dispatch = Workload.dispatch
     window: _WindowFile = _WindowFile()

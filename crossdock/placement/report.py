@@ -183,7 +183,7 @@ def inputs(trace: Trace, topology: Topology, workload: Workload) -> Section:
             "topology": f"{topology.name}, {'measured' if topology.measured else 'declared, not measured'}, {topology.digest[:12]}",
             "tokens per device": f"{workload.tokens_per_rank:,} x {workload.micro_batches} micro-batches",
             "sizes": f"width {workload.model_width}, experts {workload.expert_matrices} x {workload.expert_width}, "
-            f"{workload.wire_bytes} bytes on the wire, {workload.dispatch}",
+            f"{workload.wire} on the wire, {workload.dispatch}",
             "windows": f"forward {seconds(window.dispatch_forward_s)} and {seconds(window.combine_forward_s)}, "
             f"backward {seconds(window.combine_backward_s)} and {seconds(window.dispatch_backward_s)}",
             "rest of the step": seconds(workload.other_s),

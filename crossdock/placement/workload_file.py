@@ -11,11 +11,10 @@ from typing import Any, cast
 
 from crossdock import strict_yaml
 from crossdock.errors import BadConfig
-from crossdock.placement.cost import DISPATCHES, Dispatch, Workload
+from crossdock.placement.cost import DISPATCHES, WIRE_NAMES, Dispatch, WireName, Workload
 from crossdock.strict_yaml import Document
 
 _RUN_SECTIONS = ("model", "train", "parallel", "data", "precision")
-_WIRE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 _EXPERT_MATRICES = {"swiglu": 3, "gelu": 2}
 
 
@@ -45,12 +44,12 @@ def load_workload(path: Path) -> Workload:
             f"{path}: train.batch_sequences gives less than one sequence to each of {num_ranks} ranks x {micro_batches} micro-batches; "
             "raise it"
         )
-    compute = keys.choice("precision.compute", _WIRE_BYTES, "fp32")
+    compute = keys.choice("precision.compute", ("fp32", "bf16", "fp64"), "fp32")
     return Workload(
         tokens_per_rank=sequences * keys.integer("data.seq_len", 128),
         model_width=width,
         expert_width=keys.integer("model.expert_width", mlp_width),
-        wire_bytes=_WIRE_BYTES[keys.choice("precision.wire", _WIRE_BYTES, compute)],
+        wire=cast(WireName, keys.choice("precision.wire", WIRE_NAMES, compute)),
         expert_matrices=_EXPERT_MATRICES[keys.choice("model.activation", _EXPERT_MATRICES, "swiglu")],
         dispatch=cast(Dispatch, keys.choice("dispatch", DISPATCHES, "deduplicated")),
         micro_batches=micro_batches,

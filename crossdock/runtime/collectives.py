@@ -15,17 +15,19 @@ Every rank of a group must start the same all-to-alls in the same order, empty o
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge
 
 from crossdock.errors import PeerLost
 from crossdock.runtime.ledger import Bytes, Direction, Kind, Mark, Stage
 from crossdock.runtime.mesh import Group, Mesh
+from crossdock.runtime.wire import Wire
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -59,17 +61,21 @@ class Path(Protocol):
     def kind(self) -> Kind: ...
     @property
     def movement(self) -> int: ...
+    @property
+    def wire(self) -> Wire | None:
+        """The format in which rows travel; None where they travel as they are."""
+        ...
 
     def num_rows(self, direction: Direction) -> int:
         """How many rows this rank sends."""
         ...
 
-    def bytes_sent(self, rows: Tensor, direction: Direction) -> Bytes:
+    def bytes_sent(self, packed: Tensor, direction: Direction) -> Bytes:
         """Bytes that this rank sends over each class of link."""
         ...
 
-    def exchange_start(self, rows: Tensor, direction: Direction) -> Exchange:
-        """Let contiguous `rows` leave."""
+    def exchange_start(self, packed: Tensor, direction: Direction) -> Exchange:
+        """Let contiguous rows leave, in the format of the wire."""
         ...
 
     def back(self, stage: Stage) -> "Path":
@@ -89,23 +95,24 @@ class Route:
     stage: Stage
     kind: Kind
     movement: int
+    wire: Wire | None = None
 
     def num_rows(self, direction: Direction) -> int:
         """See `Path`."""
         return sum(self._sizes(direction)[0])
 
-    def bytes_sent(self, rows: Tensor, direction: Direction) -> Bytes:
+    def bytes_sent(self, packed: Tensor, direction: Direction) -> Bytes:
         """See `Path`."""
-        return bytes_sent(self.mesh, self._sizes(direction)[0], rows)
+        return bytes_sent(self.mesh, self._sizes(direction)[0], packed)
 
-    def exchange_start(self, rows: Tensor, direction: Direction) -> Exchange:
+    def exchange_start(self, packed: Tensor, direction: Direction) -> Exchange:
         """See `Path`."""
         send, receive = self._sizes(direction)
-        return exchange_start(rows, send, receive, self.group)
+        return exchange_start(packed, send, receive, self.group)
 
     def back(self, stage: Stage) -> "Route":
         """See `Path`."""
-        return Route(self.mesh, self.group, self.receive_R, self.send_R, self.layer, stage, self.kind, self.movement)
+        return replace(self, send_R=self.receive_R, receive_R=self.send_R, stage=stage)
 
     def _sizes(self, direction: Direction) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.send_R, self.receive_R) if direction == "forward" else (self.receive_R, self.send_R)
@@ -115,10 +122,12 @@ def all_to_all_start(rows: Tensor, path: Path) -> Pending[Tensor]:
     """Send `rows` [C, ...], grouped by destination; `wait()` gives those that come here, grouped by source, in the same dtype.
 
     Differentiable where the dtype is; the gradients go the same way back in the same dtype. `rows` must not be changed before the wait.
-    In a group of one nothing is copied: the result shares its memory with `rows`.
+    Where the path has a wire, rows are of its `row_dtype` and are rounded to what it can say, gradients as well. In a group of one nothing
+    is copied unless it must be rounded: the result shares its memory with `rows`.
     """
     assert rows.shape[0] == path.num_rows("forward"), f"{rows.shape[0]} rows for {path.num_rows('forward')} announced"
-    if isinstance(path, Route) and path.group is None:
+    assert path.wire is None or path.wire.row_dtype == rows.dtype, f"{rows.dtype} rows for wire {path.wire}"
+    if isinstance(path, Route) and path.group is None and not (path.wire and path.wire.is_scaled):
         return _LocalCrossing(rows, path)
     return _Crossing(rows, path)
 
@@ -128,11 +137,12 @@ class Flying:
 
     def __init__(self, rows: Tensor, path: Path, direction: Direction) -> None:
         ledger = path.mesh.ledger
-        self.path, self.direction = path, direction
-        self.bytes = path.bytes_sent(rows, direction) if ledger.enabled else (0, 0, 0)
+        self.path, self.direction, self.width = path, direction, rows.shape[-1]
+        packed = rows.contiguous() if path.wire is None else path.wire.encode(rows.contiguous())
+        self.bytes = path.bytes_sent(packed, direction) if ledger.enabled else (0, 0, 0)
         self.launched = ledger.now()
         with _naming_lost_peers(path):
-            self.exchange = path.exchange_start(rows.contiguous(), direction)
+            self.exchange = path.exchange_start(packed, direction)
 
     def join(self) -> Tensor:
         """The rows that came, once they are here."""
@@ -141,7 +151,7 @@ class Flying:
         with _naming_lost_peers(path):
             received = self.exchange.wait()
         ledger.record(path.layer, path.stage, self.direction, path.kind, self.bytes, self.launched, wait_begin, ledger.now(), path.movement)
-        return received
+        return received if path.wire is None else path.wire.decode(received, self.width)
 
 
 def exchange_start(
@@ -152,11 +162,21 @@ def exchange_start(
     into: where received rows are put; allocated where it is None. tag: on the CPU, exchanges of one group with different tags may be
     started in different orders on different ranks; others not.
     """
+    if group is None:
+        return _NoExchange(rows)
     received = rows.new_empty((sum(receive), *rows.shape[1:])) if into is None else into
     if rows.device.type == "cpu":
         return _GlooExchange(received, rows, list(receive), list(send), group, tag)
     work = dist.all_to_all_single(received, rows, list(receive), list(send), group=group, async_op=True)
     return _NcclExchange(received, rows, work)
+
+
+@dataclass(frozen=True, eq=False)
+class _NoExchange:
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        return self.received
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +264,29 @@ class _Wait(torch.autograd.Function):
         ctx.crossing.backward = Flying(grad, ctx.crossing.path, "backward")
         # The gradient is still on its way, and _Start picks it up there.
         return grad.new_empty(0), None
+
+
+def frontier(edges: Sequence[GradientEdge]) -> list[GradientEdge]:
+    """Where a backward pass from `edges` stops on this rank: at leaves, and at all-to-alls, whose gradients have left by then.
+
+    For schedules that run a graph backwards in steps. Going on from an all-to-all's edge waits for its gradient first.
+    """
+    ends: list[GradientEdge] = []
+    seen: set[Any] = set()
+    waiting = [edge.node for edge in edges]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions:
+            ends.append(GradientEdge(node, 0))
+        for before, number in node.next_functions:
+            if before is not None and isinstance(node, _Wait._backward_cls):
+                ends.append(GradientEdge(before, number))
+            elif before is not None:
+                waiting.append(before)
+    return ends
 
 
 class _LocalCrossing:

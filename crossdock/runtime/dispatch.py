@@ -13,7 +13,6 @@ come out.
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from crossdock.runtime.assignment import Assignment
@@ -24,6 +23,7 @@ from crossdock.runtime.dispatch_hierarchical import hierarchical
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle
+from crossdock.runtime.wire import Wire
 
 __all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending"]
 
@@ -46,6 +46,11 @@ class Dispatcher(Protocol):
         """Where the experts live."""
         ...
 
+    @property
+    def wire(self) -> Wire | None:
+        """The format of rows between ranks; None: that of the tokens."""
+        ...
+
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Send `x_TD` [T, D] to the experts of `assignment`. The exchange of counts blocks; the tokens then travel in the background."""
         ...
@@ -55,7 +60,7 @@ class Dispatcher(Protocol):
         ...
 
 
-DISPATCHERS: dict[str, Callable[[Mesh, ExpertLayout, torch.dtype | None], Dispatcher]] = {
+DISPATCHERS: dict[str, Callable[[Mesh, ExpertLayout, Wire | None], Dispatcher]] = {
     "flat": Flat,
     "deduplicated": Deduplicated,
     "hierarchical": hierarchical,

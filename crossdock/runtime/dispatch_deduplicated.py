@@ -4,7 +4,7 @@ Beside the tokens travel, on a group of their own, which copy goes to which slot
 gradient comes back the same way). They are counted as metadata.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,25 +17,26 @@ from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
 from crossdock.runtime.rows import RowMap, spread
+from crossdock.runtime.wire import Wire, wire_of
 
 
 @dataclass(frozen=True, eq=False)
 class Deduplicated:
     """Dispatcher that sends a token once to each device that holds at least one of its experts.
 
-    Outputs are summed on each device in the gate's order, then at home in the order of the devices. `wire_dtype` is that of rows between
-    ranks, gradients included; None: that of the tokens.
+    Outputs are summed on each device in the gate's order, then at home in the order of the devices. `wire` is the format of rows
+    between ranks, gradients included; None: that of the tokens.
     """
 
     name: ClassVar[str] = "deduplicated"
     mesh: Mesh
     layout: ExpertLayout
-    wire_dtype: torch.dtype | None = None
+    wire: Wire | None = None
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Sort the entries by (device, token), send one row for each pair and the entries beside them; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
-        wire_dtype = self.wire_dtype or x_TD.dtype
+        wire = wire_of(self.wire, x_TD.dtype)
         copies = Copies.of(assignment, layout)
 
         # Tell every device how many copies come, and how many entries for each of its slots.
@@ -46,12 +47,12 @@ class Deduplicated:
 
         # Send the copies, and the entries beside them.
         home = _home_map(copies, assignment, int(counted.sent_cpu[:, 0].sum()), layout.num_ranks)
-        tokens = _route(mesh, layout, counted, "tokens", movement)
+        tokens = replace(_route(mesh, layout, counted, "tokens", movement), wire=wire)
         metadata = _route(mesh, layout, counted, "metadata", movement)
-        rows = all_to_all_start(spread(x_TD, home, wire_dtype), tokens)
+        rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), tokens)
         codes = all_to_all_start(code_A, metadata)
         weights = all_to_all_start(weight_A, metadata)
-        return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype, wire_dtype)
+        return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
@@ -68,14 +69,13 @@ class _PendingRows:
     counted: Counts
     num_slots: int
     dtype: torch.dtype
-    wire_dtype: torch.dtype
 
     def wait(self) -> Dispatched:
         count_RX = self.counted.received
         first_R = count_RX[:, 0].cumsum(0) - count_RX[:, 0]
         arrivals = Arrivals(self.codes.wait().long(), first_R, count_RX[:, 1:].sum(1), self.num_slots, sum(self.route.receive_R))
         rows_MD = spread(self.rows.wait(), arrival := arrivals.row_map(), self.dtype)
-        handle = Handle(self.route, self.home, arrival, None, self.weights.wait(), self.dtype, self.wire_dtype)
+        handle = Handle(self.route, self.home, arrival, None, self.weights.wait(), self.dtype)
         return Dispatched(rows_MD, self.counted.received_cpu[:, 1:].sum(0), handle)
 
 

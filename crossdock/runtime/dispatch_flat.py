@@ -12,24 +12,25 @@ from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
 from crossdock.runtime.rows import RowMap, count_of, inverse, spread
+from crossdock.runtime.wire import Wire, wire_of
 
 
 @dataclass(frozen=True, eq=False)
 class Flat:
     """Dispatcher that sends a token once for each of its experts. The result does not depend on where the experts live.
 
-    `wire_dtype` is that of rows between ranks, gradients included; None: that of the tokens.
+    `wire` is the format of rows between ranks, gradients included; None: that of the tokens.
     """
 
     name: ClassVar[str] = "flat"
     mesh: Mesh
     layout: ExpertLayout
-    wire_dtype: torch.dtype | None = None
+    wire: Wire | None = None
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Sort the entries by global slot and send one row for each; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
-        wire_dtype = self.wire_dtype or x_TD.dtype
+        wire = wire_of(self.wire, x_TD.dtype)
         slot_A = layout.slot_of_expert_E[assignment.expert_A]
         movement = mesh.ledger.next_movement()
         counts = counts_start(
@@ -37,7 +38,7 @@ class Flat:
         )
         order_A = torch.argsort(slot_A, stable=True)
         home = RowMap(assignment.token_A[order_A], inverse(order_A), assignment.offset_T)
-        rows = spread(x_TD, home, wire_dtype)
+        rows = spread(x_TD, home, wire.row_dtype)
         counted = counts.wait()
         route = Route(
             mesh,
@@ -48,9 +49,10 @@ class Flat:
             stage="dispatch",
             kind="tokens",
             movement=movement,
+            wire=wire,
         )
         pending = all_to_all_start(rows, route)
-        return _PendingRows(pending, route, home, counted, assignment.weight_A, x_TD.dtype, wire_dtype)
+        return _PendingRows(pending, route, home, counted, assignment.weight_A, x_TD.dtype)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Send expert outputs home; see `dispatch.Dispatcher`."""
@@ -65,13 +67,12 @@ class _PendingRows:
     counted: Counts
     weight_A: Tensor
     dtype: torch.dtype
-    wire_dtype: torch.dtype
 
     def wait(self) -> Dispatched:
         count_RS = self.counted.received_cpu
         arrival = _by_slot(self.counted.received, sum(self.route.receive_R))
         rows_MD = spread(self.pending.wait(), arrival, self.dtype)
-        handle = Handle(self.route, self.home, arrival, self.weight_A, None, self.dtype, self.wire_dtype)
+        handle = Handle(self.route, self.home, arrival, self.weight_A, None, self.dtype)
         return Dispatched(rows_MD, count_RS.sum(0), handle)
 
 

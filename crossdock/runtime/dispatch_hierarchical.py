@@ -25,28 +25,29 @@ from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
 from crossdock.runtime.relay import FanOut, Hop, Relay
 from crossdock.runtime.rows import RowMap, spread
+from crossdock.runtime.wire import Wire, wire_of
 
 
-def hierarchical(mesh: Mesh, layout: ExpertLayout, wire_dtype: torch.dtype | None = None) -> "Hierarchical | Deduplicated":
+def hierarchical(mesh: Mesh, layout: ExpertLayout, wire: Wire | None = None) -> "Hierarchical | Deduplicated":
     """The dispatcher in two hops; on one node, or with one rank on each, there is one hop, and it is the de-duplicated dispatcher.
 
     Raises `BadConfig` where the nodes do not hold equal numbers of consecutive ranks of the expert group.
     """
     check_nodes(mesh.node_of_expert_rank)
-    return Hierarchical(mesh, layout, wire_dtype) if mesh.has_rails else Deduplicated(mesh, layout, wire_dtype)
+    return Hierarchical(mesh, layout, wire) if mesh.has_rails else Deduplicated(mesh, layout, wire)
 
 
 @dataclass(frozen=True, eq=False)
 class Hierarchical:
     """Dispatcher that sends a token once to each other node that holds at least one of its experts.
 
-    `wire_dtype` is that of rows between ranks, gradients included; None: that of the tokens.
+    `wire` is the format of rows between ranks, gradients included; None: that of the tokens.
     """
 
     name: ClassVar[str] = "hierarchical"
     mesh: Mesh
     layout: ExpertLayout
-    wire_dtype: torch.dtype | None = None
+    wire: Wire | None = None
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Send one row for each (node, token), and the entries beside them; see `dispatch.Dispatcher`."""
@@ -54,7 +55,7 @@ class Hierarchical:
         assert mesh.ranks_per_node is not None
         num_tokens, per_node = assignment.num_tokens, mesh.ranks_per_node
         num_nodes, local = layout.num_ranks // per_node, mesh.expert_rank % per_node
-        wire_dtype = self.wire_dtype or x_TD.dtype
+        wire = wire_of(self.wire, x_TD.dtype)
         copies = Copies.of(assignment, layout)
 
         # 1. Number the copies for nodes, sorted by (node, token).
@@ -93,12 +94,14 @@ class Hierarchical:
             layer=layout.layer,
             stage="dispatch",
             movement=movement,
+            wire=wire,
+            width=x_TD.shape[1],
         )
         home = RowMap.from_source(_one_of_each(copies.token_A, node_copy_A, sum(told.rows_sent)), num_tokens)
-        rows = all_to_all_start(spread(x_TD, home, wire_dtype), relay)
+        rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), relay)
         codes = all_to_all_start(code_A, metadata)
         weights = all_to_all_start(weight_A, metadata)
-        return _PendingRows(rows, codes, weights, relay, home, told, x_TD.dtype, wire_dtype)
+        return _PendingRows(rows, codes, weights, relay, home, told, x_TD.dtype)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
@@ -160,7 +163,6 @@ class _PendingRows:
     home: RowMap
     told: _Told
     dtype: torch.dtype
-    wire_dtype: torch.dtype
 
     def wait(self) -> Dispatched:
         arrivals = self.told.arrivals(self.codes.wait().long())
@@ -169,7 +171,7 @@ class _PendingRows:
         rows_MD = spread(self.rows.wait(), arrival, self.dtype)
         self.relay.fan_out.codes.join()  # they came before the rows; this is their entry in the ledger
         weight_A = self.weights.wait().index_select(0, by_copy_A)
-        handle = Handle(self.relay, self.home, arrival, None, weight_A, self.dtype, self.wire_dtype)
+        handle = Handle(self.relay, self.home, arrival, None, weight_A, self.dtype)
         return Dispatched(rows_MD, self.told.count_S, handle)
 
 

@@ -26,8 +26,6 @@ class Handle:
     """Combine weights where they travelled along and are applied at the experts, in `arrival.position_M` order."""
     dtype: torch.dtype
     """Of the tokens, and of the result."""
-    wire_dtype: torch.dtype
-    """Of rows between ranks."""
 
 
 class Dispatched(NamedTuple):
@@ -54,5 +52,6 @@ class PendingTokens:
 
 def combine_start(rows_MD: Tensor, handle: Handle) -> PendingTokens:
     """Send expert outputs (in the order in which the rows came) back to their tokens' ranks."""
-    copies = merge(rows_MD, handle.arrival, handle.wire_dtype, handle.arrival_weight)
+    assert handle.route.wire is not None
+    copies = merge(rows_MD, handle.arrival, handle.route.wire.row_dtype, handle.arrival_weight)
     return PendingTokens(all_to_all_start(copies, handle.route.back("combine")), handle)

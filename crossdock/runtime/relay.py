@@ -18,6 +18,7 @@ from crossdock.runtime.collectives import Exchange, Flying, exchange_start
 from crossdock.runtime.ledger import Bytes, Direction, Kind, Stage
 from crossdock.runtime.mesh import Group, Mesh
 from crossdock.runtime.rows import RowMap, gather, sum_rows
+from crossdock.runtime.wire import Wire
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,9 @@ class Relay:
     layer: int
     stage: Stage
     movement: int
+    wire: Wire
+    width: int
+    """D, elements of a row."""
     outward: bool = True
     """Whether forward is outward."""
     kind: Kind = "tokens"
@@ -83,20 +87,20 @@ class Relay:
         """See `collectives.Path`."""
         return sum(self.rail.send_R if self._is_outward(direction) else self.node.receive_R)
 
-    def bytes_sent(self, rows: Tensor, direction: Direction) -> Bytes:
+    def bytes_sent(self, packed: Tensor, direction: Direction) -> Bytes:
         """See `collectives.Path`; what this rank relays for others is counted here as well."""
         node, local = divmod(self.mesh.expert_rank, self.fan_out.ranks_per_node)
         if self._is_outward(direction):
             in_node, over_rail = self.node.send_R, self.rail.send_R
         else:
             in_node, over_rail = self.node.receive_R, self.rail.receive_R
-        row_bytes = rows.element_size() * rows.shape[1:].numel()
+        row_bytes = packed.element_size() * packed.shape[1:].numel()
         moved_in_node, moved_over_rail = sum(in_node) - in_node[local], sum(over_rail) - over_rail[node]
         return self.num_staying * row_bytes, moved_in_node * row_bytes, moved_over_rail * row_bytes
 
-    def exchange_start(self, rows: Tensor, direction: Direction) -> Exchange:
+    def exchange_start(self, packed: Tensor, direction: Direction) -> Exchange:
         """See `collectives.Path`."""
-        return self._outward_start(rows) if self._is_outward(direction) else self._homeward_start(rows)
+        return self._outward_start(packed) if self._is_outward(direction) else self._homeward_start(packed)
 
     def back(self, stage: Stage) -> "Relay":
         """See `collectives.Path`."""
@@ -105,10 +109,10 @@ class Relay:
     def _is_outward(self, direction: Direction) -> bool:
         return self.outward == (direction == "forward")
 
-    def _outward_start(self, rows: Tensor) -> Exchange:
+    def _outward_start(self, packed: Tensor) -> Exchange:
         rail, node = self.rail, self.node
-        first = exchange_start(rows, rail.send_R, rail.receive_R, rail.group)
-        received = rows.new_empty((sum(node.receive_R), *rows.shape[1:]))
+        first = exchange_start(packed, rail.send_R, rail.receive_R, rail.group)
+        received = packed.new_empty((sum(node.receive_R), *packed.shape[1:]))
 
         def fan_out() -> Started:
             row_map = self.fan_out.row_map
@@ -116,17 +120,16 @@ class Relay:
 
         return _Relayed(self.mesh.outward.submit(fan_out))
 
-    def _homeward_start(self, rows: Tensor) -> Exchange:
+    def _homeward_start(self, packed: Tensor) -> Exchange:
         rail, node = self.rail, self.node
-        first = exchange_start(rows, node.receive_R, node.send_R, node.group)
-        received = rows.new_empty((sum(rail.send_R), *rows.shape[1:]))
+        first = exchange_start(packed, node.receive_R, node.send_R, node.group)
+        received = packed.new_empty((sum(rail.send_R), *packed.shape[1:]))
 
         def sum_up() -> Started:
             row_map = self.fan_out.row_map
             _keep_for_this_stream(row_map)
-            return exchange_start(
-                sum_rows(first.wait(), row_map, None), rail.receive_R, rail.send_R, rail.group, into=received, tag=_SECOND_HOP
-            )
+            partial = sum_rows(self.wire.decode(first.wait(), self.width), row_map, None)
+            return exchange_start(self.wire.encode(partial), rail.receive_R, rail.send_R, rail.group, into=received, tag=_SECOND_HOP)
 
         return _Relayed(self.mesh.homeward.submit(sum_up))
 

@@ -10,7 +10,7 @@ import pydantic
 from crossdock.errors import BadConfig, CrossdockError
 from crossdock.placement.affinity import Affinity
 from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Dispatch, Workload
+from crossdock.placement.cost import Dispatch, WireName, Workload
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Objective, Problem, Solution
 from crossdock.placement.solvers import solve
@@ -21,6 +21,7 @@ from crossdock.runtime.calibrate import Calibrated
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.migrate import RoutedLayer
 from crossdock.runtime.windows import Measured
+from crossdock.runtime.wire import wire_of
 from crossdock.strict_yaml import StrictModel
 
 
@@ -92,12 +93,11 @@ def renumbered(nodes: Sequence[int]) -> tuple[int, ...]:
 def workload_of(layer: RoutedLayer, tokens_per_rank: int, accumulate: int) -> Workload:
     """Sizes of the model at hand, taken from one of its MoE layers; times are left to calibration."""
     bank, dispatcher = layer.bank, layer.dispatcher
-    wire_dtype = getattr(dispatcher, "wire_dtype", None) or bank.inner.dtype
     return Workload(
         tokens_per_rank=tokens_per_rank,
         model_width=bank.model_width,
         expert_width=bank.expert_width,
-        wire_bytes=wire_dtype.itemsize,
+        wire=cast(WireName, wire_of(dispatcher.wire, bank.inner.dtype).name),
         expert_matrices=bank.activation.num_inputs + 1,
         dispatch=cast(Dispatch, dispatcher.name),
         micro_batches=accumulate,

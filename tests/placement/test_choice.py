@@ -26,7 +26,7 @@ from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 from crossdock.placement.traffic import evaluate_strategies, load_RE, traffic_of
 
-WORKLOAD = Workload(tokens_per_rank=512, model_width=256, expert_width=512, wire_bytes=4, expert_overhead_s=1e-4)
+WORKLOAD = Workload(tokens_per_rank=512, model_width=256, expert_width=512, wire="fp32", expert_overhead_s=1e-4)
 TIMES = LayerTimes((2e-3, 4e-3, 1e-3), exchange_s=2e-4, row_s_per_byte=1e-10)
 NOW = Strategy("deduplicated", 1)
 

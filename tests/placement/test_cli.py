@@ -175,7 +175,7 @@ def test_a_workload_comes_from_a_run_or_a_file(tmp_path: Path) -> None:
         "data: {seq_len: 64}\nprecision: {wire: bf16}\ndispatch: flat\n"
     )
     own_file.write_text("tokens_per_rank: 10\nwindow: {dispatch_forward_s: 1e-3}\n")
-    expected = Workload(128, 96, 256, wire_bytes=2, expert_matrices=2, dispatch="flat", micro_batches=2)
+    expected = Workload(128, 96, 256, wire="bf16", expert_matrices=2, dispatch="flat", micro_batches=2)
     assert load_workload(run_file) == expected
     assert load_workload(own_file).window.dispatch_forward_s == 1e-3
     own_file.write_text("tokens_per_rnak: 10\n")
@@ -193,7 +193,7 @@ def test_defaults_are_those_of_the_run_configuration(tmp_path: Path) -> None:
     assert workload.tokens_per_rank == run_config.train.batch_sequences * run_config.data.seq_len // run_config.parallel.local_ranks
     assert workload.model_width == run_config.model.model_width
     assert workload.expert_width == run_config.model.routed_width
-    assert workload.wire_bytes == {"fp32": 4, "bf16": 2, "fp64": 8}[run_config.precision.wire or run_config.precision.compute]
+    assert workload.wire == (run_config.precision.wire or run_config.precision.compute)
     assert workload.expert_matrices == {"swiglu": 3, "gelu": 2}[run_config.model.activation]
     assert workload.dispatch == run_config.dispatch
     assert workload.micro_batches == run_config.train.accumulate

@@ -24,7 +24,7 @@ FOUR = Topology.uniform(
     other_node_bytes_per_s=100.0,
     other_node_latency_s=0.01,
 )
-SMALL = Workload(tokens_per_rank=4, model_width=10, expert_width=5, wire_bytes=2, expert_matrices=2)
+SMALL = Workload(tokens_per_rank=4, model_width=10, expert_width=5, wire="bf16", expert_matrices=2)
 
 
 def test_makespan_of_the_three_regimes() -> None:
@@ -220,8 +220,8 @@ def test_malformed_workload(name: str) -> None:
 def test_values_built_in_code_are_checked_too() -> None:
     with pytest.raises(BadConfig, match=r"model_width is 2\.0; give an integer"):
         Workload(model_width=2.0)  # type: ignore[arg-type]
-    with pytest.raises(BadConfig, match="wire_bytes is 0; give a finite number of at least 1"):
-        Workload(wire_bytes=0)
+    with pytest.raises(BadConfig, match="wire is 'fp4'; choose from fp64, fp32, bf16, int8"):
+        Workload(wire="fp4")  # type: ignore[arg-type]
     with pytest.raises(BadConfig, match=r"window\.dispatch_forward_s is nan"):
         Window(dispatch_forward_s=float("nan"))
     with pytest.raises(BadConfig, match="choose from deduplicated, flat, hierarchical"):

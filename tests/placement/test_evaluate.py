@@ -18,7 +18,7 @@ from crossdock.placement.trace import NO_EXPERT, Trace
 from tests.placement.conftest import random_plan, random_trace
 
 TWO_BY_TWO = Topology.uniform(2, 2)
-WORKLOAD = Workload(tokens_per_rank=16, model_width=4, expert_width=8, wire_bytes=2)
+WORKLOAD = Workload(tokens_per_rank=16, model_width=4, expert_width=8, wire="bf16")
 FLAT = replace(WORKLOAD, dispatch="flat")
 
 
@@ -75,7 +75,7 @@ def assert_equal_to_slow(fast: Evaluation, trace: Trace, plan: Plan, topology: T
     sizes = [0.0, 0.0, 0.0]
     for (_, home, device), count in slow.copies.items():
         link_class = 0 if home == device else 1 if topology.node_of_R[home] == topology.node_of_R[device] else 2
-        sizes[link_class] += float(count * 4 * workload.model_width * workload.wire_bytes)
+        sizes[link_class] += float(count * 4 * workload.copy_bytes)
     assert fast.bytes_by_class == pytest.approx(sizes)
     visits = trace.num_tokens * trace.num_layers
     assert fast.devices_per_token == pytest.approx(float(slow.devices / visits))

@@ -112,7 +112,7 @@ def test_the_choice_against_every_set(seed: int) -> None:
     )
     devices = topology.num_devices
     workload = Workload(
-        tokens_per_rank=4096, model_width=256, expert_width=int(rng.choice([128, 512])), wire_bytes=4, window=Window(0.01, 0.0, 0.0, 0.01)
+        tokens_per_rank=4096, model_width=256, expert_width=int(rng.choice([128, 512])), wire="fp32", window=Window(0.01, 0.0, 0.0, 0.01)
     )
     plan = Plan.contiguous(1, num_experts, devices)
     load_RE = zipf_load(devices, num_experts, 4096, rng.uniform(0.0, 2.0), rng)
@@ -146,6 +146,6 @@ def test_hot_experts_are_gathered_where_that_pays() -> None:
     plan = Plan.contiguous(1, 4, 4)
     load_RE = np.tile([9000.0, 300.0, 300.0, 300.0], (4, 1))
     slow = Topology.uniform(nodes=4, devices_per_node=1, other_node_bytes_per_s=1e8)
-    small, large = (Workload(model_width=512, expert_width=width, wire_bytes=4) for width in (1024, 65_536))
+    small, large = (Workload(model_width=512, expert_width=width, wire="fp32") for width in (1024, 65_536))
     assert 0 in choose_gathered(GatherCost(load_RE, plan, 0, slow, small, 4)).experts
     assert choose_gathered(GatherCost(load_RE, plan, 0, slow, large, 4)).experts == ()

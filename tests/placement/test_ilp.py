@@ -37,7 +37,7 @@ TOPOLOGIES = {
         np.array([[0, 1e-5, 2e-5], [1e-5, 0, 2e-5], [3e-5, 2e-5, 0]]),
     ),
 }
-WORKLOAD = Workload(tokens_per_rank=256, model_width=64, expert_width=128, wire_bytes=4)
+WORKLOAD = Workload(tokens_per_rank=256, model_width=64, expert_width=128, wire="fp32")
 
 
 def all_plans(num_experts: int, slots_R: np.ndarray):
@@ -85,7 +85,7 @@ def test_equals_brute_force(topology: str, objective: Objective) -> None:
     [
         (
             Workload(
-                tokens_per_rank=256, model_width=64, expert_width=128, wire_bytes=4, window=Window(1e-5, 2e-4, 5e-5, 0.0), micro_batches=3
+                tokens_per_rank=256, model_width=64, expert_width=128, wire="fp32", window=Window(1e-5, 2e-4, 5e-5, 0.0), micro_batches=3
             ),
             Constraints(),
         ),

@@ -14,6 +14,7 @@ from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.dispatch import DISPATCHERS
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import Flight
+from crossdock.runtime.wire import wire_named
 from tests.pool import Pool, mesh_for
 
 WIDTH, HIDDEN = 5, 4
@@ -32,7 +33,7 @@ class Case:
     seed: int = 0
     chunks: int = 1
     """Dispatches in flight at once."""
-    wire_dtype: torch.dtype | None = None
+    wire: str | None = None
     dtype: torch.dtype = torch.float64
 
     @property
@@ -96,7 +97,7 @@ def run_layer(rank: int, world_size: int, name: str, case: Case) -> Outcome:
     """The layer on one rank, through dispatcher `name`."""
     mesh = mesh_for(rank, world_size, case.expert_parallel, case.node_of_rank)
     layout = ExpertLayout.from_plan(case.plan, 0, mesh)
-    dispatcher = DISPATCHERS[name](mesh, layout, case.wire_dtype)
+    dispatcher = DISPATCHERS[name](mesh, layout, wire_named(case.wire))
     first_EDF, second_EFD = (p.requires_grad_() for p in parameters(case))
     x, assignment, grad_y = inputs(case, rank)
     mesh.ledger.take()

@@ -19,11 +19,13 @@ from crossdock.runtime.collectives import Route
 from crossdock.runtime.dispatch import DISPATCHERS, Deduplicated, Flat
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import bytes_by_way
+from crossdock.runtime.wire import WIRES
 from tests.pool import Pool, mesh_for
 from tests.runtime.movement_cases import WIDTH, Case, as_slots, assert_equals_one_process, inputs, random_slots, run_layer
 
 NAMES = sorted(DISPATCHERS)
 CONTIGUOUS = {1: ((0, 1, 2, 3),), 2: ((0, 1), (2, 3)), 4: ((0,), (1,), (2,), (3,))}
+RAILS = (0, 0, 1, 1)
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 
 
@@ -147,27 +149,28 @@ def test_same_world_and_plan_give_the_same_bits(ranks: Pool, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("dtype", "wire_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+    ("dtype", "wire"),
+    [(torch.float32, "bf16"), (torch.bfloat16, None), (torch.bfloat16, "fp32"), (torch.float32, "int8"), (torch.bfloat16, "int8")],
 )
-def test_low_precision_on_the_wire_and_in_compute(ranks: Pool, name: str, dtype: torch.dtype, wire_dtype: torch.dtype | None) -> None:
-    case = Case(2, 4, CONTIGUOUS[2], routing(4, 4, 4), dtype=dtype, wire_dtype=wire_dtype)
+def test_low_precision_on_the_wire_and_in_compute(ranks: Pool, name: str, dtype: torch.dtype, wire: str | None) -> None:
+    case = Case(4, 4, CONTIGUOUS[4], routing(4, 4, 4), RAILS, dtype=dtype, wire=wire)
     got = ranks.run(4, run_layer, name, case)
-    exact = ranks.run(4, run_layer, name, Case(2, 4, CONTIGUOUS[2], case.chosen))
+    exact = ranks.run(4, run_layer, name, Case(4, 4, CONTIGUOUS[4], case.chosen, RAILS))
     for mine, wanted in zip(got, exact, strict=True):
         for field in ("y", "grad_x", "grad_weight"):
             value = getattr(mine, field)
             assert value.dtype == dtype
             torch.testing.assert_close(value.double(), getattr(wanted, field), rtol=0.05, atol=0.1)
-    if wire_dtype == torch.bfloat16:
+    if wire in ("bf16", "int8"):
         assert any(not torch.equal(mine.y.double(), wanted.y) for mine, wanted in zip(got, exact, strict=True))
 
 
-def test_wire_dtype_rounds_tokens_and_results_exactly_once() -> None:
+def test_the_wire_rounds_tokens_and_results_exactly_once() -> None:
     mesh = mesh_for(0, 1, 1)
     x = torch.randn(6, WIDTH)
     assignment = Assignment.from_topk(torch.tensor([[0], [1]] * 3), torch.ones(6, 1))
     for kind in (Flat, Deduplicated):
-        dispatcher = kind(mesh, ExpertLayout.contiguous(0, 2, mesh), torch.bfloat16)
+        dispatcher = kind(mesh, ExpertLayout.contiguous(0, 2, mesh), WIRES["bf16"])
         rows, _, handle = dispatcher.dispatch_start(x, assignment).wait()
         assert rows.dtype == torch.float32
         assert torch.equal(dispatcher.combine_start(rows / 3, handle).wait(), (x.bfloat16().float() / 3).bfloat16().float())
@@ -180,9 +183,6 @@ def test_a_single_rank_copies_nothing_over_the_wire() -> None:
     dispatcher = Deduplicated(mesh, ExpertLayout.contiguous(0, 2, mesh))
     pending = dispatcher.dispatch_start(x, assignment)
     assert pending.rows.in_flight.data_ptr() == x.data_ptr()  # type: ignore[attr-defined]
-
-
-RAILS = (0, 0, 1, 1)
 
 
 @settings(max_examples=40)

@@ -22,6 +22,7 @@ from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.gathered import GatheringBank
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import bytes_by_class, profile
+from crossdock.runtime.wire import wire_named
 from tests.pool import Pool, mesh_for
 from tests.runtime.movement_cases import HIDDEN, WIDTH, Case, Outcome, as_slots, inputs, part, random_slots
 
@@ -53,7 +54,7 @@ def run_gathered(rank: int, world_size: int, name: str, case: Case, experts: tup
     layout = base.with_gathered(experts, mesh)
     bank = filled_bank(base, case)
     gathering = GatheringBank(bank, layout, mesh)
-    dispatcher = DISPATCHERS[name](mesh, layout, case.wire_dtype)
+    dispatcher = DISPATCHERS[name](mesh, layout, wire_named(case.wire))
     x, assignment, grad_y = inputs(case, rank)
     mesh.ledger.take()
 
@@ -161,7 +162,7 @@ def test_counted_bytes_equal_predicted_bytes(ranks: Pool, name: str, copies: int
         7,
         home_T=np.repeat(np.arange(4), 20),
     )
-    workload = Workload(model_width=WIDTH, wire_bytes=4, dispatch=name)  # type: ignore[arg-type]
+    workload = Workload(model_width=WIDTH, wire="fp32", dispatch=name)  # type: ignore[arg-type]
     topology = Topology.uniform(nodes=2, devices_per_node=2)
     tokens = evaluate(trace, gathered_plan(case.plan, [experts]), topology, workload)
     assert tuple(np.sum([bytes_by_class(o.flights) for o in outcomes], axis=0)) == tokens.bytes_by_class

@@ -22,7 +22,7 @@ from tests.runtime.movement_cases import WIDTH, Case, as_slots, inputs, random_s
 NODES = (0, 0, 1, 1)
 
 
-def random_case(seed: int, num_experts: int, num_slots: int, copies: int, wire_dtype: torch.dtype | None = None) -> Case:
+def random_case(seed: int, num_experts: int, num_slots: int, copies: int, wire: str | None = None) -> Case:
     """Uneven numbers of tokens and of experts per token, some tokens without any."""
     rng = np.random.default_rng(seed)
     chosen = tuple(
@@ -30,7 +30,7 @@ def random_case(seed: int, num_experts: int, num_slots: int, copies: int, wire_d
         for _ in range(4)
     )
     slots = as_slots(random_slots(rng, num_experts, 4, num_slots, copies))
-    return Case(4, num_experts, slots, chosen, NODES, seed, wire_dtype=wire_dtype, dtype=torch.float32)
+    return Case(4, num_experts, slots, chosen, NODES, seed, wire=wire, dtype=torch.float32)
 
 
 def trace_of(case: Case) -> Trace:
@@ -43,10 +43,10 @@ def trace_of(case: Case) -> Trace:
 
 @pytest.mark.parametrize("name", sorted(DISPATCHERS))
 @pytest.mark.parametrize(("seed", "copies"), [(0, 0), (1, 0), (2, 3), (3, 5)])
-@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
-def test_counted_bytes_equal_predicted_bytes(ranks: Pool, name: str, seed: int, copies: int, wire_dtype: torch.dtype | None) -> None:
-    case = random_case(seed, num_experts=7, num_slots=3, copies=copies, wire_dtype=wire_dtype)
-    workload = Workload(model_width=WIDTH, wire_bytes=4 if wire_dtype is None else 2, dispatch=name)  # type: ignore[arg-type]
+@pytest.mark.parametrize("wire", [None, "bf16", "int8"])
+def test_counted_bytes_equal_predicted_bytes(ranks: Pool, name: str, seed: int, copies: int, wire: str | None) -> None:
+    case = random_case(seed, num_experts=7, num_slots=3, copies=copies, wire=wire)
+    workload = Workload(model_width=WIDTH, wire=wire or "fp32", dispatch=name)  # type: ignore[arg-type]
     predicted = evaluate(trace_of(case), case.plan, Topology.uniform(nodes=2, devices_per_node=2), workload)
     outcomes = ranks.run(4, run_layer, name, case)
     counted = np.sum([bytes_by_class(outcome.flights) for outcome in outcomes], axis=0)
@@ -88,7 +88,7 @@ def test_bytes_of_a_captured_step_without_backward(ranks: Pool, name: str) -> No
             choices.append([mine + [NO_EXPERT] * (3 - len(mine))])
             homes.append(home)
     trace = Trace(np.array(choices, dtype=np.uint16), 8, home_T=np.array(homes, dtype=np.int32))
-    workload = Workload(model_width=WIDTH, wire_bytes=4, dispatch=name)  # type: ignore[arg-type]
+    workload = Workload(model_width=WIDTH, wire="fp32", dispatch=name)  # type: ignore[arg-type]
     predicted = evaluate(trace, case.plan, Topology.uniform(nodes=2, devices_per_node=2), workload)
     counted = np.sum([counted for counted, _ in answers], axis=0)
     assert tuple(2 * counted) == predicted.bytes_by_class  # two of the four ways
@@ -113,7 +113,7 @@ def test_expert_groups_do_not_send_to_each_other(ranks: Pool) -> None:
         Trace(np.array([[[0, 2]], [[1, 3]], [[2, 3]]] * 2), 4, home_T=np.repeat([0, 1], 3)),
         Plan(np.array([slots]), 4),
         Topology.uniform(nodes=1, devices_per_node=2),
-        Workload(model_width=WIDTH, wire_bytes=4, dispatch="flat"),
+        Workload(model_width=WIDTH, wire="fp32", dispatch="flat"),
     )
     for first in (0, 2):
         group = np.sum([bytes_by_class(o.flights) for o in outcomes[first : first + 2]], axis=0)
