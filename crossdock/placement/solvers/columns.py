@@ -128,11 +128,11 @@ def solve_layers(problem: Problem, deadline: Deadline, *, bounds_only: bool = Fa
         answers.append(LayerAnswer(None, np.inf, bound) if bounds_only else _rounded(columns, x_C, bound, problem, number, share))
     for number in sorted(range(problem.num_layers), key=lambda number: answers[number].copies - answers[number].bound):
         answer = answers[number]
-        if bounds_only or deadline.passed or answer.copies - answer.bound < 1.0:  # copies are whole
+        if bounds_only or deadline.passed or answer.copies <= answer.bound:
             continue
         columns, dual_Y = relaxed[number] or _again(problem, number)
         reduced_C = columns.reduced(dual_Y)
-        needed_X = np.flatnonzero(reduced_C <= answer.copies - answer.bound)
+        needed_X = np.flatnonzero(reduced_C <= answer.copies - answer.bound + 1.0)
         complete = len(needed_X) <= MAX_PROGRAM
         chosen_X = needed_X if complete else _nearest(reduced_C, MAX_PROGRAM)
         answers[number] = _better(answer, _program(columns, chosen_X, answer.bound, deadline, problem, number, complete=complete))
@@ -238,7 +238,8 @@ def _relaxation(columns: Columns, problem: Problem, number: int) -> tuple[FloatA
             + (f"load cap {cap:g}" if cap is not None else "the pins")
             + " (proven); give a higher --load-cap, more slots or fewer pins"
         )
-    bound = float(dual_Y @ columns.right_side + R * min(0.0, float(reduced_C.min(initial=0.0))))
+    value = float(dual_Y @ columns.right_side + R * min(0.0, float(reduced_C.min(initial=0.0))))
+    bound = float(np.ceil(value - 1e-6))  # copies are whole
     x_C = np.zeros(len(columns.cost_C))
     x_C[known_X] = answer.x[: len(known_X)]
     return dual_Y, x_C, bound
@@ -261,7 +262,7 @@ def _rounded(columns: Columns, x_C: FloatArray, bound: float, problem: Problem, 
     held_RS.ravel()[free[: len(left)]] = left
     cost_of = lookup(columns.member_CS, columns.cost_C, E)
     rng = np.random.default_rng(number)
-    held_RS, copies = improved(held_RS, cost_of, STIRS, rng, np.ceil(bound - 1e-6), deadline)
+    held_RS, copies = improved(held_RS, cost_of, STIRS, rng, bound, deadline)
     if not np.isfinite(copies):
         return LayerAnswer(None, np.inf, bound)
     return LayerAnswer(_named(problem, number, list(held_RS)), copies, min(bound, copies))
