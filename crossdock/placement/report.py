@@ -112,7 +112,7 @@ def plan_sections(
 ) -> list[Section]:
     """The methods' table, traffic and load before and after."""
     micro_batches = NUM_DIRECTIONS * workload.copy_bytes * workload.micro_batches * workload.tokens_per_rank * topology.num_devices / MIB
-    traffic = [evaluation.copies_LRR.sum(axis=0) * (micro_batches / evaluation.num_tokens) for evaluation in (before, after)]
+    traffic = [evaluation.hops_HLRR.sum(axis=(0, 1)) * (micro_batches / evaluation.num_tokens) for evaluation in (before, after)]
     load = [evaluation.rows_LR / np.maximum(evaluation.rows_LR.mean(axis=1, keepdims=True), 1e-300) for evaluation in (before, after)]
     most_mib = max(float(matrix.max()) for matrix in traffic)
     most_load = max(0.25, *(float(np.abs(matrix - 1.0).max()) for matrix in load))
