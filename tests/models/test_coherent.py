@@ -3,17 +3,25 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
+from crossdock.placement.coherent import Context, evaluate_coherent
+from crossdock.placement.cost import Workload
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
+from crossdock.placement.trace import Trace
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.context import StepContext
 from crossdock.runtime.ledger import bytes_by_class
 from tests.models.step import Case, check_equal, make_plan, run_step
 from tests.pool import Pool, mesh_for
 
+WAYS = ("home", "coherent")
 MODELS: dict[str, dict[str, Any]] = {
     "every": {"moe_every": 1, "num_layers": 3},
     "second": {"num_layers": 4, "activation": "gelu"},
@@ -70,26 +78,47 @@ def test_listeners_at_home_hear_what_they_would_have_heard(ranks: Pool) -> None:
     assert joined == alone
 
 
-def bytes_of_rank(rank: int, world_size: int, case: Case) -> tuple[int, int, int]:
-    mesh = mesh_for(rank, world_size, world_size, case.nodes)
+def bytes_of_rank(rank: int, world_size: int, case: Case) -> tuple[tuple[int, ...], ...]:
+    """Bytes of one step by link class: of tokens, and of keys and values."""
+    mesh = mesh_for(rank, world_size, case.expert_parallel, case.nodes)
     mesh.ledger.take()
     run_step(rank, world_size, case)
     flights = mesh.ledger.take()
-    return sum(bytes_by_class(flights)), sum(bytes_by_class(flights, "keys_values")), len(flights)
+    return bytes_by_class(flights), bytes_by_class(flights, "keys_values")
+
+
+def experts_of_step(case: Case) -> NDArray[np.int64]:
+    """[T, L]: the choices of the step's tokens, from one rank that keeps them at home."""
+    heard: dict[int, list[int]] = {}
+    config = ModelConfig.model_validate(case.config.model_dump() | {"traffic": "home"})
+    model = Transformer(config, None, None, torch.float64, seed=3)
+    batch_QP = torch.randint(0, config.vocab_size, (case.sequences, case.positions + 1), generator=torch.Generator().manual_seed(11))
+    token_QP = batch_QP[:, :-1]
+    model(token_QP, StepContext(7, 0, True, token_QP.flatten(), 0, (lambda layer, a: heard.update({layer: a.expert_A.tolist()}),)))
+    return np.array([heard[layer] for layer in sorted(heard)]).T
+
+
+@pytest.mark.parametrize("plan", ["contiguous", "random", "copies"])
+@pytest.mark.parametrize("name", ["every", "second"])
+def test_counted_bytes_equal_predicted_bytes(ranks: Pool, name: str, plan: str) -> None:
+    case = case_of(name, "coherent", expert_parallel=4, plan=plan, nodes=(0, 0, 1, 1), sequences=8)
+    counted = np.sum(ranks.run(4, bytes_of_rank, case), axis=0)
+    config = case.config
+    trace = Trace(experts_of_step(case)[:, :, None].astype(np.uint16), config.num_experts, home_T=np.repeat(np.arange(4), 12))
+    placed = make_plan(plan, config, 4) or Plan.contiguous(config.num_moe_layers, config.num_experts, 4)
+    context = Context(2 * config.kv_heads * config.head_width * 8, attentions=config.stages.count("attention"))
+    workload = Workload(model_width=config.model_width, wire="fp64")
+    predicted = evaluate_coherent(trace, placed, Topology.uniform(nodes=2, devices_per_node=2), workload, context)
+    assert tuple(counted[0]) == predicted.token_bytes
+    assert tuple(counted[1]) == predicted.key_value_bytes
+    assert counted.min() > 0
 
 
 def test_one_all_to_all_a_layer(ranks: Pool) -> None:
-    home = np_sum(ranks.run(4, bytes_of_rank, case_of("every", expert_parallel=4)))
-    coherent = np_sum(ranks.run(4, bytes_of_rank, case_of("every", "coherent", expert_parallel=4)))
-    tokens, layers, width, element = 24, 3, 8, 8
-    assert home[0] == 4 * tokens * layers * width * element
-    assert coherent[0] == 2 * tokens * (layers + 1) * width * element  # one each way a layer, and the way home
-    assert coherent[1] == 2 * tokens * layers * 4 * (2 * 4) * element  # to four ranks; keys and values of one head of width 4
-    assert home[1] == 0
-
-
-def np_sum(of_ranks: list[tuple[int, int, int]]) -> tuple[int, ...]:
-    return tuple(sum(column) for column in zip(*of_ranks, strict=True))
+    home, coherent = (np.sum(ranks.run(4, bytes_of_rank, case_of("every", traffic, expert_parallel=4)), axis=(0, 2)) for traffic in WAYS)
+    row_bytes, tokens, layers = 8 * 8, 24, 3
+    assert home.tolist() == [4 * tokens * layers * row_bytes, 0]
+    assert coherent[0] == 2 * tokens * (layers + 1) * row_bytes  # one each way a layer, and the way home
 
 
 @pytest.mark.parametrize(
