@@ -103,6 +103,9 @@ def test_dgmoe(hidden_QPD: Tensor, block: str, moe_every: int) -> None:
     )
     blocks = [block for block in model.blocks if isinstance(block, MoEBlock)]
     assert (blocks[0].moe is blocks[1].moe) == (block == "dgmoe_share")
+    assert {name.split(".moe")[0] for name in model.state_dict() if ".moe" in name} == (
+        {"blocks.0"} if block == "dgmoe_share" else {"blocks.0", "blocks.1"}  # nothing is counted or saved twice
+    )
     collisions = 0
     for here in blocks:
         parts = dict(here.named_children())

@@ -1,4 +1,4 @@
-"""Blocks that route twice under every schedule: overlapped equals sequential to the last bit, and the first half really overlaps."""
+"""Blocks that route twice: the same bits under every schedule, a first half that really overlaps, and bytes that a trace foretells."""
 
 from typing import Any
 
@@ -10,7 +10,14 @@ from torch import Tensor
 from crossdock.models.blocks import MoEBlock
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
+from crossdock.placement.cost import Workload
+from crossdock.placement.evaluate import evaluate
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
+from crossdock.placement.trace import Trace
+from crossdock.runtime.capture import Capture
 from crossdock.runtime.context import StepContext
+from crossdock.runtime.ledger import bytes_by_class
 from crossdock.runtime.overlap import Overlapped, Schedule, Sequential
 from tests.pool import Pool, mesh_for
 
@@ -91,3 +98,30 @@ def test_the_previous_half_travels_beside_the_current_one(ranks: Pool, slot: int
     for moved in ranks.run(2, launches, slot):
         assert [(stage, beside) for direction, stage, beside in moved if direction == "forward"] == forward
         assert sum(beside for direction, _, beside in moved if direction == "backward") == 1
+
+
+def captured_step(rank: int, world_size: int, block: str, dispatch: str) -> tuple[tuple[int, ...], list[Trace]]:
+    """This rank's bytes of two micro-batches, forward and backward, and (on rank 0) their traces."""
+    config, mesh = config_of(block), mesh_for(rank, world_size, world_size)
+    model = Transformer(config, mesh, dispatch=dispatch)
+    capture = Capture(config.num_moe_layers, config.num_experts)
+    mesh.ledger.take()
+    for micro in range(2):
+        token_QP = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(10 * micro + rank))
+        capture.begin(token_QP.reshape(-1), torch.arange(2).repeat_interleave(8))
+        context = StepContext(1, micro, True, token_QP.reshape(-1), rank * 16, (capture.listener,))
+        model(token_QP, context).logits_QPV.square().sum().backward()
+    return bytes_by_class(mesh.ledger.take()), capture.gather(mesh)
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "deduplicated"])
+@pytest.mark.parametrize("block", ["dgmoe_pos2", "dgmoe_pos3", "dgmoe_share"])
+def test_counted_bytes_equal_those_of_the_trace(ranks: Pool, block: str, dispatch: str) -> None:
+    config, answers = config_of(block), ranks.run(2, captured_step, block, dispatch)
+    (trace,) = answers[0][1]
+    assert trace.num_tokens == 2 * 2 * 16 * config.turns_per_layer  # ranks, micro-batches, tokens, turns
+    plan = Plan.contiguous(config.num_moe_layers, config.num_experts, 2)
+    workload = Workload(model_width=16, wire="fp32", dispatch=dispatch)  # type: ignore[arg-type]
+    predicted = evaluate(trace, plan, Topology.uniform(nodes=1, devices_per_node=2), workload)
+    assert tuple(map(sum, zip(*(counted for counted, _ in answers), strict=True))) == predicted.bytes_by_class
+    assert predicted.bytes_by_class[1] > 0
