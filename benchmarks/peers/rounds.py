@@ -22,7 +22,7 @@ EXPERTS_ALONE = "experts alone"
 """Our experts on the rows that arrive, with nothing sent: no row of its own, but the bound of all rows."""
 
 TOLERANCE = {"layer fp32": 1e-5, "layer bf16": 2e-2, "model fp32": 1e-3, "model bf16": 0.3}
-"""Relative errors up to which a row counts as the same mathematics. In a bf16 model some tokens whose logits nearly tie choose otherwise."""
+"""Relative errors up to which a row counts as the same mathematics. In a bf16 model tokens whose logits nearly tie may choose otherwise."""
 
 
 @dataclass(frozen=True)
