@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from crossdock import atomic
-from crossdock.placement.choice import Choices, Strategy, explain
+from crossdock.placement.choice import Choices, LayerProblem, Strategy, explain
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.runtime import choice, collectives
@@ -56,6 +56,10 @@ class Adaptation:
         self.path, self.event, self.table = path, event, table
         self.watch = Watch(config)
         self.window: Window | None = None
+        self.problems: tuple[LayerProblem, ...] = ()
+        """What the last decision depended on; on rank 0."""
+        self.num_choices = 0
+        """Decisions since this process began."""
         self._why = ""
         self._begun_at = 0
         self._stage_times = StageTimes(model.window_stages, mesh.ledger)
@@ -129,8 +133,11 @@ class Adaptation:
         if measured is not None:
             assert ranks is not None
             workload = workload_of(self.model.moe_layers[0], self.tokens_per_rank, self.accumulate)
-            decided, _ = choice.decide(self.config, step, measured, ranks, plan, self.topology, workload, before, self.model.moe_layers)
+            layers = self.model.moe_layers
+            self.problems = choice.problems_of(self.config, measured, ranks, plan, self.topology, workload, before, layers)
+            decided = choice.decide(self.config, step, self.problems, before)
         choices = choice.agreed(decided, self.mesh)
+        self.num_choices += 1
         load_LE = self.watch.recent_LE()
         self.watch.looked(step, load_LE)
         after = [layer.strategy for layer in choices.layers]

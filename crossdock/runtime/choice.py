@@ -27,7 +27,7 @@ from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.traffic import load_RE, traffic_of
 from crossdock.runtime import collectives
-from crossdock.runtime.calibrate import Calibrated, calibrate
+from crossdock.runtime.calibrate import calibrate
 from crossdock.runtime.dispatch import DISPATCHERS
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.migrate import RoutedLayer
@@ -148,7 +148,7 @@ def strategies_of(model: Adaptable, num_positions: int) -> tuple[Strategy, ...]:
     schedules = model.schedules(num_positions)
     return tuple(
         Strategy(
-            cast(Dispatch, layer.dispatch),
+            cast(Dispatch, layer.dispatcher.name),
             schedule.expert_slot,
             schedule.forward_chunks,
             schedule.backward_chunks,
@@ -182,9 +182,8 @@ class RankTimes:
     row_s_per_byte: float
 
 
-def decide(
+def problems_of(
     config: AdaptConfig,
-    step: int,
     measured: Measured,
     ranks: Sequence[RankTimes],
     plan: Plan,
@@ -192,35 +191,39 @@ def decide(
     workload: Workload,
     now: Sequence[Strategy],
     layers: Sequence[RoutedLayer],
-) -> tuple[Choices, Calibrated]:
-    """Rank 0: price every layer's candidates on what a window measured, and choose."""
+) -> tuple[LayerProblem, ...]:
+    """Rank 0: what each layer's choice depends on, from a window that ran under the strategies `now`."""
     calibrated = calibrate(measured, plan, topology, workload, now)
     topology, workload = calibrated.topology, calibrated.workload
     element_bytes = layers[0].bank.inner.dtype.itemsize
-    trace = measured.trace
     nothing: list[tuple[int, ...]] = [()] * len(now)
-    sets_L: list[list[tuple[int, ...]]] = [[strategy.gathered] for strategy in now]
+    variants = [nothing, [strategy.gathered for strategy in now]]
     if config.gather and topology.num_devices > 1:
-        for layer in range(len(now)):
-            load = load_RE(trace, layer, topology.num_devices, workload)
-            sets_L[layer].append(choose_gathered(GatherCost(load, plan, layer, topology, workload, element_bytes)).experts)
-    variants = [nothing, [sets[0] for sets in sets_L], [sets[-1] for sets in sets_L]]
-    exchange_s = statistics.median(
-        [min(flights) for flights in zip(*(rank.count_flights_s for rank in measured.ranks), strict=False)] or [0.0]
-    )
-    chosen = []
+        costs = (
+            GatherCost(load_RE(measured.trace, layer, topology.num_devices, workload), plan, layer, topology, workload, element_bytes)
+            for layer in range(len(now))
+        )
+        variants.append([choose_gathered(cost).experts for cost in costs])
     traffics = [
-        traffic_of(trace, plan, topology, workload, dispatch, variant, element_bytes)
+        traffic_of(measured.trace, plan, topology, workload, dispatch, variant, element_bytes)
         for dispatch in dispatches_for(layers[0].dispatcher.mesh)
         for variant in variants
     ]
-    for layer, strategy in enumerate(now):
+    exchanges = zip(*(rank.count_flights_s for rank in measured.ranks), strict=False)
+    exchange_s = statistics.median([min(flights) for flights in exchanges] or [0.0])
+    row_s_per_byte = max(rank.row_s_per_byte for rank in ranks)
+    problems = []
+    for layer in range(len(now)):
         of_layer = {(found[layer].dispatch, found[layer].gathered): found[layer] for found in traffics}
-        stage_s = tuple(max(rank.stage_s[layer][number] for rank in ranks) for number in range(len(ranks[0].stage_s[layer])))
-        times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=max(rank.row_s_per_byte for rank in ranks))
-        problem = LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, workload.wire)
-        chosen.append(choose(problem, strategy, config.min_saving))
-    return Choices(step, tuple(chosen)), calibrated
+        stage_s = tuple(max(seconds) for seconds in zip(*(rank.stage_s[layer] for rank in ranks), strict=True))
+        times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=row_s_per_byte)
+        problems.append(LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, workload.wire))
+    return tuple(problems)
+
+
+def decide(config: AdaptConfig, step: int, problems: Sequence[LayerProblem], now: Sequence[Strategy]) -> Choices:
+    """Rank 0: every layer's choice."""
+    return Choices(step, tuple(choose(problem, old, config.min_saving) for problem, old in zip(problems, now, strict=True)))
 
 
 def agreed(choices: Choices | None, mesh: Mesh) -> Choices:

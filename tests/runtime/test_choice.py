@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,13 +67,12 @@ def scripted(world_size: int) -> Any:
         Strategy("hierarchical" if world_size == 4 else "flat", 3, 2, 2),
     ]
 
-    def decide(_config: Any, step: int, *arguments: Any) -> tuple[Choices, None]:
-        now = arguments[5]
+    def decide(_config: AdaptConfig, step: int, _problems: Any, now: Sequence[Strategy]) -> Choices:
         layers = []
         for layer, old in enumerate(now):
             strategy = cycle[(step // 2 + layer) % len(cycle)]
             layers.append(Choice(layer, strategy, "fp64", 1.0, 2.0, (Priced(strategy, 0.5, 0.5), Priced(old, 1.0, 1.0)), 2, "as scripted"))
-        return Choices(step, tuple(layers)), None
+        return Choices(step, tuple(layers))
 
     return decide
 
