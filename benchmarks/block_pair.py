@@ -1,6 +1,7 @@
 """A Block-MLP and a Block-MoE on a mesh, and their step with every message taken from memory: what `benchmarks.overlap` times."""
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,6 +107,23 @@ class _Kept:
         self.message.copy_(self.arrived)
 
 
+@dataclass(frozen=True)
+class Halves:
+    """When a step's forward pass began, when it turned into the backward pass, and when that ended."""
+
+    begin_s: float
+    turn_s: float
+    end_s: float
+
+    @property
+    def forward_s(self) -> float:
+        return self.turn_s - self.begin_s
+
+    @property
+    def backward_s(self) -> float:
+        return self.end_s - self.turn_s
+
+
 class Pair:
     """A block pair of `variant` with its input and the gradient of its output; the same numbers in every step.
 
@@ -132,24 +150,27 @@ class Pair:
         self.gradient_QPD = torch.randn(size, generator=generator).to(dtype)
         self.assignment: Assignment | None = None
 
-    def step(self) -> None:
+    def step(self) -> "Halves":
         """Forward and backward."""
-        self._run("live")
+        return self._run("live")
 
-    def record(self) -> None:
+    def record(self) -> "Halves":
         """The same, remembering what arrives."""
-        self._run("record")
+        return self._run("record")
 
-    def replay(self) -> None:
+    def replay(self) -> "Halves":
         """The same from memory."""
-        self._run("replay")
+        return self._run("replay")
 
-    def _run(self, mode: Literal["live", "record", "replay"]) -> None:
+    def _run(self, mode: Literal["live", "record", "replay"]) -> "Halves":
+        begin_s = time.perf_counter()
         for memory in self._memories:
             memory.begin(mode)
         self.x_QPD.grad = None
         y_QPD, _ = self.block(self.x_QPD, self._context())
+        turn_s = time.perf_counter()
         y_QPD.backward(self.gradient_QPD)
+        return Halves(begin_s, turn_s, time.perf_counter())
 
     def route(self) -> Route:
         """Who sends how many rows to whom in `step`, over the group itself and under a ledger that is off."""
@@ -159,6 +180,7 @@ class Pair:
         dispatched = self.block.moe.dispatch_start(x_TD, self.assignment).wait()
         quiet = dataclasses.replace(self.mesh, ledger=Ledger(enabled=False))
         route = dispatched.handle.route
+        assert isinstance(route, Route), "a pair's dispatcher has one hop"
         group = route.group.group if isinstance(route.group, Memory) else route.group
         return dataclasses.replace(route, mesh=quiet, group=group)
 

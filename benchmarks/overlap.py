@@ -1,6 +1,7 @@
 """Does the shortcut hide the all-to-all? Step times of four block pairs on two emulated nodes behind a slow link.
 
     python -m benchmarks.overlap [--rates 1e9,500e6,250e6] [--repeats 15] [--out FILE] [--json] [--short]      (root: it makes namespaces)
+    python -m benchmarks.overlap --sweep [--shares 0.1,0.5] [--ranks-per-node 1] [--timeline FILE.svg] [--out FILE.md]
 
 A block pair is one Block-MLP and one Block-MoE as `models.blocks` builds them; a step is its forward and backward pass on every rank.
 Dense gradient reduction, the optimizer and the output head are in neither step nor bound. Variants, two ranks on each of two nodes:
@@ -26,22 +27,20 @@ Columns, medians over paired repeats (all variants take turns in one process gro
     exposed_s           time that ranks stood in waits, by the ledger, counts and metadata included (`waits_s` in the JSON tells them
                         apart); what step_s exceeds compute_s + exposed_s by is contention
 
+`--sweep` (in `overlap_sweep.py`) holds the block and varies the link instead, from a tenth of communication to most of the step, with
+chunked schedules, forward and backward apart.
+
 The MLP's width is chosen so that communication_s is about `--share` of the shared-expert step at the middle rate on this machine, and the
 expert slot from measured stage times (`runtime.overlap.choose_expert_slot`) for each rate.
 """
 
 import argparse
 import dataclasses
-import gc
-import itertools
 import json
 import os
 import statistics
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,139 +49,20 @@ import torch
 from benchmarks.block_pair import VARIANTS, Pair, Shape
 from benchmarks.measure import Spread, paired_ratio, publish
 from benchmarks.netlab import Lab
+from benchmarks.overlap_bench import Bench, Stages, Timing
+from benchmarks.overlap_page import write_page
+from benchmarks.overlap_sweep import COLUMNS as SWEEP_COLUMNS
+from benchmarks.overlap_sweep import SHARES, sweep
+from benchmarks.timeline import Recorded, draw
+from crossdock.atomic import write_text
 from crossdock.errors import CrossdockError
-from crossdock.runtime import ledger
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier, broadcast_object
+from crossdock.runtime.collectives import barrier, broadcast_object
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
 from crossdock.runtime.overlap import Overlapped, Sequential, choose_expert_slot
 
-NODES, RANKS_PER_NODE = 2, 2
+NODES = 2
 COLUMNS = ["variant", "link_bit_per_s", "step_s", "compute_s", "communication_s", "bound_s", "step_over_bound", "hidden", "fits_s"]
 COLUMNS += ["hidden_of_fits", "exposed_s", "expert_slot", "alone_s"]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One repeat of one call on the slowest rank, and what the ledger says, mean over ranks.
-
-    windows_s: compute beside dispatch and combine, forward, then backward; None where no tokens moved.
-    """
-
-    step_s: float
-    waits_s: Mapping[str, float]
-    windows_s: tuple[float, ...] | None
-
-    @property
-    def exposed_s(self) -> float:
-        return sum(self.waits_s.values())
-
-
-def waits_s(flights: Iterable[ledger.Flight]) -> dict[str, float]:
-    """Seconds waited, by what was waited for: `dispatch forward tokens` and so on."""
-    waits: dict[str, float] = defaultdict(float)
-    for flight in flights:
-        waits[f"{flight.stage} {flight.direction} {flight.kind}"] += flight.wait_end_s - flight.wait_begin_s
-    return dict(waits)
-
-
-def windows_s(flights: Sequence[ledger.Flight]) -> tuple[float, float, float, float]:
-    """Seconds between start and wait of the four token all-to-alls."""
-    profile = ledger.profile(flights)[0]
-    return profile.dispatch_forward_s, profile.combine_forward_s, profile.dispatch_backward_s, profile.combine_backward_s
-
-
-def _slowest(of_ranks: Sequence[Timing]) -> Timing:
-    first = of_ranks[0]
-    waits = {name: statistics.mean(timing.waits_s.get(name, 0.0) for timing in of_ranks) for name in first.waits_s}
-    windows = None
-    if first.windows_s is not None:
-        windows = tuple(statistics.mean(column) for column in zip(*(timing.windows_s or () for timing in of_ranks), strict=True))
-    return Timing(max(timing.step_s for timing in of_ranks), waits, windows)
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Seconds forward of ScMoE's stages in the window and of its experts, and of the stages' backward over their forward."""
-
-    stage_s: tuple[float, ...]
-    expert_s: float
-    backward_over_forward: float
-
-
-# ---- on every rank
-
-
-class Bench:
-    """The measuring rank: builds pairs, times calls that all ranks begin together, agrees on numbers."""
-
-    def __init__(self, mesh: Mesh, lab: Lab, repeats: int) -> None:
-        self.mesh, self.lab, self.repeats = mesh, lab, repeats
-
-    def set_rate(self, rate_bit_per_s: float | None) -> None:
-        barrier(self.mesh)
-        if self.mesh.rank == 0:
-            self.lab.set_rate(rate_bit_per_s)
-        barrier(self.mesh)
-
-    def time(self, call: Callable[[], object]) -> Timing:
-        """One call, begun by all ranks together; agreed later, so that nothing but the barrier stands between calls."""
-        gc.collect()
-        barrier(self.mesh)
-        self.mesh.ledger.take()
-        begin_s = time.perf_counter()
-        call()
-        step_s = time.perf_counter() - begin_s
-        flights = self.mesh.ledger.take()
-        return Timing(step_s, waits_s(flights), windows_s(flights) if flights else None)
-
-    def agreed(self, timings: Sequence[Timing]) -> list[Timing]:
-        """For each repeat the slowest rank's seconds, and the means of the rest; equal on every rank."""
-        return [_slowest(repeat) for repeat in zip(*all_gather_objects(list(timings), self.mesh), strict=True)]
-
-    def interleaved(self, calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[Timing]]:
-        """Every call `repeats` times, taking turns, the order rotating from round to round, the same on every rank."""
-        names, samples = list(calls), {name: [] for name in calls}  # type: tuple[list[str], dict[str, list[Timing]]]
-        for round_number in range(-warmup, repeats):
-            turn = round_number % len(names)
-            for name in names[turn:] + names[:turn]:
-                timing = self.time(calls[name])
-                if round_number >= 0:
-                    samples[name].append(timing)
-        return {name: self.agreed(timings) for name, timings in samples.items()}
-
-    def communicate(self, route: Route, shape: Shape) -> Callable[[], None]:
-        """The step's token all-to-alls, one after the other, with nothing beside them."""
-        dtype = getattr(torch, shape.dtype)
-        out, back = route, route.back("combine")
-
-        def all_four() -> None:
-            for way in (out, back, out, back):
-                all_to_all_start(torch.zeros(sum(way.send_R), shape.model_width, dtype=dtype), way).wait()
-
-        return all_four
-
-    def stages(self, shape: Shape) -> Stages:
-        """ScMoE's stages, experts and backward, from replayed steps with the experts in every slot in turn."""
-        pair = Pair(shape, "scmoe_overlapped", self.mesh)
-        num_slots = len(pair.config.window) + 1
-        pair.record()
-        profiles: list[list[ledger.LayerProfile]] = [[] for _ in range(num_slots)]
-        for round_number in range(-1, max(5, self.repeats // 2)):
-            for slot in range(num_slots):
-                pair.block.schedule = Overlapped(slot)
-                barrier(self.mesh)
-                self.mesh.ledger.take()
-                pair.replay()
-                if round_number >= 0:
-                    profiles[slot].append(ledger.profile(self.mesh.ledger.take())[0])
-
-        def medians(field: str) -> list[float]:
-            here = [statistics.median(getattr(profile, field) for profile in of_slot) for of_slot in profiles]
-            return [statistics.mean(of_ranks) for of_ranks in zip(*all_gather_objects(here, self.mesh), strict=True)]
-
-        forward_s, backward_s = medians("dispatch_forward_s"), medians("dispatch_backward_s")
-        stage_s = tuple(max(0.0, later - sooner) for sooner, later in itertools.pairwise(forward_s))
-        return Stages(stage_s, statistics.median(medians("expert_forward_s")), (backward_s[-1] - backward_s[0]) / sum(stage_s))
 
 
 def fit_width(bench: Bench, shape: Shape, share: float) -> Shape:
@@ -279,9 +159,16 @@ def worker(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     initialise(rank, world_size, timeout_s=120)
-    mesh = Mesh.create(rank, world_size, world_size, tuple(other // RANKS_PER_NODE for other in range(world_size)), timeout_s=120)
+    mesh = Mesh.create(rank, world_size, world_size, tuple(other * NODES // world_size for other in range(world_size)), timeout_s=120)
     bench = Bench(mesh, Lab.attach(options.lab), options.repeats)
     shape = Shape(**json.loads(options.shape))
+    if options.sweep:
+        document = sweep(bench, shape, options.shares, with_timeline=options.timeline is not None)
+        if rank == 0:
+            print(json.dumps(document))
+        barrier(mesh)
+        shutdown()
+        return
     middle = sorted(options.rates)[len(options.rates) // 2]
     if options.share:
         bench.set_rate(middle)
@@ -308,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--share", type=float, default=0.365, help="communication in the shared-expert step at the middle rate; 0: keep the width"
     )
+    parser.add_argument("--ranks-per-node", type=int, help="default 2; with --sweep 1: a core more for each rank")
+    parser.add_argument("--sweep", action="store_true", help="vary the share of communication through the link rate")
+    parser.add_argument("--shares", type=_rates, default=SHARES, help="of the sequential shared-expert step, with --sweep")
+    parser.add_argument("--timeline", type=Path, help="with --sweep: an SVG of one step under the schedule chosen at the last share")
     parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
     parser.add_argument("--sequence", type=int, default=Shape.sequence)
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
@@ -331,23 +222,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.short:
         options.rates, options.repeats, options.share = [500e6], 7, 0.0
-        options.tokens, options.model_width, options.mlp_width = 512, 128, 256
+        options.tokens, options.model_width, options.mlp_width, options.shares = 512, 128, 256, [0.4]
     if options.repeats < 7:
         print(f"{options.repeats} repeats; a median here is over at least 7", file=sys.stderr)
         return 2
     sizes = (options.tokens, options.sequence, options.model_width, options.mlp_width, options.expert_ratio)
     shape = Shape(*sizes, options.heads, options.kv_heads, dtype=options.dtype)
+    ranks_per_node = options.ranks_per_node or (1 if options.sweep else 2)
     try:
         with Lab(NODES, options.rates[0]) as lab:
-            passed = ["--rates", ",".join(str(rate) for rate in options.rates), "--repeats", str(options.repeats)]
-            passed += ["--share", str(options.share), "--lab", lab.name, "--shape", json.dumps(dataclasses.asdict(shape))]
-            measured = json.loads(lab.ranks(["-m", "benchmarks.overlap", *passed], RANKS_PER_NODE, timeout_s=1800)[0])
+            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats), "--share", str(options.share)]
+            passed += ["--shares", ",".join(map(str, options.shares)), "--lab", lab.name, "--shape", json.dumps(dataclasses.asdict(shape))]
+            passed += ["--sweep"] * options.sweep + (["--timeline", str(options.timeline)] if options.timeline else [])
+            measured = json.loads(lab.ranks(["-m", "benchmarks.overlap", *passed], ranks_per_node, timeout_s=1800)[0])
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     rows = measured.pop("rows")
-    what = f"{NODES} nodes x {RANKS_PER_NODE} ranks, shape {measured['shape']}"
-    publish(rows, what, options.out, options.json, COLUMNS, extra=measured)
+    recorded = measured.pop("timeline", None)
+    what = f"{NODES} nodes x {ranks_per_node} ranks, shape {measured['shape']}"
+    if options.timeline and recorded:
+        title = f"{recorded['title']}, {NODES} nodes x {ranks_per_node} ranks: one step"
+        write_text(options.timeline, draw([Recorded.of_plain(rank) for rank in recorded["ranks"]], title))
+    out, page = options.out, None
+    if out is not None and out.suffix == ".md":
+        out, page = out.with_suffix(".json"), out
+    document = publish(rows, what, out, options.json, SWEEP_COLUMNS if options.sweep else COLUMNS, extra=measured)
+    if page is not None:
+        write_page(page, document, options.timeline)
     return 0
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks import netlab
 from benchmarks.block_pair import VARIANTS, Pair, Shape
-from benchmarks.overlap import Timing, next_width, row
+from benchmarks.overlap import next_width, row
+from benchmarks.overlap_bench import Timing
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.overlap import Overlapped, Sequential
 from tests.pool import Pool, mesh_for
