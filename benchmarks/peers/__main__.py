@@ -3,9 +3,9 @@
     python -m benchmarks.peers [--only NAME,...] [--hosts one|2x2|all] [--install-only] [--short] [--json] [--out FILE]
 
 Systems: crossdock, naive, deepspeed_autoep, deepspeed_moe, megatron, torchtitan, transformers; each runs in an environment of its own
-under `--environments`, made from package registries at the first use. Cases: `--kinds` layer, model; `--dtypes` fp32, bf16; `--routings`
-balanced, zipf. Hosts: `one` is 4 ranks over the loopback, `2x2` two emulated nodes with two ranks each (root: it makes namespaces), at each
-of `--rates`.
+under `--environments`, made from package registries at the first use. Cases: `--kinds` layer, model, scmoe; `--dtypes` fp32, bf16;
+`--routings` balanced, zipf. Hosts: `one` is 4 ranks over the loopback, `2x2` two emulated nodes with two ranks each (root: it makes
+namespaces), at each of `--rates`.
 
 A step is forward and backward of one MoE layer with SwiGLU experts, top-2 (or of a small model of such layers), no optimizer, no reduction
 of dense gradients. All systems get the same weights, tokens and gradients; outputs, input gradients and gradients of an expert matrix are
@@ -28,6 +28,8 @@ from benchmarks.peers.case import DTYPES, Case, Sizes, make_case
 from benchmarks.peers.crew import Hosts
 from benchmarks.peers.environments import DEFAULT_FOLDER, SYSTEMS, NotInstalled, install, versions_of
 from benchmarks.peers.rounds import EXPERTS_ALONE, Outcome, Stage
+from benchmarks.peers.scmoe import COLUMNS as SCMOE_COLUMNS
+from benchmarks.peers.scmoe import run_overlap, scmoe_rows
 from benchmarks.peers.table import COLUMNS, Place, bound_of, rows_of, verdict
 from crossdock.atomic import write_json
 from crossdock.errors import CrossdockError
@@ -41,7 +43,7 @@ SHORT_MODEL = Sizes(tokens=128, model_width=64, expert_width=96, num_layers=2, n
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """The cases asked for, made one at a time; a model routes by itself, and has one routing."""
-    for kind in options.kinds:
+    for kind in [kind for kind in options.kinds if kind != "scmoe"]:
         sizes = {"layer": SHORT_LAYER if options.short else LAYER, "model": SHORT_MODEL if options.short else MODEL}[kind]
         for dtype in options.dtypes:
             for routing in options.routings if kind == "layer" else ["learnt"]:
@@ -108,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", type=listed(list(SYSTEMS)), default=list(SYSTEMS), help="systems (default: all)")
     made.add_argument("--hosts", choices=["one", "2x2", "all"], default="all")
     made.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[1e9, 500e6, 250e6], help="bit/s")
-    made.add_argument("--kinds", type=listed(["layer", "model"]), default=["layer", "model"])
+    made.add_argument("--kinds", type=listed(["layer", "model", "scmoe"]), default=["layer", "model", "scmoe"])
     made.add_argument("--dtypes", type=listed(list(DTYPES)), default=list(DTYPES))
     made.add_argument("--routings", type=listed(["balanced", "zipf"]), default=["balanced", "zipf"])
     made.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
@@ -144,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(any(text.startswith("not installed") for text in versions.values()))
     try:
         rows = [row for some in measure(options) for row in some]
+        blocks = scmoe_rows(run_overlap(options.rates, options.short)) if "scmoe" in options.kinds and "2x2" in options.hosts else []
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -155,7 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions,
         "sizes": {kind: dataclasses.asdict(size) for kind, size in sizes.items() if kind in options.kinds},
         "rows": rows,
+        "scmoe": blocks,
     }
+    if blocks and not options.json:
+        print_table(blocks, "ScMoE beside top-2 and a shared expert of equal FLOPs: changed mathematics", SCMOE_COLUMNS)
     if options.json:
         print(json.dumps(document, indent=2, allow_nan=False))
     if options.out is not None:
