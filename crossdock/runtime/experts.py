@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.errors import BadConfig, BadData
-from crossdock.runtime.grouped_mlp import ACTIVATIONS, Recompute, grouped_mlp
+from crossdock.runtime.grouped_mlp import ACTIVATIONS, Network, Recompute, grouped_mlp
 
 if TYPE_CHECKING:
     from crossdock.runtime.layout import ExpertLayout
@@ -68,6 +68,10 @@ class ExpertBank(nn.Module):
         """
         assert count_S.shape == (self.layout.num_slots,), f"counts of shape {tuple(count_S.shape)} for {self.layout.num_slots} slots"
         return grouped_mlp(rows_MD, self.inner, self.outer, count_S, self.activation, self.kernel, self.recompute)
+
+    def network(self) -> Network:
+        """The same as tensors, for schedules that order forward and backward themselves."""
+        return Network(((self.inner, self.outer),), self.activation, self.kernel, self.recompute)
 
     def reset_parameters(self, seed: int, std: float = 0.02, output_scale: float = 1.0) -> None:
         """Normal initial values with mean 0: `std` for the inner matrices, `std * output_scale` for the outer one; zeros in empty slots.

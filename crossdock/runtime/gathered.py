@@ -16,7 +16,7 @@ from torch import Tensor
 from crossdock.placement.gather import WeightTransfer
 from crossdock.runtime.collectives import Pending, Route, all_to_all_start
 from crossdock.runtime.experts import ExpertBank
-from crossdock.runtime.grouped_mlp import grouped_mlp
+from crossdock.runtime.grouped_mlp import Network, grouped_mlp
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 
@@ -112,6 +112,11 @@ class GatheringBank:
         """Wait for this forward pass's weights, if nobody has."""
         if self._current is not None:
             self._arrived, self._current = self._current.wait(), None
+
+    def network(self) -> Network:
+        """The bank's experts and those that have arrived, as tensors."""
+        parts = ((self.bank.inner, self.bank.outer), *((part.inner, part.outer) for part in self._arrived))
+        return Network(parts, self.bank.activation, self.bank.kernel, self.bank.recompute)
 
     def __call__(self, rows_MD: Tensor, count_S: Tensor) -> Tensor:
         """Each slot's network on its rows, [M, D] -> [M, D]; `count_S` [S + G] counts own slots, then gathered ones."""

@@ -8,7 +8,8 @@ is where among the stages the experts run, the *expert slot* k (experts run befo
                   starts   |   tokens travel      |         | starts  |   tokens travel      | waited for
 
 Where tokens travel for longer than the stages take, the strand is cut into chunks of tokens (`Chunked`). All dispatches start at the
-beginning and queue on the link; from then on the experts compute one chunk while later ones arrive and earlier ones go home:
+beginning and queue on the link; from then on the experts compute one chunk while later ones arrive and earlier ones go home. Backward has
+a number of chunks of its own (`strand`):
 
     chunked       dispatch 0, 1, 2 start | stage 0 .. stage k-1 | experts 0, combine 0 starts, experts 1, .. | stage k .. | results
 
@@ -20,31 +21,18 @@ launches the gradient's all-to-all, the stages' backward follows, and the start'
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from crossdock.errors import BadConfig
-from crossdock.placement.cost import makespan
+from crossdock.placement.pipeline import BlockTimes, best_pipeline
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.chunks import cut
-from crossdock.runtime.dispatch import Pending
+from crossdock.runtime.strand import RoutedExperts, Strand, begun
 
 Stream = TypeVar("Stream")
-
-
-class RoutedExperts(Protocol):
-    """The routed strand, in three steps of which two are movements."""
-
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Any]:
-        """Send the tokens on their way to their experts."""
-
-    def compute(self, received: Any) -> Any:
-        """Run the local experts on what arrived."""
-
-    def combine_start(self, computed: Any) -> Pending[Tensor]:
-        """Send the results on their way home."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +76,6 @@ class Chunked:
 Schedule = Sequential | Overlapped | Chunked
 
 
-@dataclass(frozen=True)
-class _Arrived:
-    """A movement that has been waited for already."""
-
-    value: Any
-
-    def wait(self) -> Any:
-        return self.value
-
-
 def run(
     schedule: Schedule,
     routed: RoutedExperts,
@@ -111,19 +89,26 @@ def run(
     Raises `BadConfig` where the expert slot lies outside the stages.
     """
     check_expert_slot(schedule.expert_slot, len(stages))
-    chunks = cut(x_TD, assignment, schedule.forward_chunks)
-    travelling = [_begin(schedule, routed.dispatch_start(x, part)) for x, part in chunks]
-    for stage in stages[: schedule.expert_slot]:
-        stream = stage(stream)
-    returning = [_begin(schedule, routed.combine_start(routed.compute(pending.wait()))) for pending in travelling]
-    for stage in stages[schedule.expert_slot :]:
-        stream = stage(stream)
+    before, after = stages[: schedule.expert_slot], stages[schedule.expert_slot :]
+    if torch.is_grad_enabled() and max(schedule.forward_chunks, schedule.backward_chunks) > 1:
+        strand = Strand(routed, schedule.forward_chunks, schedule.backward_chunks, schedule.overlap)
+        token = strand.depart(x_TD, assignment)
+        stream = _through(before, stream)
+        token = strand.compute(token)
+        stream = _through(after, stream)
+        return stream, strand.result(token)
+    travelling = [begun(routed.dispatch_start(x, part), schedule.overlap) for x, part in cut(x_TD, assignment, schedule.forward_chunks)]
+    stream = _through(before, stream)
+    returning = [begun(routed.combine_start(routed.compute(pending.wait())), schedule.overlap) for pending in travelling]
+    stream = _through(after, stream)
     home = [pending.wait() for pending in returning]
     return stream, home[0] if len(home) == 1 else torch.cat(home)
 
 
-def _begin(schedule: Schedule, pending: Pending[Any]) -> Pending[Any]:
-    return pending if schedule.overlap else _Arrived(pending.wait())
+def _through(stages: Sequence[Callable[[Stream], Stream]], stream: Stream) -> Stream:
+    for stage in stages:
+        stream = stage(stream)
+    return stream
 
 
 def check_expert_slot(expert_slot: int, num_stages: int) -> None:
@@ -144,16 +129,11 @@ def choose_expert_slot(
     """The expert slot with the shortest makespan, forward plus backward; the earliest of equal ones.
 
     `stage_s` are the stages' forward seconds in order. In the backward pass computing takes `backward_over_forward` times as long and the
-    same bytes travel. ScMoE's own rule minimises a mismatch of sums; the makespan, `placement.cost.makespan`, is what a step waits for.
+    same bytes travel. ScMoE's own rule minimises a mismatch of sums; the makespan is what a step waits for
+    (`placement.pipeline`, which also chooses chunks).
     """
-
-    def seconds(slot: int) -> float:
-        before, after = sum(stage_s[:slot]), sum(stage_s[slot:])
-        return sum(
-            makespan(before * factor, dispatch_s, expert_s * factor, after * factor, combine_s) for factor in (1.0, backward_over_forward)
-        )
-
-    return min(range(len(stage_s) + 1), key=lambda slot: (seconds(slot), slot))
+    times = BlockTimes(tuple(stage_s), dispatch_s, expert_s, combine_s, backward_over_forward=backward_over_forward)
+    return best_pipeline(times, (1,), (1,)).expert_slot
 
 
 def balanced_expert_slot(stage_flop: Sequence[float]) -> int:

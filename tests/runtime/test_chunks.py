@@ -1,7 +1,8 @@
 """Chunked schedules: any number of chunks over any tokens equals the reference, moves the same bytes, and overlaps forward and backward."""
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.chunks import chunk_bounds, cut
 from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
 from crossdock.runtime.experts import ExpertBank
+from crossdock.runtime.grouped_mlp import Network
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import Flight, bytes_by_way
 from crossdock.runtime.overlap import Chunked, Overlapped, Schedule, Sequential, run
@@ -39,6 +41,9 @@ class Strand:
     def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
         return self.bank(received.rows_MD, received.count_S), received.handle
 
+    def network(self) -> Network:
+        return self.bank.network()
+
     def combine_start(self, computed: tuple[Tensor, Handle]) -> Pending[Tensor]:
         return self.dispatcher.combine_start(*computed)
 
@@ -60,10 +65,17 @@ def inputs(rank: int, num_tokens: int, uniform: bool) -> tuple[Tensor, Assignmen
 
 
 def step(
-    rank: int, world_size: int, dispatch: str, schedule: Schedule, tokens: tuple[int, ...], uniform: bool, options: dict[str, Any]
+    rank: int,
+    world_size: int,
+    dispatch: str,
+    schedule: Schedule,
+    tokens: tuple[int, ...],
+    uniform: bool,
+    options: dict[str, Any],
+    nodes: tuple[int, ...] = (0, 1),
 ) -> tuple[dict[str, Tensor], tuple[Flight, ...]]:
     """Forward and backward of one layer with two stages in its window: outputs and gradients by name, and the flights."""
-    mesh = mesh_for(rank, world_size, world_size, tuple(range(world_size)))
+    mesh = mesh_for(rank, world_size, world_size, nodes)
     layout = ExpertLayout.contiguous(0, EXPERTS, mesh)
     bank = ExpertBank(layout, WIDTH, HIDDEN, dtype=torch.float64, **options)
     bank.reset_parameters(seed=1, std=0.5)
@@ -100,40 +112,97 @@ def _one_expert(bank: ExpertBank, expert: int, row_D: Tensor) -> Tensor:
 
 
 CASES = [
-    ((13, 16), 4, True),  # not divisible
-    ((13, 7), 3, False),  # any number of experts, none included
-    ((2, 9), 4, True),  # fewer tokens than chunks
-    ((0, 5), 2, False),  # a rank without tokens
-    ((0, 0), 3, True),
+    ((13, 16), 4, 4, True),  # not divisible
+    ((13, 7), 3, 3, False),  # any number of experts, none included
+    ((2, 9), 4, 4, True),  # fewer tokens than chunks
+    ((0, 5), 2, 2, False),  # a rank without tokens
+    ((0, 0), 3, 3, True),
+    ((13, 7), 1, 4, False),  # other degrees backward: finer
+    ((13, 7), 4, 1, False),  # coarser
+    ((13, 16), 2, 4, True),
+    ((13, 0), 3, 2, False),  # neither divides the other
+    ((3, 16), 4, 6, True),
 ]
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHERS)
-@pytest.mark.parametrize(("tokens", "chunks", "uniform"), CASES, ids=str)
-def test_chunks_equal_the_reference(ranks: Pool, dispatch: str, tokens: tuple[int, ...], chunks: int, uniform: bool) -> None:
-    overlapped = ranks.run(2, step, dispatch, Chunked(1, chunks, chunks), tokens, uniform, {})
-    sequential = ranks.run(2, step, dispatch, Chunked(1, chunks, chunks, overlap=False), tokens, uniform, {})
-    in_one_piece = ranks.run(2, step, dispatch, Overlapped(1), tokens, uniform, {})
+def check(ranks: Pool, dispatch: str, tokens: tuple[int, ...], schedule: Chunked, uniform: bool, nodes: tuple[int, ...]) -> None:
+    """Equal to the same chunks waited for at once, to the last bit; to one piece and to the reference, as near as float64 comes."""
+
+    def found(schedule: Schedule) -> list[dict[str, Tensor]]:
+        return [named for named, _ in ranks.run(len(tokens), step, dispatch, schedule, tokens, uniform, {}, nodes)]
+
+    overlapped, sequential, in_one_piece = found(schedule), found(replace(schedule, overlap=False)), found(Overlapped(1))
     expected = by_reference(tokens, uniform)
     close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
-    for rank, ((found, _), (waiting, _), (whole, _)) in enumerate(zip(overlapped, sequential, in_one_piece, strict=True)):
+    for rank, (mine, waiting, whole) in enumerate(zip(overlapped, sequential, in_one_piece, strict=True)):
         for name in NAMES:
-            assert torch.equal(found[name], waiting[name]), f"{name} of rank {rank} depends on when one waits"
-            close(found[name], whole[name])
+            assert torch.equal(mine[name], waiting[name]), f"{name} of rank {rank} depends on when one waits"
+            close(mine[name], whole[name])
         y_TD, grad_x_TD, grad_weight_A = expected[rank]
-        close(found["y"], y_TD)
-        close(found["grad_weight"], grad_weight_A)
+        close(mine["y"], y_TD)
+        close(mine["grad_weight"], grad_weight_A)
         _, _, gradient_TD = inputs(rank, tokens[rank], uniform)
-        close(found["grad_x"], grad_x_TD + 1.5 * gradient_TD)  # the stream's share beside the strand's
+        close(mine["grad_x"], grad_x_TD + 1.5 * gradient_TD)  # the stream's share beside the strand's
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "deduplicated"])
+@pytest.mark.parametrize(("tokens", "forward", "backward", "uniform"), CASES, ids=str)
+def test_chunks_equal_the_reference(
+    ranks: Pool, dispatch: str, tokens: tuple[int, ...], forward: int, backward: int, uniform: bool
+) -> None:
+    check(ranks, dispatch, tokens, Chunked(1, forward, backward), uniform, (0, 1))
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHERS)
+@pytest.mark.parametrize(("forward", "backward"), [(3, 3), (2, 4), (3, 1)])
+def test_chunks_over_two_nodes(ranks: Pool, dispatch: str, forward: int, backward: int) -> None:
+    check(ranks, dispatch, (13, 0, 6, 2), Chunked(2, forward, backward), False, (0, 0, 1, 1))
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(3, 3), (1, 4), (4, 2)])
+def test_chunks_on_one_rank(ranks: Pool, forward: int, backward: int) -> None:
+    check(ranks, "deduplicated", (11,), Chunked(0, forward, backward), False, (0,))
+
+
+def without_gradients(rank: int, world_size: int, schedule: Schedule, frozen: str) -> tuple[Tensor, list[bool]]:
+    """y where nothing, or not everything, is differentiated; and which leaves got a gradient."""
+    mesh = mesh_for(rank, world_size, world_size, tuple(range(world_size)))
+    bank = ExpertBank(ExpertLayout.contiguous(0, EXPERTS, mesh), WIDTH, HIDDEN, dtype=torch.float64)
+    bank.reset_parameters(seed=1, std=0.5)
+    x_TD, assignment, gradient_TD = inputs(rank, 9, True)
+    strand = Strand(DISPATCHERS["deduplicated"](mesh, bank.layout, None), bank)
+    if frozen == "experts":
+        bank.requires_grad_(False)
+    elif frozen == "inputs":
+        x_TD.requires_grad_(False)
+        assignment.weight_A.requires_grad_(False)
+    with torch.set_grad_enabled(frozen != "all"):
+        _, y_TD = run(schedule, strand, x_TD, assignment, [], None)
+    assert y_TD.requires_grad == (frozen != "all")
+    if y_TD.requires_grad:
+        y_TD.backward(gradient_TD)
+    return y_TD.detach(), [leaf.grad is not None for leaf in (x_TD, assignment.weight_A, bank.inner, bank.outer)]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "reached"),
+    [("all", [False] * 4), ("experts", [True, True, False, False]), ("inputs", [False, False, True, True]), ("none", [True] * 4)],
+)
+def test_only_what_is_trained_gets_a_gradient(ranks: Pool, frozen: str, reached: list[bool]) -> None:
+    whole = ranks.run(2, without_gradients, Overlapped(0), frozen)
+    for (y_TD, mine), (expected, _) in zip(ranks.run(2, without_gradients, Chunked(0, 2, 4), frozen), whole, strict=True):
+        torch.testing.assert_close(y_TD, expected)
+        assert mine == reached
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHERS)
 def test_chunks_carry_the_same_bytes(ranks: Pool, dispatch: str) -> None:
     whole = ranks.run(2, step, dispatch, Sequential(0), (13, 6), False, {})
-    chunked = ranks.run(2, step, dispatch, Chunked(2, 3, 3), (13, 6), False, {})
-    for (_, before), (_, after) in zip(whole, chunked, strict=True):
-        assert bytes_by_way(after) == bytes_by_way(before)
-        assert sum(flight.kind == "tokens" for flight in after) == 3 * sum(flight.kind == "tokens" for flight in before)
+    for degrees in ((3, 3), (3, 1), (2, 3)):
+        chunked = ranks.run(2, step, dispatch, Chunked(2, *degrees), (13, 6), False, {})
+        for (_, before), (_, after) in zip(whole, chunked, strict=True):
+            assert bytes_by_way(after) == bytes_by_way(before)
+            assert sum(f.kind == "tokens" for f in after) == math.lcm(*degrees) * sum(f.kind == "tokens" for f in before)
 
 
 @pytest.mark.parametrize("recompute", ["activation", "all"])
@@ -147,19 +216,30 @@ def test_recomputing_experts_moves_nothing_again(ranks: Pool, recompute: str, ch
         assert messages[0] == messages[1]
 
 
-def in_flight_during_experts(flights: tuple[Flight, ...], direction: str) -> list[set[tuple[str, int]]]:
-    """For each chunk, in the order in which they were computed: the token movements (stage, chunk) under way while its experts ran.
+def in_flight_during_experts(flights: tuple[Flight, ...], direction: str) -> list[tuple[set[int], set[tuple[str, int]]]]:
+    """For each call of the experts in order: its pieces, and the other pieces' token movements (stage, piece) under way while it ran.
 
-    Forward, a chunk is computed between the end of its dispatch's wait and its combine's launch; backward, the other way round.
+    Forward, a piece is computed between the end of its dispatch's wait and its combine's launch; backward, the other way round. Pieces of
+    one chunk are waited for together before any of them leaves.
     """
     first, second = ("dispatch", "combine") if direction == "forward" else ("combine", "dispatch")
     mine = [flight for flight in flights if flight.kind == "tokens" and flight.direction == direction]
-    chunk_of = {movement: chunk for chunk, movement in enumerate(sorted({flight.movement for flight in mine}))}
-    arrived = {chunk_of[f.movement]: f.wait_end_s for f in mine if f.stage == first}
-    left = {chunk_of[f.movement]: f.launched_s for f in mine if f.stage == second}
+    piece_of = {movement: piece for piece, movement in enumerate(sorted({flight.movement for flight in mine}))}
+    moments = [(f.wait_end_s, True, piece_of[f.movement]) for f in mine if f.stage == first]
+    moments += [(f.launched_s, False, piece_of[f.movement]) for f in mine if f.stage == second]
+    calls: list[tuple[set[int], float, float]] = []
+    arrived: set[int] = set()
+    came_s = 0.0
+    for at_s, is_arrival, piece in sorted(moments):
+        if is_arrival:
+            arrived.add(piece)
+            came_s = at_s
+        elif arrived:
+            calls.append((arrived, came_s, at_s))
+            arrived = set()
     return [
-        {(f.stage, chunk_of[f.movement]) for f in mine if f.launched_s <= arrived[chunk] and f.wait_begin_s >= left[chunk]}
-        for chunk in sorted(arrived, key=arrived.__getitem__)
+        (pieces, {(f.stage, piece_of[f.movement]) for f in mine if f.launched_s < begin_s and f.wait_begin_s > end_s})
+        for pieces, begin_s, end_s in calls
     ]
 
 
@@ -167,17 +247,31 @@ def in_flight_during_experts(flights: tuple[Flight, ...], direction: str) -> lis
 def test_other_chunks_travel_while_one_is_computed(ranks: Pool, dispatch: str) -> None:
     for _, flights in ranks.run(2, step, dispatch, Chunked(1, 3, 3), (24, 24), True, {}):
         assert in_flight_during_experts(flights, "forward") == [
-            {("dispatch", 1), ("dispatch", 2)},
-            {("dispatch", 2), ("combine", 0)},
-            {("combine", 0), ("combine", 1)},
+            ({0}, {("dispatch", 1), ("dispatch", 2)}),
+            ({1}, {("dispatch", 2), ("combine", 0)}),
+            ({2}, {("combine", 0), ("combine", 1)}),
         ]
         assert in_flight_during_experts(flights, "backward") == [  # the last chunk comes first
-            {("combine", 1), ("combine", 0)},
-            {("combine", 0), ("dispatch", 2)},
-            {("dispatch", 2), ("dispatch", 1)},
+            ({2}, {("combine", 1), ("combine", 0)}),
+            ({1}, {("combine", 0), ("dispatch", 2)}),
+            ({0}, {("dispatch", 2), ("dispatch", 1)}),
         ]
     for _, flights in ranks.run(2, step, dispatch, Chunked(1, 3, 3, overlap=False), (24, 24), True, {}):
-        assert in_flight_during_experts(flights, "forward") == [set(), set(), set()]
+        assert in_flight_during_experts(flights, "forward") == [({0, 1, 2}, set())]
+        assert in_flight_during_experts(flights, "backward") == [({0, 1, 2}, set())]
+
+
+def test_each_direction_has_its_own_chunks(ranks: Pool) -> None:
+    for _, flights in ranks.run(2, step, "flat", Chunked(1, 2, 4), (24, 24), True, {}):
+        assert in_flight_during_experts(flights, "forward") == [
+            ({0, 1}, {("dispatch", 2), ("dispatch", 3)}),
+            ({2, 3}, {("combine", 0), ("combine", 1)}),
+        ]
+        assert [pieces for pieces, _ in in_flight_during_experts(flights, "backward")] == [{3}, {2}, {1}, {0}]
+        assert in_flight_during_experts(flights, "backward")[2][1] == {("combine", 0), ("dispatch", 2), ("dispatch", 3)}
+    for _, flights in ranks.run(2, step, "flat", Chunked(1, 4, 1), (24, 24), True, {}):
+        assert [pieces for pieces, _ in in_flight_during_experts(flights, "forward")] == [{0}, {1}, {2}, {3}]
+        assert in_flight_during_experts(flights, "backward") == [({0, 1, 2, 3}, set())]
 
 
 @given(st.integers(0, 50), st.integers(1, 12))
