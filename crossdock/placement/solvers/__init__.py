@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, balance, columns, contiguous, ilp, random, sweep
+from crossdock.placement.solvers import anneal, balance, columns, contiguous, dp, ilp, random, sweep
 
 Solver = Callable[[Problem, float, int], Solution]
 
@@ -12,6 +12,7 @@ SOLVERS: dict[str, Solver] = {
     "contiguous": contiguous.solve,
     "random": random.solve,
     "balance": balance.solve,
+    "dp": dp.solve,
     "sweep": sweep.solve,
     "anneal": anneal.solve,
     "columns": columns.solve,

@@ -14,11 +14,20 @@ OPTIMAL_GAP = 1e-9  # relative; below it cost and bound are equal but for roundi
 
 
 def solution_of(
-    problem: Problem, device_LE: IntArray, *, method: str, seed: int, seconds: float, stopped_by: str, bound: float | None = None
+    problem: Problem,
+    device_LE: IntArray,
+    *,
+    method: str,
+    seed: int,
+    seconds: float,
+    stopped_by: str,
+    bound: float | None = None,
+    proven: bool = False,
 ) -> Solution:
-    """Wrap an assignment. `bound` is a bound that the method proved; the cheap one of `bounds.py` stands in where it is higher."""
+    """Wrap an assignment. `bound` is a bound that the method has; the cheap one of `bounds.py` stands in where it is higher, and the cost
+    itself where the method has `proven` the plan to be the best there is."""
     cost = cost_of(problem, device_LE)
-    proven = min(max(lower_bound(problem), bound if bound is not None else -np.inf), cost)
+    best_bound = cost if proven else min(max(lower_bound(problem), bound if bound is not None else -np.inf), cost)
     plan = Plan.from_devices(
         device_LE,
         problem.num_devices,
@@ -30,10 +39,10 @@ def solution_of(
         topology_hash=problem.topology.digest,
         trace_hash=problem.affinity.trace_digest,
         cost=cost,
-        bound=proven,
+        bound=best_bound,
     )
-    optimal = cost - proven <= OPTIMAL_GAP * abs(cost)
-    return Solution(plan, cost, proven, seconds, "optimal" if optimal else stopped_by)
+    optimal = cost - best_bound <= OPTIMAL_GAP * abs(cost)
+    return Solution(plan, cost, best_bound, seconds, "optimal" if optimal else stopped_by)
 
 
 def cost_of(problem: Problem, device_LE: IntArray) -> float:
