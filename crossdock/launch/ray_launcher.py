@@ -27,6 +27,7 @@ from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
 
 _PEERS_S = 5.0  # what the other ranks get to report a death
 _POLL_S = 0.25
+_DEATH_S = 60.0  # Ray goes on listing a dead node for some health checks
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,7 @@ class _Supervisor:
         for node in incarnation.nodes:
             on_node = [{"ray.io/node-id": node.node_id}] * shape.ranks_per_node
             incarnation.groups.append(placement_group(bundles, strategy="STRICT_PACK", bundle_label_selector=on_node))
-        _, waiting = ray.wait([group.ready() for group in incarnation.groups], num_returns=shape.nodes, timeout=self.policy.wait_s)
-        if waiting:
-            message = (
-                f"{len(waiting)} of {shape.nodes} nodes are gone or busy: {shape.ranks_per_node} ranks found no room there within "
-                f"{self.policy.wait_s:g} s; see `ray status`, or wait longer (--wait-s)"
-            )
-            # Ray goes on listing a dead node for some seconds, so that after a loss this is one more loss
-            raise PeerLost(message) if incarnation.number > 1 else Unavailable(message)
+        self._wait_for_room(incarnation)
         threads = {"OMP_NUM_THREADS": str(shape.cores_per_rank), "OMP_WAIT_POLICY": "PASSIVE"}
         for rank in range(shape.world_size):
             node_number, bundle = divmod(rank, shape.ranks_per_node)
@@ -186,6 +180,23 @@ class _Supervisor:
             node_number, local_rank = divmod(rank, shape.ranks_per_node)
             env = WorkerEnv(rank, shape.world_size, local_rank, shape.ranks_per_node, node_number, meeting, "ray")
             incarnation.results.append(actor.run.remote(resolved(config), {"resume": resume}, env))
+
+    def _wait_for_room(self, incarnation: Incarnation) -> None:
+        """Until every group has its node. Raises `Unavailable` where nodes are busy, `PeerLost` where one of them is gone."""
+        waiting = [group.ready() for group in incarnation.groups]
+        deadline_s = time.monotonic() + max(self.policy.wait_s, _DEATH_S if incarnation.number > 1 else 0.0)
+        while waiting:
+            _, waiting = self.ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
+            alive = {node.node_id for node in _nodes(self.ray)}
+            gone = [node.address for node in incarnation.nodes if node.node_id not in alive]
+            if gone:
+                raise PeerLost(f"{', '.join(gone)} was lost before its ranks could start")
+            if waiting and time.monotonic() > deadline_s:
+                ranks = incarnation.shape.ranks_per_node
+                raise Unavailable(
+                    f"{len(waiting)} of {len(incarnation.nodes)} nodes are busy: {ranks} ranks found no room there "
+                    f"within {self.policy.wait_s:g} s; see `ray status`, or wait longer (--wait-s)"
+                )
 
     def _check_places(self, incarnation: Incarnation, places: Sequence[Mapping[str, Any]]) -> None:
         """Every actor runs on the node that its rank was given, and the topology agrees. Raises `BadConfig`."""

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from crossdock import strict_yaml
+from crossdock.errors import Preempted
 from crossdock.launch.worker_env import WorkerEnv
 
 BEAT_S = 0.5
@@ -76,6 +77,7 @@ class Rank:
         from crossdock.launch.request import Request
         from crossdock.launch.worker import explain, run_job
 
+        signal.signal(signal.SIGTERM, _stopped_early)  # until training puts its own in place; Ray's would end the process
         try:
             run_config = strict_yaml.validated(RunConfig, strict_yaml.Document(config, "the driver's configuration", {}))
             result = run_job(Request("train", run_config, arguments), env, self.store)
@@ -95,3 +97,7 @@ class Rank:
                 asked = True
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(BEAT_S)
+
+
+def _stopped_early(number: int, frame: Any) -> None:
+    raise Preempted("asked to stop before there was anything to save; start it again")
