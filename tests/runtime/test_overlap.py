@@ -43,7 +43,8 @@ def all_schedules(rank: int, world_size: int, block: str, dtype: torch.dtype, di
     token_QP = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(rank))
     context = StepContext(1, 2, True, token_QP.reshape(-1), rank * token_QP.numel())
     results: dict[str, list[Tensor]] = {}
-    for kind, slot in itertools.product((Sequential, Overlapped), range(len(config.window) + 1)):
+    kinds: tuple[type[Sequential] | type[Overlapped], ...] = (Sequential, Overlapped)
+    for kind, slot in itertools.product(kinds, range(len(config.window) + 1)):
         model = Transformer(config, mesh, dtype=dtype, dispatch=dispatch)
         model.set_schedules([kind(slot)] * config.num_moe_layers)
         output = model(token_QP, context)
@@ -145,6 +146,29 @@ def test_sequential_waits_at_once(ranks: Pool) -> None:
             "backward attention",
             *_moved("backward dispatch"),
         ]
+
+
+def configured(rank: int, world_size: int, changes: dict[str, Any]) -> list[Tensor]:
+    """Logits and all gradients of one step of a whole model in float64, the sums of experts' gradients over the ranks left out."""
+    config = ModelConfig.model_validate(config_of("pos2").model_dump() | changes)
+    mesh = mesh_for(rank, world_size, world_size)
+    token_QP = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(rank))
+    model = Transformer(config, mesh, dtype=torch.float64)
+    output = model(token_QP, StepContext(1, 2, True, token_QP.reshape(-1), rank * token_QP.numel()))
+    F.cross_entropy(output.logits_QPV.flatten(0, 1), token_QP.flatten()).backward()
+    mesh.ledger.take()
+    return [output.logits_QPV.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("gathered", [[], [0, 5]])
+def test_configured_chunks_and_recomputation_leave_the_step_as_it_is(ranks: Pool, gathered: list[int]) -> None:
+    whole = ranks.run(2, configured, {"gathered_experts": gathered})
+    for forward, backward in ((2, 2), (3, 2), (1, 4)):
+        changes = {"schedule": {"forward_chunks": forward, "backward_chunks": backward}, "expert_recompute": "all"}
+        for found, expected in zip(ranks.run(2, configured, changes | {"gathered_experts": gathered}), whole, strict=True):
+            assert len(found) == len(expected)
+            for mine, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
 
 
 seconds = st.floats(0, 10)
