@@ -90,29 +90,42 @@ class _Supervisor:
         self.ray, self.config, self.shape, self.policy = ray, config, shape, policy
         self.monitor = ray.remote(Monitor).options(num_cpus=0).remote()
         self.stopping = False
+        self.started = False
 
     def run(self) -> Result:
         """Start incarnations until the run has ended, for good or bad."""
         number, fruitless, reached = 0, 0, _newest_checkpoint(self.config)
+        failing_since_s = float("inf")
         with self._stopped_by_sigterm(), told_to_ray(run_directory(self.config)):
             while True:
                 number += 1
-                outcome = self._incarnation(number)
-                if isinstance(outcome, Result):
-                    return outcome
-                checkpoint = _newest_checkpoint(self.config)
-                fruitless = 0 if checkpoint > reached else fruitless + 1
-                reached = max(reached, checkpoint)
-                if outcome.exit_code != PeerLost.exit_code or fruitless > self.policy.restarts or self.stopping:
-                    return self._failed(outcome)
-                _say(f"{outcome.message}; starting again from {f'step {reached}' if reached else 'the beginning'}")
+                ending = self._incarnation(number)
+                if isinstance(ending, Result):
+                    return ending
+                if self.stopping or ending.exit_code != PeerLost.exit_code:
+                    return self._failed(ending)
+                now_s = time.monotonic()
+                if self.started:
+                    checkpoint = _newest_checkpoint(self.config)
+                    fruitless = 0 if checkpoint > reached else fruitless + 1
+                    reached, failing_since_s = max(reached, checkpoint), float("inf")
+                    if fruitless > self.policy.restarts:
+                        return self._failed(ending)
+                else:  # on nodes that Ray does not know yet to be dead: no fault of the run's
+                    failing_since_s = min(failing_since_s, now_s)
+                    if now_s - failing_since_s > _DEATH_S:
+                        return self._failed(ending)
+                    time.sleep(1.0)
+                _say(f"{ending.message}; starting again from {f'step {reached}' if reached else 'the beginning'}")
 
     def _incarnation(self, number: int) -> Result | Outcome:
         """One start of all ranks: the run's result, or what ended it."""
         config, shape, nodes = self._layout(number)
         incarnation = Incarnation(number, config, shape, tuple(nodes))
+        self.started = False
         try:
             self._start(incarnation)
+            self.started = True
             return self._watch(incarnation)
         except self.ray.exceptions.RayError as failure:
             first_line = (str(failure).splitlines() or ["no reason given"])[0]
