@@ -50,12 +50,12 @@ from benchmarks.block_pair import VARIANTS, Pair, Shape
 from benchmarks.measure import Spread, paired_ratio, publish
 from benchmarks.netlab import Lab
 from benchmarks.overlap_bench import Bench, Stages, Timing
-from benchmarks.overlap_page import write_page
+from benchmarks.overlap_page import merged, write_page
 from benchmarks.overlap_sweep import COLUMNS as SWEEP_COLUMNS
 from benchmarks.overlap_sweep import SHARES, sweep
 from benchmarks.timeline import Recorded, draw
-from crossdock.atomic import write_text
-from crossdock.errors import CrossdockError
+from crossdock.atomic import write_json, write_text
+from crossdock.errors import CrossdockError, UsageError
 from crossdock.runtime.collectives import barrier, broadcast_object
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
 from crossdock.runtime.overlap import Overlapped, Sequential, choose_expert_slot
@@ -199,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", action="store_true", help="vary the share of communication through the link rate")
     parser.add_argument("--shares", type=_rates, default=SHARES, help="of the sequential shared-expert step, with --sweep")
     parser.add_argument("--timeline", type=Path, help="with --sweep: an SVG of one step under the schedule chosen at the last share")
+    parser.add_argument("--merge", type=Path, nargs="+", help="with --sweep: no measurement, one page of these files (--out FILE.md)")
     parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
     parser.add_argument("--sequence", type=int, default=Shape.sequence)
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
@@ -228,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     sizes = (options.tokens, options.sequence, options.model_width, options.mlp_width, options.expert_ratio)
     shape = Shape(*sizes, options.heads, options.kv_heads, dtype=options.dtype)
+    if options.merge:
+        return _merge(options.merge, options.out, options.timeline)
     ranks_per_node = options.ranks_per_node or (1 if options.sweep else 2)
     try:
         with Lab(NODES, options.rates[0]) as lab:
@@ -250,6 +253,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document = publish(rows, what, out, options.json, SWEEP_COLUMNS if options.sweep else COLUMNS, extra=measured)
     if page is not None:
         write_page(page, document, options.timeline)
+    return 0
+
+
+def _merge(parts: Sequence[Path], out: Path | None, timeline: Path | None) -> int:
+    try:
+        if out is None:
+            raise UsageError("--merge writes a page; say where with --out FILE.md")
+        document = merged(parts)
+    except CrossdockError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    write_json(out.with_suffix(".json"), document)
+    write_page(out, document, timeline)
     return 0
 
 

@@ -1,16 +1,34 @@
 """The results page of `benchmarks.overlap --sweep`, in Markdown."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import markdown_table
 from crossdock.atomic import write_text
+from crossdock.errors import BadData, MissingInput
 
 TIMES = ["share", "variant", "schedule", "link_bit_per_s", "step_s", "step_s_low", "step_s_high", "compute_s", "communication_s"]
 TIMES += ["over_sequential", "over_shared"]
 BOUNDS = ["share", "schedule", "step_over_bound", "step_over_direction_bound", "hidden_forward", "fits_forward", "hidden_backward"]
 BOUNDS += ["fits_backward", "hidden_of_fits", "exposed_s"]
+
+
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """One document of several that `--sweep --out` wrote for different shares. Raises `MissingInput`, and `BadData` where blocks differ."""
+    documents = []
+    for path in paths:
+        try:
+            documents.append(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise MissingInput(f"{path} does not exist; `--sweep --out` writes it") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BadData(f"{path} is not what `--sweep --out` wrote: {error}") from None
+    if len({(document["what"], document["commit"]) for document in documents}) != 1:
+        raise BadData(f"{len(paths)} files of different blocks or commits; merge what one program measured in parts")
+    rows = sorted((row for document in documents for row in document["rows"]), key=lambda row: row["share_asked"])
+    return {**documents[0], "rows": rows}
 
 
 def write_page(path: Path, document: Mapping[str, Any], timeline: Path | None) -> None:

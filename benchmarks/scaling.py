@@ -3,13 +3,13 @@
     sudo python -m benchmarks.scaling measure [--topologies 2x2,4x4] [--rates 1e8,4e8] [--repeats 7] [--short] --out RAW.json
     python -m benchmarks.scaling report RAW.json [RAW.json ...] [--out docs/benchmarks/DATE-scaling.md] [--json]
 
-`measure` times one layer, forward and backward, under every dispatcher: routing is drawn evenly, rows are wide and experts are tiny, so
-that the links dominate and four cores can stand for sixteen ranks. `report` fits the few costs of `simulate_layer.Cluster` that are not
-known beforehand (how much of its rate a link gives, and the processor's time for each phase, message and byte, which all ranks take from
-the machine's cores) to the measured points, states the model's error on each point when fitted without it, and then runs the same model
-with the figures of a GPU cluster.
+`measure` times one layer, forward and backward, under every dispatcher and with all weights gathered: routing is drawn evenly, rows are
+wide and experts are tiny, so that the links dominate and four cores can stand for sixteen ranks. `report` fits the few costs of
+`simulate_layer.Cluster` that are not known beforehand (what a link gives of its rate, and the processor's time for each phase, message and
+byte, which all ranks take from the machine's cores) to the measured points, states the model's error on each point when fitted without it,
+and then runs the same model with the figures of a GPU cluster.
 
-A step is the slowest rank's; medians over repeats in which the dispatchers take turns.
+A step is the slowest rank's; medians over repeats in which the strategies take turns.
 """
 
 import argparse
@@ -39,6 +39,8 @@ from crossdock.runtime.mesh import Mesh, initialise, shutdown
 
 TOPOLOGIES = "2x1,2x2,4x1,2x4,4x2,2x8,4x4,8x2"
 SHAPE = Layer(tokens=256, model_width=512, expert_width=8, num_experts=32, top_k=4, element_bytes=4)
+STRATEGIES = (*DISPATCHERS, "gather")
+MOVED: tuple[ledger.Kind, ...] = ("tokens", "weights")
 COLUMNS = ["nodes", "ranks_per_node", "link_bit_per_s", "latency_s", "strategy", "step_s", "step_s_low", "step_s_high", "other_node_bytes"]
 
 
@@ -46,11 +48,12 @@ COLUMNS = ["nodes", "ranks_per_node", "link_bit_per_s", "latency_s", "strategy",
 
 
 class Step:
-    """Forward and backward of one layer under one dispatcher, with routing drawn evenly; the same for every dispatcher."""
+    """Forward and backward of one layer under one strategy, with routing drawn evenly; the same for every strategy."""
 
-    def __init__(self, shape: Layer, dispatch: str, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.moe = MoELayer(shape.model_width, shape.expert_width, shape.num_experts, shape.top_k, mesh=mesh, dispatch=dispatch)
+    def __init__(self, shape: Layer, strategy: str, mesh: Mesh) -> None:
+        dispatch, gathered = ("flat", range(shape.num_experts)) if strategy == "gather" else (strategy, ())
+        sizes = (shape.model_width, shape.expert_width, shape.num_experts, shape.top_k)
+        self.moe = MoELayer(*sizes, mesh=mesh, dispatch=dispatch, gathered_experts=gathered)
         generator = torch.Generator().manual_seed(1 + mesh.rank)
         self.x_TD = torch.randn(shape.tokens, shape.model_width, generator=generator).requires_grad_()
         expert_TK = torch.rand(shape.tokens, shape.num_experts, generator=generator).topk(shape.top_k).indices
@@ -59,14 +62,16 @@ class Step:
         self.gradient_TD = torch.randn(shape.tokens, shape.model_width, generator=generator)
 
     def __call__(self) -> None:
+        if self.moe.gathering is not None:
+            self.moe.gathering.enter()
         received = self.moe.dispatch_start(self.x_TD, self.assignment).wait()
         y_TD = self.moe.combine_start(self.moe.compute(received)).wait()
         y_TD.backward(self.gradient_TD, retain_graph=False, inputs=[self.x_TD, *self.moe.bank.parameters()])
 
 
-def measured(lab: Lab, mesh: Mesh, shape: Layer, rates: Sequence[float], repeats: int) -> list[dict[str, Any]]:
-    """One row for each rate and dispatcher; equal on every rank."""
-    steps: dict[str, Callable[[], None]] = {name: Step(shape, name, mesh) for name in DISPATCHERS}
+def measured(lab: Lab, mesh: Mesh, shape: Layer, strategies: Sequence[str], rates: Sequence[float], repeats: int) -> list[dict[str, Any]]:
+    """One row for each rate and strategy; equal on every rank."""
+    steps: dict[str, Callable[[], None]] = {name: Step(shape, name, mesh) for name in strategies}
     rows = []
     for rate in rates:
         barrier(mesh)
@@ -82,7 +87,8 @@ def measured(lab: Lab, mesh: Mesh, shape: Layer, rates: Sequence[float], repeats
                 begin_s = time.perf_counter()
                 steps[name]()
                 step_s = time.perf_counter() - begin_s
-                sent[name] = ledger.bytes_by_class(mesh.ledger.take())[2]
+                flights = mesh.ledger.take()
+                sent[name] = sum(ledger.bytes_by_class(flights, kind)[2] for kind in MOVED)
                 if round_number >= 0:
                     seconds[name].append(step_s)
         everybody = all_gather_objects((seconds, sent), mesh)
@@ -109,7 +115,7 @@ def worker(options: argparse.Namespace) -> None:
     lab = Lab.attach(options.lab)
     initialise(rank, world_size, timeout_s=120)
     mesh = Mesh.create(rank, world_size, world_size, tuple(other * lab.nodes // world_size for other in range(world_size)), timeout_s=120)
-    rows = measured(lab, mesh, Layer(**json.loads(options.shape)), options.rates, options.repeats)
+    rows = measured(lab, mesh, Layer(**json.loads(options.shape)), options.strategies, options.rates, options.repeats)
     if rank == 0:
         print(json.dumps(rows))
     barrier(mesh)
@@ -128,6 +134,7 @@ def measure(options: argparse.Namespace) -> None:
     for nodes, ranks_per_node in options.topologies:
         with Lab(nodes, options.rates[0], latency_s=options.latency) as lab:
             passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats)]
+            passed += ["--strategies", ",".join(options.strategies)]
             passed += ["--lab", lab.name, "--shape", json.dumps(dataclasses.asdict(shape))]
             rows += json.loads(lab.ranks(["-m", "benchmarks.scaling", "measure", *passed], ranks_per_node, timeout_s=600)[0])
         if not options.json:
@@ -146,6 +153,14 @@ def _topologies(text: str) -> list[tuple[int, int]]:
     return found
 
 
+def _strategies(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in STRATEGIES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"strategy {unknown[0]!r}; choose from {', '.join(STRATEGIES)}")
+    return names
+
+
 def _rates(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -156,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("measure", help="time the layer on emulated nodes (root)")
     command.add_argument("--topologies", type=_topologies, default=_topologies(TOPOLOGIES), help="nodes x ranks, separated by commas")
     command.add_argument("--rates", type=_rates, default=[1e8, 4e8], help="bit/s of each node's link, each direction")
+    command.add_argument("--strategies", type=_strategies, default=list(STRATEGIES), help=f"of {', '.join(STRATEGIES)}")
     command.add_argument("--latency", type=float, default=0.0, help="s of each link, one way")
     command.add_argument("--repeats", type=int, default=7)
     command.add_argument("--short", action="store_true", help="one topology, small rows: for CI")

@@ -1,8 +1,9 @@
 """The scaling report: the simulator fitted to measured points, its error on points it has not seen, and what it says up to 2,048 devices.
 
 What is known is given: link rates, rows, routing, the machine's cores. What is fitted, all positive, by least squares of the logarithm of
-simulated over measured seconds: the part of its rate that a link gives to rows (headers and acknowledgements take the rest), and the
-processor's time for each phase, each message and each byte. A point's error is that of a fit from which its whole topology was left out.
+simulated over measured seconds: the part of its rate that a link gives to rows between two nodes (headers and acknowledgements take the
+rest), what is lost where the flows of many nodes meet, and the processor's time for each phase, each message and each byte. A point's
+error is that of a fit from which its whole topology was left out.
 """
 
 import dataclasses
@@ -29,7 +30,14 @@ from crossdock.errors import BadData, MissingInput
 Row = Mapping[str, Any]
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 LOOPBACK_BYTES_PER_S = 1e10  # inside an emulated node bytes cost processor time, which is fitted, and no wire
-START = {"link_share": 0.95, "core_s_per_phase": 1e-3, "core_s_per_message": 1e-4, "core_s_per_byte": 1e-9, "exchange_s": 1e-4}
+START = {
+    "link_share": 0.95,
+    "contention": 0.1,
+    "core_s_per_phase": 1e-3,
+    "core_s_per_message": 1e-4,
+    "core_s_per_byte": 1e-9,
+    "exchange_s": 1e-4,
+}
 
 # A cluster of today: NVLink inside nodes of 8, one 400 Gbit/s card for each device (the figures of Topology.uniform), half of the peak in
 # the experts. What a message costs the sending port is an assumption, and the report shows how the answer depends on it.
@@ -54,6 +62,7 @@ class Fit:
     """What was fitted; see `START` for the names and this module for the meaning."""
 
     link_share: float
+    contention: float
     core_s_per_phase: float
     core_s_per_message: float
     core_s_per_byte: float
@@ -69,6 +78,7 @@ class Fit:
             ranks,
             self.link_share * link_bit_per_s / 8,
             LOOPBACK_BYTES_PER_S,
+            contention=self.contention,
             exchange_s=self.exchange_s,
             latency_s=latency_s,
             cores_per_node=cores_per_node,
@@ -87,9 +97,10 @@ def fit(rows: Sequence[Row], shape: Layer, cores: int, start: Fit | None = None)
         guess = Fit(**dict(zip(names, np.exp(logarithms).tolist(), strict=True)))
         return np.log([step_s(guess.cluster(row, cores), shape, row["strategy"]) / row["step_s"] for row in rows])
 
-    upper = [0.0 if name == "link_share" else np.inf for name in names]
-    lower = [np.log(0.3) if name == "link_share" else np.log(1e-13) for name in names]
-    solved = least_squares(residuals, np.clip(first, lower, np.array(upper) - 1e-6), bounds=(lower, upper), loss="soft_l1", f_scale=0.1)
+    lower = np.log([0.3 if name == "link_share" else 1e-12 for name in names])
+    upper = np.log([{"link_share": 1.0, "contention": 0.9}.get(name, 1.0) for name in names])
+    begin = np.clip(first, lower + 1e-6, upper - 1e-6)
+    solved = least_squares(residuals, begin, bounds=(lower, upper), loss="soft_l1", f_scale=0.1)
     return Fit(**dict(zip(names, np.exp(solved.x).tolist(), strict=True)))
 
 

@@ -37,6 +37,8 @@ class Cluster:
     """Fixed cost of one all-to-all: launch, and waiting for one another."""
     latency_s: float = 0.0
     """Of the network, one way; a dispatch pays it twice, for its counts go ahead."""
+    contention: float = 0.0
+    """What a card loses where many senders meet at each receiver: none between two nodes, this part of it between very many."""
     cores_per_node: float = math.inf
     """Cores that all devices of a node share for copying, where devices are processes of a host."""
     core_s_per_byte: float = 0.0
@@ -48,6 +50,12 @@ class Cluster:
     @property
     def devices(self) -> int:
         return self.nodes * self.devices_per_node
+
+    @property
+    def met_nic_bytes_per_s(self) -> float:
+        """What a card gives while every node sends to every other one."""
+        others = max(1, self.nodes - 1)
+        return self.nic_bytes_per_s * (1.0 - self.contention * (1.0 - 1.0 / others))
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,9 @@ def hierarchical(cluster: Cluster, layer: Layer) -> Way:
 
 
 def gather(cluster: Cluster, layer: Layer) -> Way:
-    return _broadcast(cluster, layer.num_experts / cluster.devices * layer.expert_bytes)
+    """Weights, and then a dispatch of which nothing leaves its device."""
+    weights = _broadcast(cluster, layer.num_experts / cluster.devices * layer.expert_bytes)
+    return Way((*weights.phases, Phase()), counted=True)
 
 
 def keys_and_values(cluster: Cluster, layer: Layer) -> Way:
@@ -160,7 +170,7 @@ WAYS: Mapping[str, Callable[[Cluster, Layer], tuple[Way, Way]]] = {
     "flat": lambda cluster, layer: (flat(cluster, layer), flat(cluster, layer).back),
     "deduplicated": lambda cluster, layer: (deduplicated(cluster, layer), deduplicated(cluster, layer).back),
     "hierarchical": lambda cluster, layer: (hierarchical(cluster, layer), hierarchical(cluster, layer).back),
-    "gather": lambda cluster, layer: (gather(cluster, layer), Way(())),
+    "gather": lambda cluster, layer: (gather(cluster, layer), Way((Phase(),))),
     "coherent": lambda cluster, layer: (next_expert(cluster, layer), keys_and_values(cluster, layer)),
 }
 """What moves before the experts and what after them, forward; backward the same ways in reverse order and direction."""
@@ -217,7 +227,7 @@ def _on_cores(cluster: Cluster, name: str, seconds: float, after: list[str]) -> 
 def _transfers(cluster: Cluster, name: str, phase: Phase, after: list[str], latency_s: float) -> list[Task]:
     """One task for each kind of link: all messages of a device share it alike."""
     links = (
-        ("nic", phase.nic_bytes, phase.nic_messages, cluster.nic_bytes_per_s, cluster.nic_message_s, latency_s),
+        ("nic", phase.nic_bytes, phase.nic_messages, cluster.met_nic_bytes_per_s, cluster.nic_message_s, latency_s),
         ("local", phase.local_bytes, phase.local_messages, cluster.local_bytes_per_s, cluster.local_message_s, cluster.exchange_s),
     )
     tasks = []

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import netlab
 from benchmarks.block_pair import Memory, Pair, Shape
+from benchmarks.overlap import main
 from benchmarks.overlap_bench import Timing
 from benchmarks.overlap_page import write_page
 from benchmarks.overlap_sweep import proposals, row
@@ -133,6 +134,22 @@ def test_the_page_states_the_range(tmp_path: Path) -> None:
     assert "max(compute, communication): 1.000 to 1.056" in text
     assert "Hidden of what fits: 87.5% to 100.0%" in text
     assert "(step.svg)" in text
+
+
+def test_parts_make_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host = {"processor": "p", "cores": 4, "system": "s", "python": "3", "torch": "2"}
+    common = {"variant": "scmoe_overlapped", "schedule": "s", "link_bit_per_s": 1e9, "over_shared": 0.7}
+    for part, share in enumerate((0.5, 0.1)):
+        line = {"share_asked": share, "share": share} | common | row(samples((3.5, 6.0)), "scmoe", "chosen", None)
+        (tmp_path / f"{part}.json").write_text(json.dumps({"machine": host, "commit": "c", "what": "w", "rows": [line]}))
+    parts = [str(tmp_path / "0.json"), str(tmp_path / "1.json")]
+    assert main(["--sweep", "--merge", *parts, "--out", str(tmp_path / "all.md")]) == 0
+    assert [line["share"] for line in json.loads((tmp_path / "all.json").read_text())["rows"]] == [0.1, 0.5]
+    assert main(["--sweep", "--merge", str(tmp_path / "2.json"), "--out", str(tmp_path / "all.md")]) == 66
+    assert main(["--sweep", "--merge", *parts]) == 2
+    (tmp_path / "1.json").write_text(json.dumps({"what": "other", "commit": "c", "rows": []}))
+    assert main(["--sweep", "--merge", *parts, "--out", str(tmp_path / "all.md")]) == 65
+    assert "different blocks" in capsys.readouterr().err
 
 
 @pytest.mark.netns

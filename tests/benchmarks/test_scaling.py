@@ -92,6 +92,13 @@ def test_compute_shares_the_cores() -> None:
     assert step_s(scarce, layer, "flat") == pytest.approx(2 * step_s(enough, layer, "flat"))
 
 
+def test_what_many_senders_lose() -> None:
+    pair = Cluster(2, 1, 1e6, 1e9, contention=0.4)
+    assert pair.met_nic_bytes_per_s == 1e6
+    assert dataclasses.replace(pair, nodes=3).met_nic_bytes_per_s == pytest.approx(0.8e6)
+    assert dataclasses.replace(pair, nodes=1001).met_nic_bytes_per_s == pytest.approx(0.6e6, rel=1e-3)
+
+
 def made_up_rows(truth: Fit, cores: int) -> list[dict[str, object]]:
     rows = []
     for nodes, ranks, rate, name in itertools.product((2, 4), (1, 2, 4), (1e8, 4e8), DISPATCHERS):
@@ -101,10 +108,11 @@ def made_up_rows(truth: Fit, cores: int) -> list[dict[str, object]]:
 
 
 def test_the_fit_finds_what_made_the_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    truth = Fit(link_share=0.9, core_s_per_phase=2e-3, core_s_per_message=2e-4, core_s_per_byte=4e-9, exchange_s=5e-4)
+    truth = Fit(link_share=0.9, contention=0.2, core_s_per_phase=2e-3, core_s_per_message=2e-4, core_s_per_byte=4e-9, exchange_s=5e-4)
     rows = made_up_rows(truth, cores=4)
     found = fit(rows, LAYER, cores=4)
     assert found.link_share == pytest.approx(truth.link_share, rel=0.05)
+    assert found.contention == pytest.approx(truth.contention, rel=0.2)
     assert found.core_s_per_phase == pytest.approx(truth.core_s_per_phase, rel=0.2)
     assert max(abs(point["unseen_error"]) for point in with_errors(rows, LAYER, 4, found)) < 0.05
     parts = [tmp_path / "a.json", tmp_path / "b.json"]
@@ -146,9 +154,9 @@ def test_a_short_measurement() -> None:
     assert ended.returncode == 0, ended.stderr
     document = json.loads(ended.stdout)
     assert (document["cores"], document["shape"]["tokens"]) == (os.cpu_count(), 64)
-    assert [row["strategy"] for row in document["rows"]] == list(DISPATCHERS)
+    assert [row["strategy"] for row in document["rows"]] == [*DISPATCHERS, "gather"]
     cluster, layer = Cluster(2, 2, 1.0, 1.0), Layer(**document["shape"])
     for row in document["rows"]:
         assert 0 < row["step_s_low"] <= row["step_s"] <= row["step_s_high"]
-        expected = 4 * 4 * sum(phase.nic_bytes for way in WAYS[row["strategy"]](cluster, layer)[:1] for phase in way.phases)
+        expected = 4 * 2 * sum(phase.nic_bytes for way in WAYS[row["strategy"]](cluster, layer) for phase in way.phases)
         assert row["other_node_bytes"] == pytest.approx(expected, rel=0.1), "drawn routing moves what even routing is expected to move"
