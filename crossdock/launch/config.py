@@ -88,6 +88,11 @@ class RunConfig(StrictModel):
                 f"{ranks} ranks (parallel.ranks) do not divide into expert groups of {expert} (parallel.expert); "
                 f"choose parallel.expert from {_divisors(ranks)}, or a multiple of {expert} ranks"
             )
+        if self.adapt.mode_asked != "off" and self.model.traffic == "coherent":
+            raise BadConfig(
+                f"adapt.mode {self.adapt.mode_asked} chooses how tokens travel to their experts and home, and model.traffic coherent "
+                "leaves them there; set adapt.mode: off, or model.traffic: home"
+            )
         if self.precision.compute == "fp64" and self.precision.wire is not None:
             raise BadConfig(f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out")
         return self

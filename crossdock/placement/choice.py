@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from crossdock.errors import BadData
 from crossdock.placement.cost import BACKWARD_FLOP_RATIO, Dispatch, Workload, transfer_seconds
+from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.pipeline import chunked_makespan
 from crossdock.placement.topology import Topology
 
@@ -130,12 +131,14 @@ class LayerTimes:
     backward_over_forward  how much longer a stage takes backward
     exchange_s             host seconds of one exchange of counts, which nothing hides
     row_s_per_byte         host seconds per byte that is packed for, or unpacked from, one hop
+    interference           what computing and travelling cost one another while both are under way
     """
 
     stage_s: tuple[float, ...]
     backward_over_forward: float = 2.0
     exchange_s: float = 0.0
     row_s_per_byte: float = 0.0
+    interference: Interference = field(default_factory=Interference)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +259,13 @@ class _Block:
             whole_s = chunks * (out_s + back_s + overhead_s) + expert_s
             return before_s + after_s + whole_s + weights_before_s + weights_after_s
         one_s, back_s = expert_s / chunks + overhead_s, back_s + weights_after_s / chunks
-        return chunked_makespan(before_s, out_s, one_s, after_s, back_s, chunks, weights_before_s)
+        # Chunks overlap with the experts as well; what overlaps at all is slowed down once, whatever the pieces.
+        if chunks == 1:
+            beside_s = min(before_s, out_s) + min(after_s, back_s)
+        else:
+            beside_s = min(before_s + expert_s + after_s, chunks * (out_s + back_s))
+        mutual_s = 2 * chunks * self.times.interference.handle_s + (self.times.interference.slowdown - 1.0) * beside_s
+        return mutual_s + chunked_makespan(before_s, out_s, one_s, after_s, back_s, chunks, weights_before_s)
 
     def _sides(self, slot: int, factor: float) -> tuple[float, float]:
         return factor * sum(self.times.stage_s[:slot]), factor * sum(self.times.stage_s[slot:])

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from crossdock import atomic
+from crossdock.errors import CrossdockError
 from crossdock.placement.choice import Choices, LayerProblem, Strategy, explain
+from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.runtime import choice, collectives
 from crossdock.runtime.capture import Capture
 from crossdock.runtime.choice import Adaptable, AdaptConfig, RankTimes, Watch
+from crossdock.runtime.choice_costs import interference, row_seconds_per_byte
 from crossdock.runtime.ledger import Flight
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.probe import probe
@@ -63,7 +66,7 @@ class Adaptation:
         self._why = ""
         self._begun_at = 0
         self._stage_times = StageTimes(model.window_stages, mesh.ledger)
-        self._row_s_per_byte: float | None = None
+        self._costs: tuple[float, Interference] | None = None
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
@@ -93,7 +96,8 @@ class Adaptation:
         if self.mesh.rank == 0 and self.path.exists():
             entries = [entry for entry in _entries(self.path) if entry["step"] <= step]
             atomic.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
-            fitting = [entry for entry in entries if entry["world"] == [self.mesh.world_size, self.mesh.expert_parallel]]
+            like_these = [self.mesh.world_size, self.mesh.expert_parallel, len(self.model.moe_layers)]
+            fitting = [entry for entry in entries if entry["world"] == like_these]
             kept = fitting[-1] if fitting else None
         kept = collectives.broadcast_object(kept, self.mesh)
         if kept is not None:
@@ -113,8 +117,9 @@ class Adaptation:
                 dtype=bank.inner.dtype,
             )
             self.mesh.ledger.take()
-        if self._row_s_per_byte is None:
-            self._row_s_per_byte = choice.row_seconds_per_byte(bank.model_width, torch.float32, self.mesh.device)
+        if self._costs is None:
+            row_s_per_byte = row_seconds_per_byte(bank.model_width, torch.float32, self.mesh.device)
+            self._costs = row_s_per_byte, interference(self.mesh, self.topology)
         self._why, self._begun_at = why, step
         self.window = Window(Capture(plan.num_layers, plan.num_experts, source=f"steps from {step + 1} on, for a choice of strategies"))
         self._stage_times.begin()
@@ -125,17 +130,18 @@ class Adaptation:
 
     def _decide(self, step: int, plan: Plan) -> None:
         assert self.window is not None
-        assert self._row_s_per_byte is not None
+        assert self._costs is not None
         measured = self.window.close(self.mesh)
-        here = RankTimes(self._stop(), self._row_s_per_byte)
-        ranks = collectives.gather_objects(here, self.mesh)
-        before, decided = self.strategies, None
-        if measured is not None:
-            assert ranks is not None
-            workload = workload_of(self.model.moe_layers[0], self.tokens_per_rank, self.accumulate)
-            layers = self.model.moe_layers
-            self.problems = choice.problems_of(self.config, measured, ranks, plan, self.topology, workload, before, layers)
-            decided = choice.decide(self.config, step, self.problems, before)
+        ranks = collectives.gather_objects(RankTimes(self._stop(), *self._costs), self.mesh)
+        before, layers = self.strategies, self.model.moe_layers
+        decided: Choices | CrossdockError | None = None
+        if measured is not None and ranks is not None:
+            try:
+                workload = workload_of(layers[0], self.tokens_per_rank, self.accumulate)
+                self.problems = choice.problems_of(self.config, measured, ranks, plan, self.topology, workload, before, layers)
+                decided = choice.decide(self.config, step, self.problems, before)
+            except CrossdockError as error:  # the other ranks wait for an answer
+                decided = error
         choices = choice.agreed(decided, self.mesh)
         self.num_choices += 1
         load_LE = self.watch.recent_LE()
@@ -152,7 +158,7 @@ class Adaptation:
     def _remember(self, choices: Choices, load_LE: np.ndarray) -> None:
         entry = {
             "step": choices.step,
-            "world": [self.mesh.world_size, self.mesh.expert_parallel],
+            "world": [self.mesh.world_size, self.mesh.expert_parallel, len(self.model.moe_layers)],
             "digest": choices.digest,
             "record": choices.canonical,
             "load": load_LE.tolist(),

@@ -8,21 +8,20 @@ apply     each layer takes its strategy between two steps; no weight moves
 
 import dataclasses
 import statistics
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import pydantic
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from crossdock.errors import BadData
+from crossdock.errors import BadData, CrossdockError
 from crossdock.placement.choice import Choice, Choices, LayerProblem, LayerTimes, Strategy, choose
 from crossdock.placement.cost import Dispatch, Workload
 from crossdock.placement.gather import GatherCost, choose_gathered
+from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.traffic import load_RE, traffic_of
@@ -176,10 +175,11 @@ def dispatches_for(mesh: Mesh) -> tuple[Dispatch, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class RankTimes:
-    """What one rank measured beside its window: seconds of each layer's stages, and per byte of packing rows."""
+    """What one rank measured beside its window: seconds of each layer's stages, seconds per byte of packing rows, and interference."""
 
     stage_s: list[list[float]]
     row_s_per_byte: float
+    interference: Interference
 
 
 def problems_of(
@@ -216,7 +216,7 @@ def problems_of(
     for layer in range(len(now)):
         of_layer = {(found[layer].dispatch, found[layer].gathered): found[layer] for found in traffics}
         stage_s = tuple(max(seconds) for seconds in zip(*(rank.stage_s[layer] for rank in ranks), strict=True))
-        times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=row_s_per_byte)
+        times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=row_s_per_byte, interference=ranks[0].interference)
         problems.append(LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, workload.wire))
     return tuple(problems)
 
@@ -226,9 +226,11 @@ def decide(config: AdaptConfig, step: int, problems: Sequence[LayerProblem], now
     return Choices(step, tuple(choose(problem, old, config.min_saving) for problem, old in zip(problems, now, strict=True)))
 
 
-def agreed(choices: Choices | None, mesh: Mesh) -> Choices:
-    """Rank 0's record on every rank. Raises `BadData` on all of them where the ranks do not read the same."""
-    sent = collectives.broadcast_object(None if choices is None else (choices.canonical, choices.digest), mesh)
+def agreed(choices: Choices | CrossdockError | None, mesh: Mesh) -> Choices:
+    """Rank 0's record on every rank. Raises on all of them what rank 0 met, and `BadData` where the ranks do not read the same."""
+    sent = collectives.broadcast_object((choices.canonical, choices.digest) if isinstance(choices, Choices) else choices, mesh)
+    if isinstance(sent, CrossdockError):
+        raise sent
     assert sent is not None, "rank 0 decides"
     text, digest = sent
     return checked(Choices.from_canonical(text), digest, mesh)
@@ -244,20 +246,6 @@ def checked(choices: Choices, digest: str, mesh: Mesh) -> Choices:
             f"{wrong[0]} ({len(wrong)} of {len(found)} ranks differ); start all ranks with the same version of Crossdock and of Python"
         )
     return choices
-
-
-def row_seconds_per_byte(width: int, dtype: torch.dtype, device: torch.device, rows: int = 4096, repeats: int = 5) -> float:
-    """Seconds per byte of gathering rows of that width in another order, which is what packing and unpacking are made of."""
-    source = torch.zeros((rows, width), dtype=dtype, device=device)
-    order = torch.arange(rows, device=device).flip(0)
-    seconds = []
-    for _ in range(repeats + 1):
-        begin_s = time.perf_counter()
-        source.index_select(0, order)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin_s)
-    return statistics.median(seconds[1:]) / (rows * width * dtype.itemsize)
 
 
 def as_event(choices: Choices, before: Sequence[Strategy], why: str) -> dict[str, Any]:

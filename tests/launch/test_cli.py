@@ -108,6 +108,30 @@ def test_config_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "properties" in json.loads(capsys.readouterr().out)
 
 
+def test_explain_and_profile_steps_are_keys_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "tiny", "--explain", "--profile-steps", "10:12", "--dry-run", "--json"]) == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["adapt"] == {**resolved["adapt"], "mode": "off", "explain": True}
+    assert resolved["profile"] == {"first": 10, "last": 12}
+    assert run(["train", "tiny", "--profile-steps", "7", "--dry-run", "--json"]) == 0
+    resolved = json.loads(capsys.readouterr().out)
+    assert (resolved["adapt"]["explain"], resolved["profile"]) == (False, {"first": 7, "last": 7})
+
+
+@pytest.mark.parametrize(
+    ("steps", "code", "message"), [("3-5", 2, "of the form A:B"), (":4", 2, "of the form A:B"), ("9:4", 78, "first <= last")]
+)
+def test_steps_that_are_none_are_refused(steps: str, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "tiny", "--profile-steps", steps, "--dry-run"]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_choice_of_strategies_needs_tokens_that_go_home(capsys: pytest.CaptureFixture[str]) -> None:
+    coherent = ["model.block=top_k", "model.top_k=1", "model.traffic=coherent", "model.gate={kind: switch}"]
+    assert run(["train", "tiny", *coherent, "adapt.mode=start", "--dry-run"]) == 78
+    assert "adapt.mode start chooses how tokens travel" in capsys.readouterr().err
+
+
 def test_a_trace_goes_out_and_comes_in_again(trace_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trace_path.parent
     assert run(["trace", "export", str(trace_path), str(folder / "all.npy"), "--json"]) == 0

@@ -21,6 +21,7 @@ from crossdock.placement.choice import (
     price,
 )
 from crossdock.placement.cost import Window, Workload, block_cost
+from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
@@ -147,6 +148,16 @@ def test_a_change_must_save_enough() -> None:
     assert kept.strategy == worse
     assert "below" in kept.reason
     assert choose(asked, free.strategy).strategy == free.strategy
+
+
+def test_where_computing_and_travelling_disturb_one_another_nothing_overlaps() -> None:
+    topology = machine(2, 2)
+    trace = routed(topology)
+    for slowdown, overlaps in ((1.0, True), (1.9, True), (2.1, False)):
+        times = dataclasses.replace(TIMES, interference=Interference(slowdown=slowdown))
+        assert choose(problem(topology, trace, ("deduplicated",), times=times), NOW).strategy.overlap is overlaps
+    handled = dataclasses.replace(TIMES, interference=Interference(handle_s=1.0))
+    assert not choose(problem(topology, trace, ("deduplicated",), times=handled), NOW).strategy.overlap
 
 
 def test_equal_times_go_to_the_simpler_strategy() -> None:

@@ -13,11 +13,14 @@ import torch
 
 from crossdock.errors import BadData, CrossdockError, Preempted
 from crossdock.placement.choice import Choice, Choices, Priced, Strategy
+from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
 from crossdock.runtime import choice
 from crossdock.runtime.capture import CaptureConfig
 from crossdock.runtime.checkpoint import CheckpointConfig
 from crossdock.runtime.choice import AdaptConfig, Watch
+from crossdock.runtime.choice_costs import interference, row_seconds_per_byte
 from crossdock.runtime.metrics import RunDirectory
 from crossdock.runtime.overlap import Chunked
 from crossdock.runtime.profiler import ProfileConfig
@@ -264,4 +267,30 @@ def test_stages_are_timed_in_training_only_and_left_alone_afterwards() -> None:
 
 
 def test_packing_rows_costs_something() -> None:
-    assert 1e-13 < choice.row_seconds_per_byte(64, torch.float32, torch.device("cpu")) < 1e-7
+    assert 1e-13 < row_seconds_per_byte(64, torch.float32, torch.device("cpu")) < 1e-7
+
+
+def interfere(rank: int, world_size: int) -> Any:
+    mesh = mesh_for(rank, world_size, world_size, NODES[world_size])
+    mesh.ledger.take()
+    found = interference(mesh, Topology.local(world_size), repeats=3)
+    assert not mesh.ledger.take()
+    return found
+
+
+def test_interference_is_one_number_for_all_ranks(ranks: Pool) -> None:
+    first, second = ranks.run(2, interfere)
+    assert first == second
+    assert first.slowdown >= 1.0
+    assert interference(mesh_for(0, 1, 1), Topology.local(1)) == Interference()
+
+
+def fail_on_rank_0(rank: int, world_size: int) -> str:
+    mesh = mesh_for(rank, world_size, world_size, NODES[world_size])
+    with pytest.raises(BadData) as failure:
+        choice.agreed(BadData("no trace") if rank == 0 else None, mesh)
+    return str(failure.value)
+
+
+def test_what_stops_rank_0_stops_all(ranks: Pool) -> None:
+    assert ranks.run(2, fail_on_rank_0) == ["no trace", "no trace"]
