@@ -30,12 +30,15 @@ class Calibrated:
     evaluation: Evaluation
 
 
-def calibrate(measured: Measured, plan: Plan, topology: Topology, workload: Workload, strategies: Sequence[Strategy]) -> Calibrated:
+def calibrate(
+    measured: Measured, plan: Plan, topology: Topology, workload: Workload, strategies: Sequence[Strategy], follow_links: bool = False
+) -> Calibrated:
     """Fit the cost model to a window that ran under `plan`, each layer by its strategy.
 
     `workload` brings the sizes (tokens, widths, wire, dispatch, micro-batches), `topology` the devices and links. Windows are the ledger's
     means; experts get a fixed cost and a speed per device by least squares; links that nobody measured are scaled, all alike, to the
-    median transfer; `other_s` is what is left of the median step.
+    median transfer, and with `follow_links` measured ones as well, where transfers were waited for; `other_s` is what is left of the
+    median step.
     """
     groups = [measured.ranks[first : first + topology.num_devices] for first in range(0, len(measured.ranks), topology.num_devices)]
     workload = dataclasses.replace(workload, window=_mean_windows(measured.ranks))
@@ -43,7 +46,7 @@ def calibrate(measured: Measured, plan: Plan, topology: Topology, workload: Work
     overhead_s, flop_per_s_R = _expert_speed(groups, evaluations, workload, strategies)
     workload = dataclasses.replace(workload, expert_overhead_s=overhead_s)
     topology = dataclasses.replace(topology, flop_per_s_R=flop_per_s_R)
-    if topology.num_devices > 1 and not topology.measured:
+    if topology.num_devices > 1 and (follow_links or not topology.measured):
         topology = _scaled_links(groups, evaluations, topology, workload, strategies)
     blocks_s = evaluate_strategies(measured.trace, plan, topology, workload, strategies).step_s  # other_s is still 0
     workload = dataclasses.replace(workload, other_s=max(0.0, measured.step_s - blocks_s))
@@ -108,21 +111,37 @@ def _scaled_links(
     factors: dict[bool, list[float]] = {True: [], False: []}
     for ranks, evaluation in zip(groups, evaluations, strict=True):
         bytes_HLRR = evaluation.hops_HLRR * (_per_micro_batch(evaluation, len(ranks), workload) * workload.copy_bytes)
-        for (layer, stage, direction), (seconds, is_known) in transfer_seconds_of(ranks).items():
+        for (layer, stage, direction), (seconds, is_known) in transfer_seconds_of(_unqueued(ranks, strategies)).items():
             goes_out = (stage == "dispatch") == (direction == "forward")
             chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
             hops_HRR = bytes_HLRR[:, layer] / chunks
             port_s = sum(float(transfer_seconds(hop_RR if goes_out else hop_RR.T, ideal)) for hop_RR in hops_HRR)
             if port_s > 0:
                 factors[is_known].append(port_s / max(seconds - latency_s, 0.1 * seconds))
-    factor = statistics.median(factors[True] or factors[False] or [1.0])
+    bounds = [] if topology.measured else factors[False]  # of a hidden transfer only a bound is known, and a measured link knows better
+    factor = statistics.median(factors[True] or bounds or [1.0])
+    latency_s_RR = topology.latency_s_RR if topology.measured else np.where(apart_RR, latency_s, 0.0)
     return dataclasses.replace(
         topology,
         bytes_per_s_RR=np.where(apart_RR, topology.bytes_per_s_RR * factor, topology.bytes_per_s_RR),
-        latency_s_RR=np.where(apart_RR, latency_s, 0.0),
+        latency_s_RR=latency_s_RR,
         node_bytes_per_s=None if topology.node_bytes_per_s is None else topology.node_bytes_per_s * factor,
         source=f"{topology.source}; links scaled to a live run's transfers".lstrip("; "),
     )
+
+
+def _unqueued(ranks: Sequence[RankRecord], strategies: Sequence[Strategy]) -> list[RankRecord]:
+    """The records with those transfers alone that had the link for themselves: of chunks, which queue, the first one away from home."""
+    records = []
+    for rank in ranks:
+        transfers = {}
+        for (layer, stage, direction), found in rank.transfers.items():
+            goes_out = (stage == "dispatch") == (direction == "forward")
+            chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
+            if chunks == 1 or goes_out:
+                transfers[layer, stage, direction] = found[::chunks]
+        records.append(dataclasses.replace(rank, transfers=transfers))
+    return records
 
 
 def _per_micro_batch(evaluation: Evaluation, num_devices: int, workload: Workload) -> float:

@@ -193,7 +193,7 @@ def problems_of(
     layers: Sequence[RoutedLayer],
 ) -> tuple[LayerProblem, ...]:
     """Rank 0: what each layer's choice depends on, from a window that ran under the strategies `now`."""
-    calibrated = calibrate(measured, plan, topology, workload, now)
+    calibrated = calibrate(measured, plan, topology, workload, now, follow_links=True)
     topology, workload = calibrated.topology, calibrated.workload
     element_bytes = layers[0].bank.inner.dtype.itemsize
     nothing: list[tuple[int, ...]] = [()] * len(now)

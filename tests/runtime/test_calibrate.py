@@ -112,6 +112,39 @@ def test_measured_links_are_kept() -> None:
     np.testing.assert_array_equal(found.topology.bytes_per_s_RR, measured_machine.bytes_per_s_RR)
 
 
+def test_measured_links_are_followed_where_that_is_asked_for() -> None:
+    before = dataclasses.replace(machine(1e7, 1e-4), measured=True)
+    trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
+    measured = pretend(trace, plan, machine(2.5e6, 1e-4), 1e-4)  # a quarter of what they were
+    found = calibrate(measured, plan, before, SIZES, AS_CONFIGURED, follow_links=True)
+    assert found.topology.bytes_per_s_RR[0, 1] == pytest.approx(2.5e6, rel=0.02)
+    np.testing.assert_array_equal(found.topology.latency_s_RR, before.latency_s_RR)
+    hidden = tuple(
+        dataclasses.replace(rank, transfers={way: [Transfer(one.flight_s, 0.0) for one in found] for way, found in rank.transfers.items()})
+        for rank in measured.ranks
+    )
+    unseen = calibrate(dataclasses.replace(measured, ranks=hidden), plan, before, SIZES, AS_CONFIGURED, follow_links=True)
+    np.testing.assert_array_equal(unseen.topology.bytes_per_s_RR, before.bytes_per_s_RR)
+
+
+def test_chunks_that_queue_do_not_make_links_seem_slow() -> None:
+    guess = machine(8e9, 0.0)
+    trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
+    measured = pretend(trace, plan, machine(1e7, 1e-4), 1e-4)
+    chunked = [dataclasses.replace(strategy, forward_chunks=4, backward_chunks=4) for strategy in AS_CONFIGURED]
+
+    def queued(whole: Transfer) -> list[Transfer]:
+        return [Transfer((whole.flight_s - 1e-4) * (chunk + 1) / 4 + 1e-4, whole.wait_s) for chunk in range(4)]
+
+    ranks = tuple(
+        dataclasses.replace(rank, transfers={way: [part for one in found for part in queued(one)] for way, found in rank.transfers.items()})
+        for rank in measured.ranks
+    )
+    found = calibrate(dataclasses.replace(measured, ranks=ranks), plan, guess, SIZES, chunked)
+    whole = calibrate(measured, plan, guess, SIZES, AS_CONFIGURED)
+    assert found.topology.bytes_per_s_RR[0, 1] == pytest.approx(whole.topology.bytes_per_s_RR[0, 1], rel=0.1)
+
+
 def test_a_device_that_is_slower_is_seen() -> None:
     uneven = dataclasses.replace(machine(1e7, 1e-4), flop_per_s_R=np.array([3e9, 1.5e9]))
     trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
