@@ -63,7 +63,7 @@ class Shape:
     model_width: int = 512
     expert_width: int = 512
     num_experts: int = 8
-    sequences: int = 16  # of one rank
+    sequences: int = 8  # of one rank
     positions: int = 128
     vocab_size: int = 512
 
