@@ -34,7 +34,7 @@ ANY_OBJECTIVE = [method for method in SOLVERS if method != "columns"]  # columns
 @pytest.mark.parametrize("objective", ["seconds", "devices", "nodes"])
 def test_every_method_returns_a_whole_plan_and_the_evaluators_cost(method: str, objective: Objective) -> None:
     trace = random_trace(1, num_tokens=100, num_experts=7, top_k=3, drop=0.1)
-    solution = solve(problem_of(trace, objective=objective), method, seconds=5.0, seed=4)
+    solution = solve(problem_of(trace, objective=objective), method, seconds=1.0, seed=4)
     plan = solution.plan
     plan.check_model(3, 7, 4)
     assert (plan.method, plan.objective, plan.mode, plan.seed) == (method, objective, "home", 4)
@@ -54,7 +54,7 @@ def test_every_method_returns_a_whole_plan_and_the_evaluators_cost(method: str, 
 def test_a_layer_where_nothing_was_chosen_is_no_obstacle(method: str, objective: Objective, load_cap: float | None) -> None:
     experts_TLK = np.array(random_trace(num_layers=2).experts_TLK)
     experts_TLK[:, 1] = NO_EXPERT
-    solution = solve(problem_of(Trace(experts_TLK, 8), objective=objective, load_cap=load_cap), method, seconds=5.0)
+    solution = solve(problem_of(Trace(experts_TLK, 8), objective=objective, load_cap=load_cap), method, seconds=1.0)
     solution.plan.check_model(2, 8, 4)
     assert solution.bound is not None
 

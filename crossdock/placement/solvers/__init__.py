@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, balance, columns, contiguous, dp, ilp, random, sweep
+from crossdock.placement.solvers import anneal, auto, balance, columns, contiguous, dp, eplb, exflow, ilp, moetuner, random, sweep
+from crossdock.placement.solvers.solution import device_loads
 
 Solver = Callable[[Problem, float, int], Solution]
 
@@ -12,11 +15,16 @@ SOLVERS: dict[str, Solver] = {
     "contiguous": contiguous.solve,
     "random": random.solve,
     "balance": balance.solve,
+    "eplb": eplb.solve,
+    "eplb_global": eplb.solve_global,
+    "exflow": exflow.solve,
+    "moetuner": moetuner.solve,
     "dp": dp.solve,
     "sweep": sweep.solve,
     "anneal": anneal.solve,
     "columns": columns.solve,
     "ilp": ilp.solve,
+    "auto": auto.solve,
 }
 
 
@@ -30,27 +38,37 @@ def solve(problem: Problem, method: str, seconds: float = 10.0, seed: int = 0) -
     if not seconds > 0:
         raise UsageError(f"seconds is {seconds}; give more than 0")
     solution = SOLVERS[method](problem, seconds, seed)
-    check_load_cap(problem, solution)
+    check_constraints(problem, solution)
     return solution
 
 
 def load_peaks(problem: Problem, solution: Solution) -> list[float]:
     """Per layer, the busiest device's load over the mean."""
-    peaks = []
-    for device_E, load_E in zip(solution.plan.device_of_LE(), problem.affinity.load_LE, strict=True):
-        load_R = [float(load_E[device_E == device].sum()) for device in range(problem.num_devices)]
-        peaks.append(max(load_R) * problem.num_devices / max(sum(load_R), 1.0))
-    return peaks
+    load_LR = device_loads(problem, solution.plan)
+    return (load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-300)).tolist()
 
 
-def check_load_cap(problem: Problem, solution: Solution) -> None:
-    """Raise `InfeasiblePlan` where the solution breaks the problem's load cap: methods that only balance or ignore load may do so."""
+def check_constraints(problem: Problem, solution: Solution) -> None:
+    """Raise `InfeasiblePlan`, naming the constraint, where the solution breaks one: published methods and baselines know few of them."""
+    method = solution.plan.method
+    for pin in problem.constraints.pins:
+        if solution.plan.slot_LRE[pin.layer, pin.device, pin.expert] < 0:
+            raise InfeasiblePlan(
+                f"method {method} breaks pins: layer {pin.layer} has no copy of expert {pin.expert} on device {pin.device}; use method auto"
+            )
+    held_LR = np.count_nonzero(solution.plan.slots_LRS >= 0, axis=2)
+    if (held_LR > problem.slots_R).any():
+        layer, device = np.argwhere(held_LR > problem.slots_R)[0]
+        raise InfeasiblePlan(
+            f"method {method} breaks slots: device {device} holds {held_LR[layer, device]} experts of layer {layer} and may hold "
+            f"{problem.slots_R[device]} (slots and memory); use method auto"
+        )
     cap = problem.constraints.load_cap
     if cap is None:
         return
     peaks = load_peaks(problem, solution)
     if max(peaks) > cap + 1e-9:
         raise InfeasiblePlan(
-            f"method {solution.plan.method} loads a device of layer {peaks.index(max(peaks))} with {max(peaks):.3f} of the mean, "
-            f"above load cap {cap:g}; use method anneal or ilp, or a higher cap"
+            f"method {method} loads a device of layer {peaks.index(max(peaks))} with {max(peaks):.3f} of the mean, "
+            f"above load cap {cap:g}; use method auto, or a higher cap"
         )

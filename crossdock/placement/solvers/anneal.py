@@ -6,6 +6,8 @@ layer that stopped improving makes room for the others. A layer's random numbers
 couples the layers and has a search of its own, `chain_search.py`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from crossdock.errors import InfeasiblePlan
@@ -39,11 +41,21 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
     return solution_of(problem, device_LE, method="anneal", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
 
 
-def search_layers(problem: Problem, seed: int, deadline: Deadline) -> tuple[list[Placed], str]:
-    """The best assignment found for each layer, and why the search stopped. A broken load cap is the caller's to refuse."""
+def best_of(problem: Problem, plans: Sequence[starts.IntArray]) -> list[Placed]:
+    """The best assignment of each layer among those of the plans ([L, E] each)."""
+    price, start_LXE = price_of(problem), np.stack(plans, axis=1)
+    return [_best_start(problem, price, layer, start_LXE[layer]) for layer in range(problem.num_layers)]
+
+
+def search_layers(problem: Problem, seed: int, deadline: Deadline, begun: Sequence[starts.IntArray] = ()) -> tuple[list[Placed], str]:
+    """The best assignment found for each layer, never worse than those of `begun` ([L, E] each), and why the search stopped.
+
+    A broken load cap is the caller's to refuse.
+    """
     price = price_of(problem)
-    start_LXE = np.stack([starts.balanced(problem), starts.clustered(problem), starts.contiguous(problem)], axis=1)
-    best_L = [_best_start(problem, price, layer, start_LXE[layer]) for layer in range(problem.num_layers)]
+    own = [starts.balanced(problem), starts.clustered(problem), starts.contiguous(problem)]
+    start_LXE = np.stack(own, axis=1)
+    best_L = best_of(problem, [*own, *begun])
     quiet_L = [0] * problem.num_layers
     for number in range(MAX_ROUNDS):
         awake = [layer for layer in range(problem.num_layers) if quiet_L[layer] < PATIENCE]

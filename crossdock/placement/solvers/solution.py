@@ -1,10 +1,12 @@
 """From an assignment of experts to devices to a `Solution`: the plan, its cost on the affinity, and a proven bound."""
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.cost import step_cost
-from crossdock.placement.plan import Plan
+from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.placement.problem import Problem, Solution
 from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.trace import NO_EXPERT
@@ -43,6 +45,49 @@ def solution_of(
     )
     optimal = cost - best_bound <= OPTIMAL_GAP * abs(cost)
     return Solution(plan, cost, best_bound, seconds, "optimal" if optimal else stopped_by)
+
+
+def solution_of_slots(problem: Problem, slots_LRS: IntArray, *, method: str, seed: int, seconds: float, stopped_by: str) -> Solution:
+    """Wrap slots that may hold replicas; no bound is known for plans with replicas."""
+    held_LRS = slots_LRS != EMPTY
+    if np.count_nonzero(held_LRS) == problem.num_layers * problem.num_experts:
+        layer_H, device_H, slot_H = np.nonzero(held_LRS)
+        device_LE = np.empty((problem.num_layers, problem.num_experts), dtype=np.int64)
+        device_LE[layer_H, slots_LRS[layer_H, device_H, slot_H]] = device_H
+        return solution_of(problem, device_LE, method=method, seed=seed, seconds=seconds, stopped_by=stopped_by)
+    fields = {"mode": problem.mode, "objective": problem.objective, "method": method, "seed": seed}
+    hashes = {"topology_hash": problem.topology.digest, "trace_hash": problem.affinity.trace_digest}
+    plan = Plan(slots_LRS.astype(np.int32), problem.num_experts, **fields, **hashes)  # type: ignore[arg-type]
+    cost = cost_of_plan(problem, plan)
+    return Solution(replace(plan, cost=cost), cost, None, seconds, stopped_by)
+
+
+def cost_of_plan(problem: Problem, plan: Plan) -> float:
+    """The objective under any plan: the mean over homes, each of which uses its copy of every expert (`choose_replica`)."""
+    if not plan.has_replicas:
+        return cost_of(problem, plan.device_of_LE().astype(np.int64))
+    device_LRE = (choose_replica(plan, problem.topology.node_of_R) // plan.slots_per_device).astype(np.int64)
+    homes = [device_LRE[:, home] for home in range(problem.num_devices)]
+    if problem.objective != "seconds":
+        return float(np.mean([cost_of(problem, device_LE) for device_LE in homes]))
+    R, scale, load_LE = problem.num_devices, problem.tokens_per_trace_token, problem.affinity.load_LE
+    rows_LRR = np.stack(
+        [[np.bincount(device_E, load_E, R) for device_E, load_E in zip(device_LE, load_LE, strict=True)] for device_LE in homes], axis=1
+    )
+    flat = problem.workload.dispatch == "flat"
+    copies_LRR = rows_LRR if flat else np.stack([copies_to(problem, device_LE, R) for device_LE in homes], axis=1)
+    return step_cost(copies_LRR * (scale / R), rows_LRR.sum(axis=1) * (scale / R), problem.topology, problem.workload)
+
+
+def device_loads(problem: Problem, plan: Plan) -> NDArray[np.float64]:
+    """[L, R]: rows of the trace on each device, tokens at home on every device alike."""
+    R, load_LE = problem.num_devices, problem.affinity.load_LE
+    device_LRE = choose_replica(plan, problem.topology.node_of_R) // plan.slots_per_device
+    loads = [
+        [np.bincount(device_E, load_E, R) for device_E in (device_RE if plan.has_replicas else device_RE[:1])]
+        for device_RE, load_E in zip(device_LRE, load_LE, strict=True)
+    ]
+    return np.asarray(np.array(loads).mean(axis=1))
 
 
 def cost_of(problem: Problem, device_LE: IntArray) -> float:

@@ -33,11 +33,16 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
         chain, stopped_by = _chain(problem, seed, deadline)
         check_load_cap(chain)
         return solution_of(problem, chain.device_LE, method="sweep", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
-    placed_L = [_exchanged(problem, layer, seed, deadline) for layer in range(problem.num_layers)]
+    placed_L = exchanged_layers(problem, seed, deadline)
     anneal.check_load_cap(problem, placed_L)
     device_LE = np.stack([placed.device_I[: problem.num_experts] for placed in placed_L])
     stopped_by = "seconds" if deadline.passed else "done"
     return solution_of(problem, device_LE, method="sweep", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
+
+
+def exchanged_layers(problem: Problem, seed: int, deadline: Deadline) -> list[Placed]:
+    """The best assignment of every layer, for objectives that do not couple them. A broken load cap is the caller's to refuse."""
+    return [_exchanged(problem, layer, seed, deadline) for layer in range(problem.num_layers)]
 
 
 def _chain(problem: Problem, seed: int, deadline: Deadline) -> tuple[Chain, str]:

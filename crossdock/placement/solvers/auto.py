@@ -1,0 +1,87 @@
+"""Method auto, the default: whatever suits the problem's size and the time given, never worse than the plans that it starts from.
+
+Few experts: `dp`, which is exact. Otherwise the quick methods make plans to start from, and most of the time goes to the method that is
+strongest for the objective: `columns` where devices add up and their contents can be listed, the chain search for hops, `anneal` for the
+rest. Where layers are independent, the best of all plans is taken layer by layer.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdock.placement.problem import Problem, Solution
+from crossdock.placement.solvers import anneal, chain, chain_search, columns, dp, eplb, starts, sweep
+from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.solution import solution_of
+
+IntArray = NDArray[np.int64]
+
+SWEEP_SHARE = 0.25  # of the time, before the strongest method
+DP_STATES = 20_000  # states above which dp may take longer than a search that finds the same
+
+
+def solve(problem: Problem, seconds: float, seed: int) -> Solution:
+    """Anytime: the best plan that `seconds` allow. Raises `InfeasiblePlan` where none was found within the load cap."""
+    return improved(problem, seconds, seed, ())
+
+
+def improved(problem: Problem, seconds: float, seed: int, begun: Iterable[Solution]) -> Solution:
+    """The same, from the solutions of other methods as well: never worse than any of them that keeps to the constraints."""
+    deadline = Deadline(seconds)
+    given = list(begun)
+    known = [solution.plan.device_of_LE().astype(np.int64) for solution in given if not solution.plan.has_replicas]
+    known = [device_LE for device_LE in known if _keeps_pins(problem, device_LE)]
+    if not dp.unsuited(problem) and dp._num_states(problem) <= DP_STATES:
+        found = _relabelled(problem, dp.solve(problem, seconds, seed), seed, deadline)
+    elif problem.objective == "hops":
+        found = _of_chain(problem, seed, deadline, known)
+    else:
+        found = _of_layers(problem, seed, deadline, known)
+    replicated = [*given, *_replicated(problem, seconds, seed)]
+    better = [solution for solution in replicated if solution.plan.has_replicas and solution.cost < found.cost]
+    return min(better, key=lambda solution: solution.cost) if better else found
+
+
+def _of_chain(problem: Problem, seed: int, deadline: Deadline, known: list[IntArray]) -> Solution:
+    found, stopped_by = chain_search.search(problem, seed, deadline, (starts.random(problem, seed), *known))
+    chain.check_load_cap(found)
+    return solution_of(problem, found.device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
+
+
+def _of_layers(problem: Problem, seed: int, deadline: Deadline, known: list[IntArray]) -> Solution:
+    plans = [starts.contiguous(problem), starts.random(problem, seed), starts.balanced(problem), starts.clustered(problem), *known]
+    exchanged_L = sweep.exchanged_layers(problem, seed, deadline.share(1.0 / SWEEP_SHARE))
+    plans.append(np.stack([placed.device_I[: problem.num_experts] for placed in exchanged_L]))
+    bound = None
+    if columns.unsuited(problem):
+        placed_L, stopped_by = anneal.search_layers(problem, seed, deadline, plans)
+    else:
+        answers = columns.solve_layers(problem, deadline)
+        bound = sum(answer.bound for answer in answers) / (problem.affinity.num_tokens * problem.num_layers)
+        found = [plans[0][number] if answer.device_E is None else answer.device_E for number, answer in enumerate(answers)]
+        placed_L, stopped_by = anneal.best_of(problem, [*plans, np.stack(found)]), "seconds" if deadline.passed else "done"
+    anneal.check_load_cap(problem, placed_L)
+    device_LE = np.stack([placed.device_I[: problem.num_experts] for placed in placed_L])
+    return solution_of(problem, device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by, bound=bound)
+
+
+def _replicated(problem: Problem, seconds: float, seed: int) -> list[Solution]:
+    """Plans with replicas, where the constraints leave room for them."""
+    if problem.constraints.slots is None or problem.slots_R.sum() <= problem.num_experts or problem.constraints.load_cap is not None:
+        return []
+    found = [solver(problem, seconds, seed) for solver in (eplb.solve, eplb.solve_global)]
+    return [solution for solution in found if all(_pinned(problem, solution))]
+
+
+def _pinned(problem: Problem, solution: Solution) -> list[bool]:
+    return [bool(solution.plan.slot_LRE[pin.layer, pin.device, pin.expert] >= 0) for pin in problem.constraints.pins]
+
+
+def _keeps_pins(problem: Problem, device_LE: IntArray) -> bool:
+    return all(device_LE[pin.layer, pin.expert] == pin.device for pin in problem.constraints.pins)
+
+
+def _relabelled(problem: Problem, solution: Solution, seed: int, deadline: Deadline) -> Solution:
+    device_LE = solution.plan.device_of_LE().astype(np.int64)
+    return solution_of(problem, device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by="optimal", proven=True)
