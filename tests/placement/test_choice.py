@@ -20,7 +20,7 @@ from crossdock.placement.choice import (
     explain,
     price,
 )
-from crossdock.placement.cost import Window, Workload, block_cost
+from crossdock.placement.cost import Window, Workload, block_cost, transfer_seconds
 from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
@@ -87,18 +87,33 @@ def test_no_strategy_is_faster_than_the_chosen_one(seed: int, nodes: int, skew: 
     assert [one.total_s for one in found.alternatives] == sorted(one.total_s for one in found.alternatives)
 
 
-def test_one_piece_costs_what_the_cost_model_says() -> None:
-    topology, slot = machine(2, 2), 2
-    asked = problem(topology, routed(topology, skew=1.0), ("deduplicated",), times=LayerTimes(TIMES.stage_s))
+@pytest.mark.parametrize("slot", range(4))
+@pytest.mark.parametrize("stage_s", [TIMES.stage_s, (30e-3, 2e-3, 90e-3)])
+def test_one_piece_costs_what_the_cost_model_says(slot: int, stage_s: tuple[float, ...]) -> None:
+    symmetric = machine(2, 2)
+    faster_RR = symmetric.bytes_per_s_RR * np.where(np.arange(4)[:, None] < np.arange(4), 1.0, 3.0)  # there is slower than back
+    topology = dataclasses.replace(symmetric, bytes_per_s_RR=faster_RR, node_bytes_per_s=None)
+    asked = problem(topology, routed(topology, skew=1.0), ("deduplicated",), times=LayerTimes(stage_s))
     traffic = asked.traffics[0]
-    before_s, after_s = sum(TIMES.stage_s[:slot]), sum(TIMES.stage_s[slot:])
+    before_s, after_s = sum(stage_s[:slot]), sum(stage_s[slot:])
     window = Window(before_s, after_s, 2 * before_s, 2 * after_s)
     block = block_cost(traffic.hops_HRR[0], traffic.rows_R, topology, dataclasses.replace(WORKLOAD, window=window))
+    assert block.dispatch_s != pytest.approx(block.combine_s, rel=0.2)
     priced = price(asked, Strategy("deduplicated", slot))
     assert priced.forward_s == pytest.approx(float(block.forward_s))
     assert priced.backward_s == pytest.approx(float(block.backward_s))
     sequential = price(asked, Strategy("deduplicated", slot, overlap=False))
     assert sequential.forward_s == pytest.approx(before_s + after_s + float(block.dispatch_s + block.expert_s + block.combine_s))
+
+
+def test_weights_of_gathered_experts_are_waited_for() -> None:
+    topology = machine(2, 2)
+    asked = problem(topology, routed(topology), ("deduplicated",), ((0,),), times=LayerTimes(()))
+    free = dataclasses.replace(asked, traffics=(dataclasses.replace(asked.traffics[0], weight_hops_HRR=np.zeros((0, 4, 4))),))
+    paid, unpaid = (price(one, Strategy("deduplicated", 0, gathered=(0,))) for one in (asked, free))
+    each_s = sum(float(transfer_seconds(hop_RR, topology)) for hop_RR in asked.traffics[0].weight_hops_HRR)
+    assert paid.forward_s == pytest.approx(unpaid.forward_s + each_s)
+    assert paid.backward_s == pytest.approx(unpaid.backward_s + each_s)
 
 
 def test_slow_links_between_nodes_call_for_the_hierarchical_dispatch() -> None:
@@ -160,11 +175,15 @@ def test_where_computing_and_travelling_disturb_one_another_nothing_overlaps() -
     assert not choose(problem(topology, trace, ("deduplicated",), times=handled), NOW).strategy.overlap
 
 
-def test_equal_times_go_to_the_simpler_strategy() -> None:
+def test_of_equal_times_the_simplest_leads_and_what_runs_stays() -> None:
     topology = machine(1, 1)
-    asked = problem(topology, routed(topology), ("deduplicated",), times=LayerTimes(()), chunk_counts=(1, 2))
-    chosen = choose(asked, Strategy("deduplicated", 0, 2, 2)).strategy
-    assert (chosen.forward_chunks, chosen.backward_chunks, chosen.gathered) == (1, 1, ())
+    free = dataclasses.replace(WORKLOAD, expert_overhead_s=0.0)
+    asked = problem(topology, routed(topology), ("deduplicated",), times=LayerTimes((1e-3,)), chunk_counts=(1, 2), workload=free)
+    running = Strategy("deduplicated", 0, 2, 2)
+    found = choose(asked, running)
+    assert [one.total_s for one in found.alternatives] == pytest.approx([found.predicted_s] * len(found.alternatives))
+    assert found.alternatives[0].strategy == Strategy("deduplicated", 0)
+    assert found.strategy == running
 
 
 def test_what_was_not_counted_is_not_priced() -> None:
