@@ -170,7 +170,7 @@ def record(pair: Pair) -> Recorded:
         ]
     moments += [Moment(end_s, "rows", "") for _, end_s, _ in experts]
     moments.sort(key=lambda moment: moment.at_s)
-    return Recorded(begin_s, turn_s, end_s, tuple(moments), tuple(_transfers(flights, watched.arrivals_s)))
+    return Recorded(begin_s, turn_s, end_s, tuple(moments), tuple(transfers_of(flights, watched.arrivals_s)))
 
 
 def _expert_spans(flights: Sequence[Flight]) -> list[tuple[float, float, str]]:
@@ -194,7 +194,7 @@ def _named(flight: Flight) -> str:
     return f"{flight.stage} {flight.direction} of movement {flight.movement}"
 
 
-def _transfers(flights: Sequence[Flight], arrivals_s: Sequence[tuple[float, float]]) -> list[Transfer]:
+def transfers_of(flights: Sequence[Flight], arrivals_s: Sequence[tuple[float, float]]) -> list[Transfer]:
     """Each flight of tokens with the last arrival of the messages that were asked for when it was launched."""
     launched = sorted((flight for flight in flights if flight.kind == "tokens"), key=lambda flight: flight.launched_s)
     found = []

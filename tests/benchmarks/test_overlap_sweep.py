@@ -16,8 +16,9 @@ from benchmarks.overlap import main
 from benchmarks.overlap_bench import Timing
 from benchmarks.overlap_page import write_page
 from benchmarks.overlap_sweep import proposals, row
-from benchmarks.timeline import COLOURS, LEFT, RIGHT, WIDTH, Moment, Recorded, Transfer, draw, record
+from benchmarks.timeline import COLOURS, LEFT, RIGHT, WIDTH, Moment, Recorded, Transfer, draw, record, transfers_of
 from crossdock.placement.pipeline import BlockTimes
+from crossdock.runtime.ledger import Flight
 from crossdock.runtime.overlap import Chunked, Overlapped, Schedule, Sequential
 from tests.pool import Pool, mesh_for
 
@@ -99,6 +100,16 @@ def test_a_watched_step_shows_every_stage_and_every_transfer(ranks: Pool, schedu
         assert at_s == sorted(at_s)
         assert {moment.what for moment in recorded.moments} <= set(COLOURS)
         assert Recorded.of_plain(json.loads(json.dumps(recorded.plain()))) == recorded
+
+
+def test_messages_belong_to_the_flight_that_asked_for_them() -> None:
+    """Two dispatches asked for at 1 and at 2; the messages of the first are there at 3 and 5, those of the second at 4; counts are none."""
+    first, second = (
+        Flight(0, "dispatch", "forward", "tokens", (0, 0, 0), at_s, 6.0, 7.0, movement) for movement, at_s in ((1, 1.0), (2, 2.0))
+    )
+    counts = Flight(0, "dispatch", "forward", "counts", (0, 0, 0), 1.5, 6.0, 7.0, 1)
+    found = transfers_of([second, counts, first], [(0.5, 0.6), (1.1, 3.0), (1.2, 5.0), (2.1, 4.0)])
+    assert [(transfer.launched_s, transfer.arrived_s) for transfer in found] == [(1.0, 5.0), (2.0, 4.0)]
 
 
 def test_the_drawing_puts_everything_in_its_place() -> None:

@@ -84,6 +84,14 @@ def test_flat_and_hierarchical_steps_by_hand() -> None:
     assert step_s(cluster, layer, "hierarchical") == pytest.approx(4 * (2 * 500 / 1000 + 2 * 1 * 0.5), rel=1e-4)
 
 
+def test_counts_go_ahead_of_a_dispatch() -> None:
+    """Four movements over the network take its latency, and the first one's counts take it once more; hierarchical pays no more."""
+    near = Cluster(2, 2, 1e6, 1e9)
+    far = dataclasses.replace(near, latency_s=0.5)
+    assert step_s(far, LAYER, "flat") - step_s(near, LAYER, "flat") == pytest.approx(2.5)
+    assert step_s(far, LAYER, "hierarchical") - step_s(near, LAYER, "hierarchical") == pytest.approx(2.5)
+
+
 def test_compute_shares_the_cores() -> None:
     layer = dataclasses.replace(LAYER, top_k=1)
     enough = Cluster(1, 4, 1e9, math.inf, cores_per_node=4.0, flop_per_s=1e6)
