@@ -168,6 +168,11 @@ class MoEBlock(nn.Module):
         return self.config.window[:1] == ("shared",)
 
     @property
+    def early_stages(self) -> tuple[nn.Module, ...]:
+        """The stages before the routed experts' input is known, in order; weights of gathered experts travel under them."""
+        return self._stages[: self.config.source]
+
+    @property
     def window_stages(self) -> tuple[nn.Module, ...]:
         """The stages that may run while tokens travel, in order."""
         return self._stages[self.config.source :]

@@ -138,6 +138,11 @@ class Transformer(nn.Module):
         return [block.schedule_for(num_positions) for block in self._first_blocks()]
 
     @property
+    def early_stages(self) -> list[tuple[nn.Module, ...]]:
+        """The stages of each MoE layer's block before its routed experts' input is known, in order."""
+        return [block.early_stages for block in self._first_blocks()]
+
+    @property
     def window_stages(self) -> list[tuple[nn.Module, ...]]:
         """The stages of each MoE layer's block that may run while tokens travel, in order."""
         return [block.window_stages for block in self._first_blocks()]

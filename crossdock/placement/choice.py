@@ -132,6 +132,7 @@ class LayerTimes:
     exchange_s             host seconds of one exchange of counts, which nothing hides
     row_s_per_byte         host seconds per byte that is packed for, or unpacked from, one hop
     interference           what computing and travelling cost one another while both are under way
+    early_s                forward seconds of computing before the dispatch, under which weights of gathered experts travel
     """
 
     stage_s: tuple[float, ...]
@@ -139,6 +140,7 @@ class LayerTimes:
     exchange_s: float = 0.0
     row_s_per_byte: float = 0.0
     interference: Interference = field(default_factory=Interference)
+    early_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,14 +234,19 @@ class _Block:
         before_s, after_s = self._sides(slot, 1.0)
         extra_s = 2 * self.packing_s + chunks * self.times.exchange_s
         dispatch_s, combine_s = self._out_s(chunks), self._back_s(chunks)
-        return extra_s + self._seconds(before_s, dispatch_s, self.rows_s, after_s, combine_s, chunks, overlap, self.weights_out_s, 0.0)
+        return extra_s + self._seconds(
+            before_s, dispatch_s, self.rows_s, after_s, combine_s, chunks, overlap, self._late_s(self.weights_out_s, 1.0), 0.0
+        )
 
     def backward_s(self, slot: int, chunks: int, overlap: bool) -> float:
         """The combine's gradient travels out beside the later stages, the dispatch's back beside the earlier ones; weights' come last."""
-        before_s, after_s = self._sides(slot, self.times.backward_over_forward)
+        factor = self.times.backward_over_forward
+        before_s, after_s = self._sides(slot, factor)
         expert_s = BACKWARD_FLOP_RATIO * self.rows_s
         out_s, back_s = self._out_s(chunks), self._back_s(chunks)
-        return 2 * self.packing_s + self._seconds(after_s, out_s, expert_s, before_s, back_s, chunks, overlap, 0.0, self.weights_back_s)
+        return 2 * self.packing_s + self._seconds(
+            after_s, out_s, expert_s, before_s, back_s, chunks, overlap, 0.0, self._late_s(self.weights_back_s, factor)
+        )
 
     def _seconds(
         self,
@@ -266,6 +273,10 @@ class _Block:
             beside_s = min(before_s + expert_s + after_s, chunks * (out_s + back_s))
         mutual_s = 2 * chunks * self.times.interference.handle_s + (self.times.interference.slowdown - 1.0) * beside_s
         return mutual_s + chunked_makespan(before_s, out_s, one_s, after_s, back_s, chunks, weights_before_s)
+
+    def _late_s(self, weights_s: float, factor: float) -> float:
+        """What of the weights' way no early stage hides."""
+        return max(0.0, weights_s - factor * self.times.early_s)
 
     def _sides(self, slot: int, factor: float) -> tuple[float, float]:
         return factor * sum(self.times.stage_s[:slot]), factor * sum(self.times.stage_s[slot:])

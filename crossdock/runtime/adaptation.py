@@ -65,6 +65,7 @@ class Adaptation:
         """Decisions since this process began."""
         self._why = ""
         self._begun_at = 0
+        self._early_times = StageTimes(model.early_stages, mesh.ledger)
         self._stage_times = StageTimes(model.window_stages, mesh.ledger)
         self._costs: tuple[float, Interference] | None = None
 
@@ -122,17 +123,18 @@ class Adaptation:
             self._costs = row_s_per_byte, interference(self.mesh, self.topology)
         self._why, self._begun_at = why, step
         self.window = Window(Capture(plan.num_layers, plan.num_experts, source=f"steps from {step + 1} on, for a choice of strategies"))
+        self._early_times.begin()
         self._stage_times.begin()
 
-    def _stop(self) -> list[list[float]]:
+    def _stop(self) -> tuple[list[list[float]], list[list[float]]]:
         self.window = None
-        return self._stage_times.end()
+        return self._early_times.end(), self._stage_times.end()
 
     def _decide(self, step: int, plan: Plan) -> None:
         assert self.window is not None
         assert self._costs is not None
         measured = self.window.close(self.mesh)
-        ranks = collectives.gather_objects(RankTimes(self._stop(), *self._costs), self.mesh)
+        ranks = collectives.gather_objects(RankTimes(*self._stop(), *self._costs), self.mesh)
         before, layers = self.strategies, self.model.moe_layers
         decided: Choices | CrossdockError | None = None
         if measured is not None and ranks is not None:

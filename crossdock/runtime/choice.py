@@ -81,6 +81,11 @@ class Adaptable(Protocol):
         ...
 
     @property
+    def early_stages(self) -> Sequence[Sequence[nn.Module]]:
+        """The stages of each MoE layer before its input is known."""
+        ...
+
+    @property
     def window_stages(self) -> Sequence[Sequence[nn.Module]]:
         """The stages of each MoE layer that may run while tokens travel."""
         ...
@@ -175,8 +180,10 @@ def dispatches_for(mesh: Mesh) -> tuple[Dispatch, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class RankTimes:
-    """What one rank measured beside its window: seconds of each layer's stages, seconds per byte of packing rows, and interference."""
+    """What one rank measured beside its window: seconds of each layer's early stages and of those that may run while tokens travel,
+    seconds per byte of packing rows, and interference."""
 
+    early_s: list[list[float]]
     stage_s: list[list[float]]
     row_s_per_byte: float
     interference: Interference
@@ -216,7 +223,8 @@ def problems_of(
     for layer in range(len(now)):
         of_layer = {(found[layer].dispatch, found[layer].gathered): found[layer] for found in traffics}
         stage_s = tuple(max(seconds) for seconds in zip(*(rank.stage_s[layer] for rank in ranks), strict=True))
-        times = LayerTimes(stage_s, exchange_s=exchange_s, row_s_per_byte=row_s_per_byte, interference=ranks[0].interference)
+        early_s = min(sum(rank.early_s[layer]) for rank in ranks)
+        times = LayerTimes(stage_s, 2.0, exchange_s, row_s_per_byte, ranks[0].interference, early_s)
         problems.append(LayerProblem(layer, tuple(of_layer.values()), times, topology, workload, config.chunk_counts, workload.wire))
     return tuple(problems)
 

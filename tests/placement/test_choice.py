@@ -114,6 +114,10 @@ def test_weights_of_gathered_experts_are_waited_for() -> None:
     each_s = sum(float(transfer_seconds(hop_RR, topology)) for hop_RR in asked.traffics[0].weight_hops_HRR)
     assert paid.forward_s == pytest.approx(unpaid.forward_s + each_s)
     assert paid.backward_s == pytest.approx(unpaid.backward_s + each_s)
+    early = dataclasses.replace(asked, times=LayerTimes((), early_s=each_s / 4))
+    hidden = price(early, Strategy("deduplicated", 0, gathered=(0,)))
+    assert hidden.forward_s == pytest.approx(unpaid.forward_s + each_s * 3 / 4)
+    assert hidden.backward_s == pytest.approx(unpaid.backward_s + each_s / 2)
 
 
 def test_slow_links_between_nodes_call_for_the_hierarchical_dispatch() -> None:
