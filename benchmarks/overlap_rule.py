@@ -1,22 +1,25 @@
 """When does overlap lose on a CPU? Measures the two numbers of `placement/overlap_rule.py`, and how often the rule is right elsewhere.
 
-    python -m benchmarks.overlap_rule [--threads 1,2,4] [--repeats 15] [--out FILE] [--json] [--short]
+    python -m benchmarks.overlap_rule [--threads 1,2] [--repeats 15] [--out FILE] [--json] [--short]
 
 2 ranks on one host over loopback, where a transfer is nothing but work for the processor: the worst case for overlap. Each rank computes
-with 1, 2 or 4 threads, so that cores are left over, just taken, or fought over. A point is an all-to-all of so many MiB a rank and square
-matrix products that take about `ratio` times as long; its four variants run in turn, each from a barrier on:
+with so many threads; on 4 cores 1 leaves half of them to the transfer and 2 leave none. A point is an all-to-all of so many MiB a rank and
+square matrix products that take about `ratio` times as long; its four variants run in turn, each from a barrier on:
 
     compute, transfer       alone
     sequential              start, wait, compute
     overlapped              start, compute, wait
 
-For each number of threads, handle_s comes from the smallest message (the median of overlapped minus sequential with nothing to compute, at
-least 0) and slowdown from one point, the middle one. All other points are predicted from their compute and transfer alone: whether overlap
-pays, and by how much. Seconds are those of the slower rank, medians over repeats.
+For each number of threads, handle_s comes from the points without computing (the median of overlapped minus sequential, at least 0) and
+slowdown from those of ratio 1 (the median). All other points are predicted from their compute and transfer alone: whether overlap pays,
+and by how much. Where the quartiles of the paired ratios overlapped / sequential lie on both sides of 1, neither schedule is faster
+(`even`) and no verdict is wrong. Seconds are those of the slower rank, medians over repeats.
 """
 
 import argparse
+import math
 import multiprocessing
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Sample, Spread, interleaved, print_table, publish, timed
+from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, print_table, publish, timed
 from crossdock.placement.overlap_rule import Interference, beside_s
 from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
@@ -35,11 +38,11 @@ from crossdock.runtime.mesh import Mesh, initialise, shutdown
 RANKS, WIDTH = 2, 1024
 MIB_PER_RANK = (0.25, 2.0, 8.0, 32.0)
 RATIOS = (0.0, 0.5, 1.0, 3.0)
-CALIBRATION = (8.0, 1.0)
-"""(MiB, ratio) of the point that gives the slowdown."""
-HANDLE = (0.25, 0.0)
+ROLES = {0.0: "handle", 1.0: "slowdown"}
+"""What a ratio is measured for; the others are held out."""
 COLUMNS = (
-    "threads", "mib", "ratio", "role", "compute_s", "transfer_s", "sequential_s", "overlapped_s", "predicted_s", "pays", "predicted_pays"
+    "threads", "mib", "ratio", "role", "compute_s", "transfer_s", "sequential_s", "overlapped_s", "predicted_s", "over_sequential",
+    "faster", "predicted",
 )  # fmt: skip
 
 
@@ -49,6 +52,9 @@ class Point:
 
     mib: float
     ratio: float
+
+
+Measured = dict[tuple[int, Point], dict[str, list[float]]]
 
 
 def matmuls(count: int, left: torch.Tensor, out: torch.Tensor) -> None:
@@ -65,7 +71,7 @@ def point_calls(mesh: Mesh, point: Point, transfer_alone_s: float) -> dict[str, 
     left, out = torch.randn(256, 256), torch.empty(256, 256)
     matmuls(20, left, out)
     single_s = Spread.of(sample.wall_s for sample in interleaved({"one": partial(matmuls, 10, left, out)}, 5)["one"]).median / 10
-    count = max(all_gather_objects(round(point.ratio * transfer_alone_s / single_s), mesh))
+    count = max(all_gather_objects(math.ceil(point.ratio * transfer_alone_s / single_s), mesh))
     compute = partial(matmuls, count, left, out)
 
     def start() -> Any:
@@ -117,8 +123,8 @@ def run_rank(rank: int, threads: tuple[int, ...], points: list[Point], repeats: 
     shutdown()
 
 
-def measure(threads: tuple[int, ...], points: list[Point], repeats: int) -> dict[tuple[int, Point], dict[str, float]]:
-    """Median seconds of the slower rank by (threads, point) and variant."""
+def measure(threads: tuple[int, ...], points: list[Point], repeats: int) -> Measured:
+    """Seconds of the slower rank, a list over repeats, by (threads, point) and variant."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="crossdock-rule-") as folder:
         ends = [spawn.Pipe() for _ in range(RANKS)]
@@ -135,60 +141,62 @@ def measure(threads: tuple[int, ...], points: list[Point], repeats: int) -> dict
             for process in ranks:
                 process.join(timeout=20)
                 process.kill()
-    slower = {key: {name: list(map(max, *(answer[key][name] for answer in answers))) for name in answers[0][key]} for key in answers[0]}
-    return {key: {name: Spread.of(values).median for name, values in variants.items()} for key, variants in slower.items()}
+    return {key: {name: list(map(max, *(answer[key][name] for answer in answers))) for name in answers[0][key]} for key in answers[0]}
 
 
-def rows_of(
-    measured: dict[tuple[int, Point], dict[str, float]], threads: tuple[int, ...]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(one row for each point, one summary for each number of threads)."""
-    rows, summaries = [], []
-    for count in threads:
-        smallest, middle = measured[count, Point(*HANDLE)], measured[count, Point(*CALIBRATION)]
-        handle_s = max(0.0, smallest["overlapped"] - smallest["sequential"])
-        found = Interference.measured(middle["compute"], middle["transfer"], middle["overlapped"], handle_s)
-        own: list[dict[str, Any]] = []
-        for (of_threads, point), seconds in measured.items():
-            if of_threads != count:
-                continue
-            role = {HANDLE: "handle", CALIBRATION: "slowdown"}.get((point.mib, point.ratio), "held out")
-            predicted_s = beside_s(seconds["compute"], seconds["transfer"], found)
-            own.append(
-                {
-                    "threads": count,
-                    "mib": point.mib,
-                    "ratio": point.ratio,
-                    "role": role,
-                    **{f"{name}_s": value for name, value in seconds.items()},
-                    "predicted_s": predicted_s,
-                    "pays": seconds["overlapped"] < seconds["sequential"],
-                    "predicted_pays": predicted_s < seconds["compute"] + seconds["transfer"],
-                }
-            )
-        held_out = [row for row in own if row["role"] == "held out" and row["ratio"] > 0]
-        wrong = [row for row in held_out if row["pays"] != row["predicted_pays"]]
-        lost = [abs(row["overlapped_s"] - row["sequential_s"]) / row["sequential_s"] for row in wrong]
-        always = [max(0.0, row["overlapped_s"] / row["sequential_s"] - 1.0) for row in held_out]
-        summaries.append(
-            {
-                "threads": count,
-                "handle_s": found.handle_s,
-                "slowdown": found.slowdown,
-                "right": len(held_out) - len(wrong),
-                "of": len(held_out),
-                "worst_loss_by_rule": max(lost, default=0.0),
-                "worst_loss_by_always_overlapping": max(always, default=0.0),
-            }
-        )
-        rows += own
-    return rows, summaries
+def interference_of(points: dict[Point, dict[str, list[float]]]) -> Interference:
+    """The two numbers, from the points that are there for them."""
+    median = {point: {name: statistics.median(values) for name, values in variants.items()} for point, variants in points.items()}
+    extra_s = [seconds["overlapped"] - seconds["sequential"] for point, seconds in median.items() if ROLES.get(point.ratio) == "handle"]
+    handle_s = max(0.0, statistics.median(extra_s))
+    slowdowns = [
+        Interference.measured(seconds["compute"], seconds["transfer"], seconds["overlapped"], handle_s).slowdown
+        for point, seconds in median.items()
+        if ROLES.get(point.ratio) == "slowdown"
+    ]
+    return Interference(handle_s, statistics.median(slowdowns))
+
+
+def row_of(threads: int, point: Point, samples: dict[str, list[float]], found: Interference) -> dict[str, Any]:
+    """One point, measured and predicted."""
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
+    ratio = paired_ratio(samples["overlapped"], samples["sequential"])
+    predicted_s = beside_s(seconds["compute"], seconds["transfer"], found)
+    return {
+        "threads": threads,
+        "mib": point.mib,
+        "ratio": point.ratio,
+        "role": ROLES.get(point.ratio, "held out"),
+        **{f"{name}_s": value for name, value in seconds.items()},
+        "predicted_s": predicted_s,
+        **ratio.row("over_sequential"),
+        "faster": "overlapped" if ratio.quartile_3 < 1 else "sequential" if ratio.quartile_1 > 1 else "even",
+        "predicted": "overlapped" if predicted_s < seconds["compute"] + seconds["transfer"] else "sequential",
+    }
+
+
+def summary_of(threads: int, found: Interference, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the rule does on what it has not seen."""
+    held_out = [row for row in rows if row["role"] == "held out"]
+    wrong = [row for row in held_out if row["faster"] not in ("even", row["predicted"])]
+    lost = [row["over_sequential"] - 1 if row["predicted"] == "overlapped" else 1 / row["over_sequential"] - 1 for row in held_out]
+    return {
+        "threads": threads,
+        "handle_s": found.handle_s,
+        "slowdown": found.slowdown,
+        "held_out": len(held_out),
+        "even": sum(row["faster"] == "even" for row in held_out),
+        "wrong": len(wrong),
+        "worst_loss": max(0.0, *lost),
+        "worst_loss_always_overlapped": max(0.0, *(row["over_sequential"] - 1 for row in held_out)),
+        "worst_loss_never_overlapped": max(0.0, *(1 / row["over_sequential"] - 1 for row in held_out)),
+    }
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", default="1,2,4", help="threads of each rank (default: %(default)s)")
+    parser.add_argument("--threads", default="1,2", help="threads of each rank (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
@@ -196,10 +204,17 @@ def main() -> None:
     options = parser.parse_args()
     threads = (1,) if options.short else tuple(int(text) for text in options.threads.split(","))
     points = [Point(mib, ratio) for mib in MIB_PER_RANK for ratio in RATIOS]
-    rows, summaries = rows_of(measure(threads, points, 3 if options.short else options.repeats), threads)
+    measured = measure(threads, points, 3 if options.short else options.repeats)
+    rows, summaries = [], []
+    for count in threads:
+        of_count = {point: samples for (number, point), samples in measured.items() if number == count}
+        found = interference_of(of_count)
+        own = [row_of(count, point, samples, found) for point, samples in of_count.items()]
+        summaries.append(summary_of(count, found, own))
+        rows += own
     publish(rows, f"overlap beside matrix products, {RANKS} ranks, loopback", options.out, options.json, COLUMNS, {"summaries": summaries})
     if not options.json:
-        print_table(summaries, "the rule, calibrated on one point for each number of threads")
+        print_table(summaries, "the rule on the points held out")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ class ModelConfig(StrictModel):
     """Hidden width of dense SwiGLU layers; 8/3 of the model width, rounded up to a multiple of 8, where left out."""
     rope_base: float = Field(10_000.0, gt=1)
     norm_eps: float = Field(1e-6, gt=0)
-    tied_head: bool = True
-    """The output projection is the embedding's transpose."""
+    tied_head: bool = False
+    """The output projection is the embedding's transpose: fewer parameters, and a model that begins by predicting its own input."""
     initial_std: float = Field(0.02, gt=0)
     """Residual output projections get this over sqrt(2 x num_layers) (GPT-2)."""
 

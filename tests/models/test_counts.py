@@ -15,7 +15,7 @@ from crossdock.runtime.context import StepContext
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "dense": {"block": "dense", "num_layers": 3},
-    "dense_gqa": {"block": "dense", "num_kv_heads": 1, "tied_head": False, "mlp_width": 24},
+    "dense_gqa": {"block": "dense", "num_kv_heads": 1, "tied_head": True, "mlp_width": 24},
     "top1": {"block": "top_k", "top_k": 1, "gate": {"kind": "switch"}},
     "top2_every": {"block": "top_k", "moe_every": 1, "activation": "gelu", "gate": {"kind": "gshard", "random_second": False}},
     "shared": {"block": "shared_expert", "shared_expert_width": 20, "expert_width": 12},
@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dgmoe": {"block": "dgmoe", "top_k": 1},
     "dgmoe_groups_every": {"block": "dgmoe", "moe_every": 1, "gate": {"kind": "deepseek_v3"}, "shortcut": {"position": 1}},
     "dgmoe_share": {"block": "dgmoe_share", "num_layers": 8, "num_experts": 9, "activation": "gelu"},
-    "scmoe_cg2": {"num_layers": 4, "shortcut": {"position": 3, "coefficient": "cg2"}, "tied_head": False},
+    "scmoe_cg2": {"num_layers": 4, "shortcut": {"position": 3, "coefficient": "cg2"}, "tied_head": True},
 }
 
 
@@ -69,6 +69,6 @@ def test_backward_is_twice_forward() -> None:
 
 def test_a_known_model() -> None:
     # GPT-2 small's shape with SwiGLU of 2048 and tied embeddings: 50257 x 768 + 12 x (4 x 768^2 + 3 x 768 x 2048 + 2 x 768) + 768.
-    config = ModelConfig(vocab_size=50257, num_layers=12, model_width=768, num_heads=12, block="dense")
+    config = ModelConfig(vocab_size=50257, num_layers=12, model_width=768, num_heads=12, block="dense", tied_head=True)
     assert parameter_count(config).total == 50257 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768) + 768
     assert config.dense_width == 2048

@@ -22,7 +22,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "top1_every": {"block": "top_k", "moe_every": 1, "top_k": 1},
     "top2_second": {"block": "top_k", "top_k": 2},
     "shared_every": {"block": "shared_expert", "moe_every": 1, "top_k": 2},
-    "shared_second": {"block": "shared_expert", "top_k": 1, "tied_head": False},
+    "shared_second": {"block": "shared_expert", "top_k": 1, "tied_head": True},
     "dgmoe_every": {"block": "dgmoe", "moe_every": 1, "top_k": 1},
     "dgmoe2_pos3": {"block": "dgmoe", "top_k": 2, "activation": "gelu", "shortcut": {"position": 3}},
     "dgmoe_share": {"block": "dgmoe_share", "num_layers": 4, "top_k": 1},

@@ -20,7 +20,7 @@ from tests.runtime import tiny
 
 Census = dict[str, np.ndarray]
 STATE = RunState(step=3, data=DataState(0, 24), seed=0, corpus_digest="d")
-BIASED = tiny.MODEL.model_copy(update={"gate": DeepSeekV3Config()})
+BIASED = tiny.MODEL.model_copy(update={"gate": DeepSeekV3Config(), "tied_head": True})
 """A model with buffers that are part of the state."""
 
 
