@@ -347,6 +347,8 @@ def counts_start(sent_RX: Tensor, mesh: Mesh, layer: int, movement: int) -> Pend
 
 
 class _PendingCounts:
+    """On CUDA the way to the host is prepared on a side stream, so that the wait is for the counts alone and not for what computes."""
+
     def __init__(self, sent_RX: Tensor, mesh: Mesh, layer: int, movement: int) -> None:
         self.sent_RX = sent_RX
         even = (1,) * len(sent_RX)
@@ -354,13 +356,33 @@ class _PendingCounts:
         if mesh.count_group is not None:
             self.flying = Flying(sent_RX, Route(mesh, mesh.count_group, even, even, layer, "dispatch", "counts", movement), "forward")
 
+        self.on_host = _ToHost(sent_RX, self.flying, mesh) if sent_RX.is_cuda else None
+
     def wait(self) -> Counts:
         sent = self.sent_RX
         received = sent if self.flying is None else self.flying.join()
-        if sent.device.type == "cpu":
+        if self.on_host is None:
             return Counts(sent, received, sent, received)
-        both = torch.cat((sent, received)).cpu()
-        return Counts(sent, received, both[: len(sent)], both[len(sent) :])
+        return Counts(sent, received, *self.on_host.wait())
+
+
+class _ToHost:
+    """Both counts on their way to the host, behind their exchange and beside everything else on the device."""
+
+    def __init__(self, sent_RX: Tensor, flying: Flying | None, mesh: Mesh) -> None:
+        self.pinned = torch.empty((2, *sent_RX.shape), dtype=sent_RX.dtype, pin_memory=True)
+        stream = mesh.count_stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            received = sent_RX if flying is None else flying.exchange.wait()
+            self.pinned[0].copy_(sent_RX, non_blocking=True)
+            self.pinned[1].copy_(received, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        self.copied.synchronize()
+        return self.pinned[0], self.pinned[1]
 
 
 class _SumOverWorld(torch.autograd.Function):

@@ -5,7 +5,10 @@
     pending = dispatcher.combine_start(bank(rows_MD, count_S), handle)
     y_TD = pending.wait()                                      weighted sums are home
 
-All four are differentiable; the backward pass runs them mirrored. Handles are frozen, and several dispatches may be in flight. Every rank
+`dispatch_start` is `prepare(assignment)`, by which the ranks tell each other how many rows will come, and `start(x_TD)`. Where routing is
+known before the rows are, or where there are several chunks, prepare first: counts then travel while something else runs.
+
+All of it is differentiable; the backward pass runs them mirrored. Handles are frozen, and several dispatches may be in flight. Every rank
 of the expert group makes the same calls in the same order, also with no tokens at all. `reference.py` says in a few slow lines what must
 come out.
 """
@@ -25,7 +28,15 @@ from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle
 from crossdock.runtime.wire import Wire
 
-__all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending"]
+__all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending", "Prepared"]
+
+
+class Prepared(Protocol):
+    """A dispatch whose counts are on their way; `start` may be called once."""
+
+    def start(self, x_TD: Tensor) -> Pending[Dispatched]:
+        """Wait for the counts, which blocks the host, and send the rows."""
+        ...
 
 
 class Dispatcher(Protocol):
@@ -51,8 +62,12 @@ class Dispatcher(Protocol):
         """The format of rows between ranks; None: that of the tokens."""
         ...
 
+    def prepare(self, assignment: Assignment) -> Prepared:
+        """Tell the other ranks what will come; returns at once. For routing that is known before the rows, and for several chunks."""
+        ...
+
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """Send `x_TD` [T, D] to the experts of `assignment`. The exchange of counts blocks; the tokens then travel in the background."""
+        """`prepare(assignment).start(x_TD)`: send `x_TD` [T, D] to the experts of `assignment`; the tokens travel in the background."""
         ...
 
     def combine_start(self, rows_MD: Tensor, handle: Any) -> Pending[Tensor]:

@@ -33,30 +33,45 @@ class Deduplicated:
     layout: ExpertLayout
     wire: Wire | None = None
 
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """Sort the entries by (device, token), send one row for each pair and the entries beside them; see `dispatch.Dispatcher`."""
+    def prepare(self, assignment: Assignment) -> "_Prepared":
+        """Sort the entries by (device, token) and tell every device how many copies come, and how many entries for each of its slots."""
         mesh, layout = self.mesh, self.layout
-        wire = wire_of(self.wire, x_TD.dtype)
         copies = Copies.of(assignment, layout)
-
-        # Tell every device how many copies come, and how many entries for each of its slots.
         movement = mesh.ledger.next_movement()
         counts = counts_start(torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS), 1), mesh, layout.layer, movement)
-        code_A, weight_A = copies.codes(), assignment.weight_A[copies.order_A]
-        counted = counts.wait()
+        return _Prepared(self, assignment, copies, counts, copies.codes(), assignment.weight_A[copies.order_A], movement)
 
-        # Send the copies, and the entries beside them.
-        home = _home_map(copies, assignment, int(counted.sent_cpu[:, 0].sum()), layout.num_ranks)
-        tokens = replace(_route(mesh, layout, counted, "tokens", movement), wire=wire)
-        metadata = _route(mesh, layout, counted, "metadata", movement)
-        rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), tokens)
-        codes = all_to_all_start(code_A, metadata)
-        weights = all_to_all_start(weight_A, metadata)
-        return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype)
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """See `dispatch.Dispatcher`."""
+        return self.prepare(assignment).start(x_TD)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
         return combine_start(rows_MD, handle)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    dispatcher: Deduplicated
+    assignment: Assignment
+    copies: Copies
+    counts: Pending[Counts]
+    code_A: Tensor
+    weight_A: Tensor
+    movement: int
+
+    def start(self, x_TD: Tensor) -> Pending[Dispatched]:
+        """Send one row for each copy, and the entries beside them."""
+        mesh, layout = self.dispatcher.mesh, self.dispatcher.layout
+        wire = wire_of(self.dispatcher.wire, x_TD.dtype)
+        counted = self.counts.wait()
+        home = _home_map(self.copies, self.assignment, int(counted.sent_cpu[:, 0].sum()), layout.num_ranks)
+        tokens = replace(_route(mesh, layout, counted, "tokens", self.movement), wire=wire)
+        metadata = _route(mesh, layout, counted, "metadata", self.movement)
+        rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), tokens)
+        codes = all_to_all_start(self.code_A, metadata)
+        weights = all_to_all_start(self.weight_A, metadata)
+        return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype)
 
 
 @dataclass(frozen=True, eq=False)

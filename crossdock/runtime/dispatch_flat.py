@@ -27,10 +27,9 @@ class Flat:
     layout: ExpertLayout
     wire: Wire | None = None
 
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """Sort the entries by global slot and send one row for each; see `dispatch.Dispatcher`."""
+    def prepare(self, assignment: Assignment) -> "_Prepared":
+        """Sort the entries by global slot and tell how many there are; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
-        wire = wire_of(self.wire, x_TD.dtype)
         slot_A = layout.slot_of_expert_E[assignment.expert_A]
         movement = mesh.ledger.next_movement()
         counts = counts_start(
@@ -38,25 +37,43 @@ class Flat:
         )
         order_A = torch.argsort(slot_A, stable=True)
         home = RowMap(assignment.token_A[order_A], inverse(order_A), assignment.offset_T)
-        rows = spread(x_TD, home, wire.row_dtype)
-        counted = counts.wait()
+        return _Prepared(self, counts, home, assignment.weight_A, movement)
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """See `dispatch.Dispatcher`."""
+        return self.prepare(assignment).start(x_TD)
+
+    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
+        """Send expert outputs home; see `dispatch.Dispatcher`."""
+        return combine_start(rows_MD, handle)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    dispatcher: Flat
+    counts: Pending[Counts]
+    home: RowMap
+    weight_A: Tensor
+    movement: int
+
+    def start(self, x_TD: Tensor) -> Pending[Dispatched]:
+        """Send one row for each entry."""
+        mesh = self.dispatcher.mesh
+        wire = wire_of(self.dispatcher.wire, x_TD.dtype)
+        rows = spread(x_TD, self.home, wire.row_dtype)
+        counted = self.counts.wait()
         route = Route(
             mesh,
             mesh.token_group,
             send_R=tuple(counted.sent_cpu.sum(1).tolist()),
             receive_R=tuple(counted.received_cpu.sum(1).tolist()),
-            layer=layout.layer,
+            layer=self.dispatcher.layout.layer,
             stage="dispatch",
             kind="tokens",
-            movement=movement,
+            movement=self.movement,
             wire=wire,
         )
-        pending = all_to_all_start(rows, route)
-        return _PendingRows(pending, route, home, counted, assignment.weight_A, x_TD.dtype)
-
-    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
-        """Send expert outputs home; see `dispatch.Dispatcher`."""
-        return combine_start(rows_MD, handle)
+        return _PendingRows(all_to_all_start(rows, route), route, self.home, counted, self.weight_A, x_TD.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,13 +49,12 @@ class Hierarchical:
     layout: ExpertLayout
     wire: Wire | None = None
 
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """Send one row for each (node, token), and the entries beside them; see `dispatch.Dispatcher`."""
+    def prepare(self, assignment: Assignment) -> "_Prepared":
+        """Number the copies for devices and for nodes, and tell how many there are; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
         assert mesh.ranks_per_node is not None
         num_tokens, per_node = assignment.num_tokens, mesh.ranks_per_node
         num_nodes, local = layout.num_ranks // per_node, mesh.expert_rank % per_node
-        wire = wire_of(self.wire, x_TD.dtype)
         copies = Copies.of(assignment, layout)
 
         # 1. Number the copies for nodes, sorted by (node, token).
@@ -73,18 +72,55 @@ class Hierarchical:
         counts_RX = torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS, for_rails_NGX.flatten(0, 1)), 1)
         movement = mesh.ledger.next_movement()
         counts = counts_start(counts_RX, mesh, layout.layer, movement)
-        code_A, weight_A = copies.codes(), assignment.weight_A[copies.order_A]
-        told = _Told(counts.wait(), num_nodes, per_node, layout.num_slots, local)
-
-        # 3. Send what each rail's rank passes on, then the rows, then the entries.
-        metadata = _metadata(mesh, layout.layer, movement, told.entries_sent, told.entries_received)
         first_N = copies_N.cumsum(0) - copies_N
-        fan_code_A = (node_copy_A - first_N[node_A]) * per_node + copies.device_A % per_node
-        fan_code_C = _one_of_each(fan_code_A, copies.copy_A, sum(told.codes_sent)).int()
+        return _Prepared(
+            self,
+            assignment,
+            copies,
+            counts,
+            node_copy_A=node_copy_A,
+            fan_code_A=(node_copy_A - first_N[node_A]) * per_node + copies.device_A % per_node,
+            code_A=copies.codes(),
+            weight_A=assignment.weight_A[copies.order_A],
+            movement=movement,
+        )
+
+    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
+        """See `dispatch.Dispatcher`."""
+        return self.prepare(assignment).start(x_TD)
+
+    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
+        """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
+        return combine_start(rows_MD, handle)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    dispatcher: Hierarchical
+    assignment: Assignment
+    copies: Copies
+    counts: Pending[Counts]
+    node_copy_A: Tensor
+    """int64 [A]: number of the copy for a node that each entry belongs to."""
+    fan_code_A: Tensor
+    """int64 [A]: what the rail's rank is told of the copy for a device that each entry belongs to; see `relay.FanOut`."""
+    code_A: Tensor
+    weight_A: Tensor
+    movement: int
+
+    def start(self, x_TD: Tensor) -> Pending[Dispatched]:
+        """Send what each rail's rank passes on, one row for each (node, token), and the entries."""
+        mesh, layout, movement = self.dispatcher.mesh, self.dispatcher.layout, self.movement
+        assert mesh.ranks_per_node is not None
+        per_node = mesh.ranks_per_node
+        num_nodes, local = layout.num_ranks // per_node, mesh.expert_rank % per_node
+        told = _Told(self.counts.wait(), num_nodes, per_node, layout.num_slots, local)
+        fan_code_C = _one_of_each(self.fan_code_A, self.copies.copy_A, sum(told.codes_sent)).int()
         to_rail = _metadata(mesh, layout.layer, movement, told.on_rail(told.codes_sent), told.on_rail(told.codes_received))
         fan_out = FanOut(
             Flying(fan_code_C, to_rail, "forward"), told.rail_NX[:, 0], told.rail_NX[:, 1:].sum(1), sum(told.rows_received), per_node
         )
+        wire = wire_of(self.dispatcher.wire, x_TD.dtype)
         relay = Relay(
             mesh,
             rail=Hop(mesh.rail_group, told.rows_sent, told.rows_received),
@@ -97,15 +133,13 @@ class Hierarchical:
             wire=wire,
             width=x_TD.shape[1],
         )
-        home = RowMap.from_source(_one_of_each(copies.token_A, node_copy_A, sum(told.rows_sent)), num_tokens)
+        metadata = _metadata(mesh, layout.layer, movement, told.entries_sent, told.entries_received)
+        source_C = _one_of_each(self.copies.token_A, self.node_copy_A, sum(told.rows_sent))
+        home = RowMap.from_source(source_C, self.assignment.num_tokens)
         rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), relay)
-        codes = all_to_all_start(code_A, metadata)
-        weights = all_to_all_start(weight_A, metadata)
+        codes = all_to_all_start(self.code_A, metadata)
+        weights = all_to_all_start(self.weight_A, metadata)
         return _PendingRows(rows, codes, weights, relay, home, told, x_TD.dtype)
-
-    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
-        """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
-        return combine_start(rows_MD, handle)
 
 
 class _Told:

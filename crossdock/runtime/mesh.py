@@ -15,6 +15,7 @@ import contextlib
 import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,6 +94,11 @@ class Mesh:
         """Node of every rank of this expert group, [R]."""
         first = self.replica * self.expert_parallel
         return self.node_of_rank[first : first + self.expert_parallel]
+
+    @cached_property
+    def count_stream(self) -> Any:
+        """The CUDA stream on which counts come to the host, so that the host waits for them and not for what computes."""
+        return torch.cuda.Stream(self.device)
 
     @property
     def ranks_per_node(self) -> int | None:

@@ -33,6 +33,8 @@ class Case:
     seed: int = 0
     chunks: int = 1
     """Dispatches in flight at once."""
+    prepared: bool = False
+    """Whether the counts of all of them are exchanged before the first of them starts."""
     wire: str | None = None
     dtype: torch.dtype = torch.float64
 
@@ -104,7 +106,11 @@ def run_layer(rank: int, world_size: int, name: str, case: Case) -> Outcome:
 
     bounds = torch.linspace(0, len(x), case.chunks + 1).long().tolist()
     chunks = list(itertools.pairwise(bounds))
-    arriving = [dispatcher.dispatch_start(x[begin:end], part(assignment, begin, end)) for begin, end in chunks]
+    if case.prepared:
+        ready = [dispatcher.prepare(part(assignment, begin, end)) for begin, end in chunks]
+        arriving = [prepared.start(x[begin:end]) for prepared, (begin, end) in zip(ready, chunks, strict=True)]
+    else:
+        arriving = [dispatcher.dispatch_start(x[begin:end], part(assignment, begin, end)) for begin, end in chunks]
     leaving = []
     for pending in arriving:
         rows, count_S, handle = pending.wait()

@@ -15,7 +15,7 @@ from crossdock.errors import BadConfig
 from crossdock.runtime import reference
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.background import Background
-from crossdock.runtime.collectives import Route
+from crossdock.runtime.collectives import Route, broadcast_object
 from crossdock.runtime.dispatch import DISPATCHERS, Deduplicated, Flat
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import bytes_by_way
@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn) -> Case:
     chosen = tuple(draw(st.lists(token, max_size=6).map(tuple)) for _ in range(world_size))
     slots = random_slots(np.random.default_rng(seed), num_experts, expert_parallel, num_slots, copies)
     nodes = draw(st.sampled_from([None, tuple(rank // 2 for rank in range(world_size))]))
-    return Case(expert_parallel, num_experts, as_slots(slots), chosen, nodes, seed, chunks=draw(st.integers(1, 3)))
+    return Case(expert_parallel, num_experts, as_slots(slots), chosen, nodes, seed, draw(st.integers(1, 3)), draw(st.booleans()))
 
 
 @given(case=cases(), name=st.sampled_from(NAMES))
@@ -193,6 +193,28 @@ def test_hierarchical_over_rails(ranks: Pool, case: Case, spread: bool) -> None:
     )
     nodes = RAILS if spread else (1, 1, 0, 0)
     assert_equals_one_process(ranks, "hierarchical", dataclasses.replace(case, expert_parallel=4, slots_RS=slots, node_of_rank=nodes))
+
+
+def prepared_early(rank: int, world_size: int, name: str, case: Case) -> tuple[bool, bool]:
+    """Whether `prepare` returns while another rank has not come yet, and whether the result is that of `dispatch_start`."""
+    mesh = mesh_for(rank, world_size, 4, RAILS)
+    dispatcher = DISPATCHERS[name](mesh, ExpertLayout.from_plan(case.plan, 0, mesh), None)
+    x, assignment, _ = inputs(case, rank)
+    if rank == 3:
+        broadcast_object(None, mesh)  # comes only when the others have prepared
+    prepared = dispatcher.prepare(assignment)
+    all_prepared = rank == 3 or broadcast_object(True, mesh)
+    rows, count_S, handle = prepared.start(x.detach()).wait()
+    y = dispatcher.combine_start(rows, handle).wait()
+    again, count_again_S, handle = dispatcher.dispatch_start(x.detach(), assignment).wait()
+    same = torch.equal(y, dispatcher.combine_start(again, handle).wait())
+    return bool(all_prepared), same and torch.equal(rows, again) and torch.equal(count_S, count_again_S)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_travel_before_the_rows_are_there(ranks: Pool, name: str) -> None:
+    case = Case(4, 4, CONTIGUOUS[4], routing(2, 4, 4), RAILS)
+    assert ranks.run(4, prepared_early, name, case) == [(True, True)] * 4
 
 
 def second_hops(rank: int, world_size: int, case: Case) -> list[bool]:
