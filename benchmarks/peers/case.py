@@ -83,6 +83,11 @@ class Case:
     down_gradient_EDF: Tensor
     expert_RTK: Tensor
 
+    @property
+    def skewed(self) -> bool:
+        """Whether some experts were made hot."""
+        return self.name.endswith("zipf")
+
     def save(self, path: Path) -> None:
         """Write it as plain tensors and numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

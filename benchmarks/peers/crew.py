@@ -1,5 +1,6 @@
 """The ranks of one system: started in its own environment, on this host or on emulated ones, and led by orders (see `rank`)."""
 
+import contextlib
 import json
 import os
 import queue
@@ -40,9 +41,7 @@ class Hosts:
         """Variables by which the ranks of crew `number` find each other and the interface to use."""
         if self.lab is not None:
             return {"MASTER_ADDR": self.lab.address(0), "MASTER_PORT": str(FIRST_PORT + number), **_interface("eth0")}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), **_interface("lo")}
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port(number)), **_interface("lo")}
 
     def sent_bytes(self) -> int:
         """Bytes that the busiest host has sent over its link so far, headers included; on one host those over the loopback."""
@@ -52,6 +51,16 @@ class Hosts:
             if line.strip().startswith("lo:"):
                 return int(line.partition(":")[2].split()[8])
         raise RuntimeError("this host has no loopback interface")
+
+
+def _free_port(number: int) -> int:
+    """A port below those that systems hand out by themselves: the ranks of other crews take theirs from there in the meantime."""
+    first = 20_000 + (os.getpid() * 16 + number) % 12_000
+    for port in range(first, first + 700):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {first} to {first + 700}")
 
 
 def _interface(name: str) -> dict[str, str]:

@@ -28,10 +28,11 @@ matrix are those of one process in float64 (relative error below 1e-5 in fp32, 2
 tokens whose logits nearly tie choose otherwise).
 
 `step_s` is the slowest rank's, the median over rounds with its extremes. `over_crossdock` is the median over rounds of the paired ratio
-to the row with the star, our way of the same mathematics that was fastest in two rounds before the counted ones, with a 95 % interval
-from resampled rounds. `link_mb`: what the busier node sent over its link in a step, headers included, by the interface's counter (on one
-host: over the loopback). Bound: the longer of the bytes that any schedule must send over the busier direction of the link (a row a token
-and other node, there and back, twice), and the experts alone on the busiest rank.
+to our best way of the same mathematics (in each round the one that is fastest by the median of the other rounds, so that choosing it
+costs what it should), with a 95 % interval from resampled rounds; a star marks it. `link_mb`: what the busier node sent over its link in
+a step, headers included, by the interface's counter (on one host: over the loopback). Bound: the longer of the bytes that any schedule
+must send over the busier direction of the link (a row a token and other node, there and back, twice), and the experts alone on the
+busiest rank.
 """
 
 

@@ -35,7 +35,7 @@ class Work:
 
     def __init__(self, adapter: ModuleType, variant: str, case: Case, rank: int) -> None:
         self.adapter, self.case, self.rank = adapter, case, rank
-        self.layers = [adapter.build(variant, case.sizes, weights, rank) for weights in case.layers]
+        self.layers = [adapter.build(variant, case, weights, rank) for weights in case.layers]
         self.model: nn.Module = self.layers[0]
         self.x = case.x[rank].clone()
         if case.kind == "model":
@@ -56,7 +56,9 @@ class Work:
         """|found - right| / |right| of a step's outcome."""
         output = self.step()
         input_gradient = self.model.embedding.grad if isinstance(self.model, Decoder) else self.x.grad
-        mine = slice(self.rank * self.case.sizes.num_slots, (self.rank + 1) * self.case.sizes.num_slots)
+        first, num_slots = self.rank * self.case.sizes.num_slots, self.case.sizes.num_slots
+        placed = getattr(self.adapter, "experts_of", None)
+        mine = list(range(first, first + num_slots)) if placed is None else placed(self.layers[0])
         down_gradient = self.adapter.down_gradient(self.layers[0])
         return {
             "output": _error(output, self.case.output[self.rank]),

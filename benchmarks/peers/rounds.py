@@ -44,21 +44,31 @@ class Outcome:
 
     variant: Variant
     errors: Mapping[str, float] = field(default_factory=dict)
-    warm_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     link_bytes: list[int] = field(default_factory=list)
     reason: str = ""
 
 
-def variants_of(system: str) -> list[Variant]:
-    """The variants that a system's adapter names, read without importing it (it belongs to another environment)."""
+def variants_of(system: str, scopes: Sequence[str] | None = None) -> list[Variant]:
+    """The variants that a system's adapter names, read without importing it (it belongs to another environment).
+
+    VARIANTS holds everywhere, and a table like SKEWED_NODES_VARIANTS where all words before VARIANTS are among `scopes` (None: all tables).
+    """
     tree = ast.parse((ADAPTERS / f"{SYSTEMS[system].adapter}.py").read_text())
+    found = []
     for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "VARIANTS":
-            named: dict[str, str] = ast.literal_eval(node.value)
-            return [Variant(system, name, how) for name, how in named.items()]
-    raise AssertionError(f"the adapter of {system} names no VARIANTS")
+        table = str(getattr(node.targets[0], "id", "")) if isinstance(node, ast.Assign) else ""
+        if isinstance(node, ast.Assign) and table.endswith("VARIANTS"):
+            where = table.split("_")[:-1]
+            if scopes is None or set(where) <= set(scopes):
+                found += [Variant(system, name, how) for name, how in ast.literal_eval(node.value).items()]
+    return found
+
+
+def scopes_of(case: Case, hosts: Hosts) -> list[str]:
+    """The words that hold for a case on some hosts."""
+    return ["LOCAL" if hosts.lab is None else "NODES", case.dtype.upper(), *(["SKEWED"] if case.skewed else [])]
 
 
 class Stage:
@@ -98,7 +108,7 @@ class Stage:
             path = Path(folder) / "case.pt"
             case.save(path)
             for name in self.systems:
-                for variant in variants_of(name):
+                for variant in variants_of(name, scopes_of(case, self.hosts)):
                     if variant.name == EXPERTS_ALONE and case.kind == "model":
                         continue
                     outcome = Outcome(variant)
@@ -112,10 +122,10 @@ class Stage:
                 with contextlib.suppress(CrewLost):  # said when it was lost
                     crew.order(do="forget")
 
-    def measure(self, outcomes: Sequence[Outcome], rounds: int, warmup: int = 2) -> None:
-        """`rounds` timed steps of every variant, taking turns, after `warmup` that only choose our own best one."""
+    def measure(self, outcomes: Sequence[Outcome], rounds: int, warmup: int = 1) -> None:
+        """`rounds` timed steps of every variant, taking turns, after `warmup` rounds that do not count."""
         for outcome in outcomes:
-            outcome.warm_s, outcome.step_s, outcome.cpu_s, outcome.link_bytes = [], [], [], []
+            outcome.step_s, outcome.cpu_s, outcome.link_bytes = [], [], []
         for number in range(-warmup, rounds):
             turn = number % len(outcomes)
             for outcome in [*outcomes[turn:], *outcomes[:turn]]:
@@ -128,7 +138,6 @@ class Stage:
         found = self._crew(outcome.variant).order(do="step", variant=outcome.variant.name)
         step_s = max(answer["step_s"] for answer in found)
         if not timed:
-            outcome.warm_s.append(step_s)
             return
         outcome.step_s.append(step_s)
         outcome.cpu_s.append(sum(answer["cpu_s"] for answer in found) / len(found))

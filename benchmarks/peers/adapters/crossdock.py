@@ -1,30 +1,57 @@
 """Crossdock's own layer, one variant for each way of moving tokens; and its experts alone, the floor of every row."""
 
 import os
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights
+from benchmarks.peers.rounds import EXPERTS_ALONE
 from crossdock.models.moe import MoELayer
+from crossdock.placement.affinity import Affinity
+from crossdock.placement.cost import Workload
+from crossdock.placement.gather import GatherCost, choose_gathered
+from crossdock.placement.plan import Plan
+from crossdock.placement.problem import Problem
+from crossdock.placement.solvers import solve
+from crossdock.placement.topology import Topology
+from crossdock.placement.trace import Trace
+from crossdock.runtime.collectives import broadcast_object
 from crossdock.runtime.context import StepContext
 from crossdock.runtime.mesh import Mesh, initialise
 from crossdock.runtime.overlap import Chunked, Schedule, Sequential, run
 
 VARIANTS = {
-    "crossdock flat": "one row per (token, expert), waited for at once",
     "crossdock deduplicated": "one row per (token, device), waited for at once",
-    "crossdock hierarchical": "one row per (token, node) over the slow link, waited for at once",
-    "crossdock flat 2 chunks": "the same in 2 chunks, one travels while another is computed",
-    "crossdock deduplicated 2 chunks": "the same in 2 chunks",
-    "crossdock deduplicated 4 chunks": "the same in 4 chunks",
-    "crossdock hierarchical 4 chunks": "the same in 4 chunks",
-    "crossdock deduplicated 4 chunks bf16-wire": "rows travel in bf16: other numbers where the experts compute in fp32",
     "experts alone": "the experts on the rows that arrive, nothing sent",
 }
+LOCAL_VARIANTS = {
+    "crossdock flat": "one row per (token, expert), waited for at once",
+    "crossdock deduplicated 2 chunks": "in 2 chunks, one travels while another is computed",
+}
+NODES_VARIANTS = {
+    "crossdock deduplicated 4 chunks": "in 4 chunks, one travels while another is computed",
+    "crossdock hierarchical 4 chunks": "one row per (token, node) over the slow link, 4 chunks",
+}
+FP32_NODES_VARIANTS = {
+    "crossdock hierarchical 4 chunks bf16-wire": "rows travel in bf16: other numbers, since the experts compute in fp32",
+}
+SKEWED_LOCAL_VARIANTS = {
+    "crossdock flat packed": "experts packed on ranks for even load by the planner",
+    "crossdock flat packed gathered": "packed; weights of hot experts travel instead of their tokens",
+}
+SKEWED_NODES_VARIANTS = {
+    "crossdock hierarchical packed 4 chunks": "experts packed on ranks for even load by the planner",
+    "crossdock hierarchical packed gathered 4 chunks": "packed; weights of hot experts travel instead of their tokens",
+}
+"""A planner has seen the routing before, as from a recorded trace."""
 
 _meshes: list[Mesh] = []
 
@@ -34,15 +61,22 @@ class Ways:
     """What a variant's name says."""
 
     dispatch: str
-    schedule: Schedule
-    wire: str | None
+    chunks: int = 1
+    wire: str | None = None
+    packed: bool = False
+    gathered: bool = False
 
     @staticmethod
     def of(variant: str) -> "Ways":
+        if variant == EXPERTS_ALONE:
+            return Ways("flat")
         _, dispatch, *rest = variant.split()
-        chunks = int(rest[0]) if rest else 1
-        schedule = Chunked(0, chunks, chunks) if chunks > 1 else Sequential(0)
-        return Ways(dispatch, schedule, "bf16" if "bf16-wire" in rest else None)
+        chunks = int(rest[rest.index("chunks") - 1]) if "chunks" in rest else 1
+        return Ways(dispatch, chunks, "bf16" if "bf16-wire" in rest else None, "packed" in rest, "gathered" in rest)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Chunked(0, self.chunks, self.chunks) if self.chunks > 1 else Sequential(0)
 
 
 def join() -> None:
@@ -54,31 +88,87 @@ def join() -> None:
     _meshes.append(Mesh.create(rank, world_size, world_size, tuple(nodes)))
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
-    ways = Ways.of("crossdock flat" if variant == "experts alone" else variant)
-    mine = weights.of_rank(rank, sizes)
+    mesh, sizes, ways = _meshes[0], case.sizes, Ways.of(variant)
+    plan = packed(case, mesh) if ways.packed else Plan.contiguous(1, sizes.num_experts, sizes.ranks)
     moe = MoELayer(
         sizes.model_width,
         sizes.expert_width,
         sizes.num_experts,
         sizes.top_k,
-        mesh=_meshes[0],
+        mesh=mesh,
+        plan=plan,
         dispatch=ways.dispatch,
         wire=ways.wire,
-        dtype=mine.down_EDF.dtype,
+        dtype=weights.down_EDF.dtype,
     )
+    mine = list(moe.layout.local_experts)
     with torch.no_grad():
-        moe.gate.weight_ED.copy_(mine.router_ED)
-        moe.bank.inner.copy_(torch.cat([mine.gate_EFD, mine.up_EFD], dim=1))
-        moe.bank.outer.copy_(mine.down_EDF.transpose(1, 2))
-    return ExpertsAlone(moe) if variant == "experts alone" else Layer(moe, ways.schedule)
+        moe.gate.weight_ED.copy_(weights.router_ED)
+        moe.bank.inner.copy_(torch.cat([weights.gate_EFD[mine], weights.up_EFD[mine]], dim=1))
+        moe.bank.outer.copy_(weights.down_EDF[mine].transpose(1, 2))
+    if ways.gathered:
+        moe.set_gathered(hot_experts(moe, case, plan))
+    return ExpertsAlone(moe) if variant == EXPERTS_ALONE else Layer(moe, ways.schedule)
+
+
+def load_RE(case: Case) -> NDArray[np.int64]:
+    """Rows by home and expert, [R, E]."""
+    return np.stack([np.bincount(expert_TK.flatten().numpy(), minlength=case.sizes.num_experts) for expert_TK in case.expert_RTK])
+
+
+def topology_of(mesh: Mesh, flop_per_s: float = 8e10) -> Topology:
+    """Nodes and ranks as they are, behind links of 500 Mbit/s where there are several nodes."""
+    nodes = len(set(mesh.node_of_rank))
+    return Topology.uniform(
+        nodes,
+        mesh.world_size // nodes,
+        flop_per_s=flop_per_s,
+        same_node_bytes_per_s=5e8,
+        other_node_bytes_per_s=500e6 / 8,
+        shared_by_node=True,
+    )
+
+
+def workload_of(case: Case) -> Workload:
+    """The layer as the cost model wants it."""
+    sizes = case.sizes
+    return Workload(sizes.tokens, sizes.model_width, sizes.expert_width, case.dtype, dispatch="flat")  # type: ignore[arg-type]
+
+
+def packed(case: Case, mesh: Mesh) -> Plan:
+    """The planner's packing for even load."""
+    affinity = Affinity.from_trace(Trace(case.expert_RTK.flatten(0, 1).unsqueeze(1).numpy(), case.sizes.num_experts))
+    return solve(Problem(affinity, topology_of(mesh), workload_of(case)), "balance").plan
+
+
+def hot_experts(moe: MoELayer, case: Case, plan: Plan) -> tuple[int, ...]:
+    """The experts that the cost model gathers, with the experts' speed as rank 0 measures it now."""
+    load = load_RE(case)
+    rows_MD = torch.randn(load.sum() // case.sizes.ranks, case.sizes.model_width, dtype=moe.bank.inner.dtype).requires_grad_()
+    count_S = torch.full((moe.layout.num_slots,), len(rows_MD) // moe.layout.num_slots)
+    count_S[0] += len(rows_MD) - int(count_S.sum())
+    seconds = []
+    for _ in range(3):
+        begin_s = time.perf_counter()
+        moe.bank(rows_MD, count_S).backward(rows_MD.detach())
+        seconds.append(time.perf_counter() - begin_s)
+    flop = 3 * workload_of(case).row_flop * len(rows_MD)
+    speed: float = broadcast_object(flop / statistics.median(seconds), moe.mesh)
+    cost = GatherCost(load, plan, 0, topology_of(moe.mesh, speed), workload_of(case), moe.bank.inner.element_size())
+    return choose_gathered(cost).experts
 
 
 def down_gradient(layer: nn.Module) -> Tensor | None:
     """Gradient of this rank's `down`, [S, D, F]."""
-    gradient = cast(Any, layer).moe.bank.outer.grad
-    return None if gradient is None else gradient.transpose(1, 2)
+    gradient: Tensor = cast(Any, layer).moe.bank.outer.grad
+    return gradient.transpose(1, 2)
+
+
+def experts_of(layer: nn.Module) -> list[int]:
+    """Which experts those are, where a plan has placed them."""
+    return list(cast(Any, layer).moe.layout.local_experts)
 
 
 class Layer(nn.Module):
@@ -90,6 +180,7 @@ class Layer(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         self.moe.mesh.ledger.take()
+        self.moe.prefetch()
         routing = self.moe.route(x_TD, context_of(self.moe, x_TD), len(x_TD))
         _, y_TD = run(self.schedule, self.moe, x_TD, routing.assignment, [], None)
         return y_TD

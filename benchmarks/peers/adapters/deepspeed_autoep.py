@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import output_capturing
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights
 
 VARIANTS = {"deepspeed AutoEP": "preset mixtral; patched: transformers' registry of recorded outputs answers get(key, default)"}
 
@@ -24,8 +24,9 @@ def _get(registry: dict[str, Any], key: Any, default: Any = None) -> Any:
     return dict.get(registry, key if isinstance(key, str) else str(key.__class__), default) or default or {}
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
+    sizes = case.sizes
     config = MixtralConfig(
         vocab_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
         hidden_size=sizes.model_width, intermediate_size=sizes.expert_width,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights
 
 VARIANTS = {"deepspeed MoE": "drops nothing: every expert padded to the longest"}
 
@@ -18,8 +18,9 @@ def join() -> None:
     deepspeed.init_distributed("gloo")
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
+    sizes = case.sizes
     moe = MoE(
         sizes.model_width,
         Expert(sizes.model_width, sizes.expert_width),

@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights
 
 VARIANTS = {
     "transformers eager": "all-to-all, its loop over the experts",
@@ -19,8 +19,9 @@ VARIANTS = {
 PLAN = {"experts.gate_up_proj": "grouped_gemm", "experts.down_proj": "grouped_gemm", "experts": "ep_dispatch_experts"}
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
+    sizes = case.sizes
     config = MixtralConfig(
         hidden_size=sizes.model_width,
         intermediate_size=sizes.expert_width,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights
 
 VARIANTS = {
     "megatron alltoall": "patched: CUDA streams, events and devices; a name of Transformer Engine; split sizes as numbers. SequentialMLP",
@@ -49,8 +49,9 @@ def join() -> None:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
+    sizes = case.sizes
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig

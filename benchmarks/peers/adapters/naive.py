@@ -7,14 +7,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights, Sizes
 
 VARIANTS = {"naive": "40 lines of plain torch"}
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
-    return NaiveLayer(sizes, weights.of_rank(rank, sizes))
+    return NaiveLayer(case.sizes, weights.of_rank(rank, case.sizes))
 
 
 def down_gradient(layer: nn.Module) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.case import LayerWeights, Sizes
+from benchmarks.peers.case import Case, LayerWeights
 
 
 class _NoKernels(ModuleType):
@@ -36,8 +36,9 @@ def join() -> None:
     set_spmd_backend("default")
 
 
-def build(variant: str, sizes: Sizes, weights: LayerWeights, rank: int) -> nn.Module:
+def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
+    sizes = case.sizes
     config = MoE.Config(
         num_experts=sizes.num_experts,
         load_balance_coeff=None,
