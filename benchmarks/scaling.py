@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from benchmarks.measure import Spread, publish
 from benchmarks.netlab import Lab
 from benchmarks.scaling_report import write_report
 from benchmarks.simulate_layer import Layer
+from crossdock.atomic import write_json
 from crossdock.errors import CrossdockError, UsageError
 from crossdock.models.moe import MoELayer
 from crossdock.runtime import ledger
@@ -131,16 +131,18 @@ def measure(options: argparse.Namespace) -> None:
         options.topologies, options.rates, options.repeats = [(2, 2)], [4e8], 3
         shape = dataclasses.replace(SHAPE, tokens=64, model_width=128)
     rows: list[dict[str, Any]] = []
+    extra = {"shape": dataclasses.asdict(shape), "cores": os.cpu_count()}
     for nodes, ranks_per_node in options.topologies:
         with Lab(nodes, options.rates[0], latency_s=options.latency) as lab:
             passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats)]
             passed += ["--strategies", ",".join(options.strategies)]
             passed += ["--lab", lab.name, "--shape", json.dumps(dataclasses.asdict(shape))]
             rows += json.loads(lab.ranks(["-m", "benchmarks.scaling", "measure", *passed], ranks_per_node, timeout_s=600)[0])
+        if options.out is not None:  # a long run that is cut short keeps what it has
+            write_json(options.out, {"rows": rows, **extra})
         if not options.json:
-            print(f"{nodes}x{ranks_per_node}: {statistics.median(row['step_s'] for row in rows):.3g} s so far", file=sys.stderr)
-    what = f"one layer on emulated nodes, {dataclasses.asdict(shape)}"
-    publish(rows, what, options.out, options.json, COLUMNS, extra={"shape": dataclasses.asdict(shape), "cores": os.cpu_count()})
+            print(f"{nodes}x{ranks_per_node}: {len(rows)} points", file=sys.stderr)
+    publish(rows, f"one layer on emulated nodes, {dataclasses.asdict(shape)}", options.out, options.json, COLUMNS, extra=extra)
 
 
 def _topologies(text: str) -> list[tuple[int, int]]:
