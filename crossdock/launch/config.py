@@ -93,6 +93,16 @@ class RunConfig(StrictModel):
                 f"adapt.mode {self.adapt.mode_asked} chooses how tokens travel to their experts and home, and model.traffic coherent "
                 "leaves them there; set adapt.mode: off, or model.traffic: home"
             )
+        if self.model.traffic == "coherent" and self.capture.steps:
+            raise BadConfig(
+                f"capture.steps {self.capture.steps} holds the bytes of tokens that go home against predictions, and model.traffic coherent "
+                "leaves them with their experts; set capture.steps: 0, or model.traffic: home"
+            )
+        if self.model.traffic == "coherent" and self.precision.wire is not None:
+            raise BadConfig(
+                f"precision.wire {self.precision.wire} would round the residual stream, which travels with model.traffic coherent; "
+                "leave precision.wire out, or set model.traffic: home"
+            )
         if self.precision.compute == "fp64" and self.precision.wire is not None:
             raise BadConfig(f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out")
         return self

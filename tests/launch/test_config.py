@@ -54,6 +54,8 @@ def test_overrides_follow_yaml_rules(written: Path) -> None:
         ("parallel.expert=3", BadConfig, ["4 experts", "3 ranks", "1, 2, 4"]),
         ("parallel={expert: 2, ranks: 3}", BadConfig, ["3 ranks", "groups of 2", "1, 3"]),
         ("precision={compute: fp64, wire: bf16}", BadConfig, ["wire bf16", "fp64"]),
+        ("model={block: top_k, top_k: 1, num_experts: 4, traffic: coherent}", BadConfig, ["capture.steps 8", "set capture.steps: 0"]),
+        ("model={block: top_k, num_experts: 4, gathered_experts: [4]}", BadConfig, ["gathered experts are [4]", "0 to 3"]),
     ],
 )
 def test_errors_name_the_override(written: Path, override: str, kind: type[Exception], pieces: list[str]) -> None:
