@@ -91,6 +91,14 @@ class Chain:
             )
         )
 
+    def kept_per_expert(self) -> float:
+        """What an expert saves on average, in tokens: the scale of the noise that is worth adding."""
+        saved = sum(
+            float((transitions_EE * self._saving_RR[np.ix_(before_E, after_E)]).sum())
+            for transitions_EE, before_E, after_E in zip(self._transitions_LEE, self.device_LE, self.device_LE[1:], strict=False)
+        )
+        return 2.0 * saved / max(self._transitions_LEE.shape[0] * self.problem.num_experts, 1)
+
     def assign(self, layer: int, temperature: float, rng: Rng, *, ahead: bool = True) -> None:
         """The best assignment of one layer between its neighbours, for a table with Gumbel noise of `temperature` tokens in it."""
         kept_IR, pinned_I = self.attraction(layer, ahead=ahead), self.pinned_LI[layer]
@@ -165,13 +173,13 @@ def anneal(chain: Chain, layers_X: IntArray, sweeps: int, temperatures: tuple[fl
     """Sweeps over some layers with noise from hot to cold, shares of the trace's tokens, or faster where `deadline` is
     near; then polish."""
     hot, cold = temperatures
-    tokens, budget_s = float(chain.problem.affinity.num_tokens), max(deadline.left_s, 1e-9)
+    budget_s = max(deadline.left_s, 1e-9)
     for sweep in range(sweeps):
         progress = max(sweep / sweeps, 1.0 - deadline.left_s / budget_s)
         if progress >= 1.0:
             break
         for layer in (layers_X if sweep % 2 else rng.permutation(layers_X)).tolist():
-            chain.assign(layer, hot * tokens * (cold / hot) ** progress, rng)
+            chain.assign(layer, hot * (cold / hot) ** progress, rng)
             chain.reprice(layer)
     chain.polish(Deadline(max(deadline.left_s, POLISH_S)))
 

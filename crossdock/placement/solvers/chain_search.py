@@ -1,7 +1,8 @@
 """Search for objective hops: annealing by noisy exact assignments, window by window, and recombination of the plans it met.
 
-Rounds come in blocks. The first ones of a block anneal all layers from a fresh draw; then the plans found so far are recombined layer by
-layer (`recombine.py`), and the best is annealed again in windows of neighbouring layers. A round's random numbers depend on (seed, round).
+The first round warms the greedy chain up a little. After it rounds come in blocks: the first ones of a block anneal all layers from a fresh
+draw; then the plans found so far are recombined layer by layer (`recombine.py`), and the best is annealed in windows of neighbouring
+layers. A round's random numbers depend on (seed, round).
 """
 
 import numpy as np
@@ -18,7 +19,7 @@ IntArray = NDArray[np.int64]
 MAX_ROUNDS = 256
 PATIENCE = 32  # rounds without improvement after which the search ends
 SWEEPS = 200
-HOT, COLD = 0.08, 0.001  # shares of the trace's tokens: where the noise begins and where it ends
+HOT, WARM, COLD = 2.2, 0.25, 0.03  # noise, as a multiple of what an expert keeps on its device on average
 BLOCK, FRESH = 16, 4  # rounds of a block, and how many of them start from a fresh draw
 WINDOW = 8  # neighbouring layers that are annealed together while the others stand still
 POOL = 16  # plans that are recombined
@@ -34,7 +35,7 @@ def search(problem: Problem, seed: int, deadline: Deadline, begun: tuple[IntArra
     for number in range(MAX_ROUNDS):
         if deadline.passed or problem.num_layers == 1:
             break
-        chain = _round(problem, number, seed, pool, deadline)
+        chain = _round(problem, number, seed, pool, first.kept_per_expert(), deadline)
         improved = chain.key() < pool[0].key()
         quiet = 0 if improved else quiet + 1
         pool = sorted([*pool, chain], key=Chain.key)[:POOL]
@@ -43,24 +44,25 @@ def search(problem: Problem, seed: int, deadline: Deadline, begun: tuple[IntArra
     return pool[0], "seconds" if deadline.passed else "iterations"
 
 
-def _round(problem: Problem, number: int, seed: int, pool: list[Chain], deadline: Deadline) -> Chain:
-    """One annealing. Rounds come in blocks: fresh draws of all layers, then the best of what was found, annealed again window by window."""
+def _round(problem: Problem, number: int, seed: int, pool: list[Chain], kept: float, deadline: Deadline) -> Chain:
+    """One annealing. `kept` is what an expert keeps on its device on average, in tokens."""
     rng = np.random.default_rng([seed, number])
-    num_layers = problem.num_layers
-    if number % BLOCK < FRESH:
+    everything = np.arange(problem.num_layers)
+    chain = Chain(problem, pool[0].device_LE)
+    chain.price_LR = pool[0].price_LR.copy()
+    if number == 0:
+        anneal(chain, everything, SWEEPS // 2, (WARM * kept, COLD * kept), rng, deadline)
+    elif number % BLOCK < FRESH:
         chain = Chain(problem, starts.random(problem, seed + number))
-        anneal(chain, np.arange(num_layers), SWEEPS, (HOT, COLD), rng, deadline)
+        anneal(chain, everything, SWEEPS, (HOT * kept, COLD * kept), rng, deadline)
+    elif number % BLOCK == FRESH and interchangeable(problem):
+        feasible = [other.device_LE for other in pool if not other.excesses().any()]
+        chain = Chain(problem, recombined(problem, np.stack(feasible))) if feasible else chain
+        chain.polish(deadline)
     else:
-        chain = Chain(problem, pool[0].device_LE)
-        if number % BLOCK == FRESH:
-            feasible = [chain.device_LE for chain in pool if not chain.excesses().any()]
-            if len(feasible) > 1 and interchangeable(problem):
-                chain = Chain(problem, recombined(problem, np.stack(feasible)))
-                chain.polish(deadline)
-                return chain
-        chain.price_LR = pool[0].price_LR.copy()
-        first = int(rng.integers(1 - WINDOW // 2, max(num_layers - WINDOW // 2, 2 - WINDOW // 2)))
-        anneal(chain, np.arange(max(first, 0), min(first + WINDOW, num_layers)), SWEEPS, (HOT, COLD), rng, deadline)
+        middle = int(rng.integers(problem.num_layers))
+        window = everything[max(middle - WINDOW // 2, 0) : middle + WINDOW // 2]
+        anneal(chain, window, SWEEPS, (HOT * kept, COLD * kept), rng, deadline)
     if chain.key()[0] > 0:
         chain.mend(pool[0].device_LI)
         chain.polish(deadline)

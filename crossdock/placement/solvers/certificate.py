@@ -1,0 +1,58 @@
+"""Certificates: the best proven lower bound on a problem's objective that a given time allows, for all plans with one copy of each expert.
+
+hops       co-location bounds (`colocation.py`) for groups of a device and, where hops between nodes cost more, for groups of a node; they
+           know the load cap. Devices, and nodes, need equally many slots
+devices    the linear relaxation of `columns.py`, which knows load cap and pins, where the sets of experts can be listed
+all        else, and never less than, the bounds of `bounds.py`, which cost milliseconds
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdock.placement.problem import Problem
+from crossdock.placement.solvers import columns
+from crossdock.placement.solvers.bounds import lower_bound
+from crossdock.placement.solvers.colocation import most_kept
+from crossdock.placement.solvers.search import Deadline
+
+FloatArray = NDArray[np.float64]
+
+NODE_SHARE = 3.0  # one part in so many of the time goes to the bound on hops between nodes, whose groups are larger and settle sooner
+
+
+def certified(problem: Problem, seconds: float) -> float:
+    """The bound. Raises `InfeasiblePlan` where it turns out that no plan keeps to the constraints."""
+    deadline, cheap = Deadline(seconds), lower_bound(problem)
+    if problem.objective == "devices" and not columns.unsuited(problem):
+        answers = columns.solve_layers(problem, deadline, bounds_only=True)
+        return max(cheap, sum(answer.bound for answer in answers) / (problem.affinity.num_tokens * problem.num_layers))
+    if problem.objective == "hops" and problem.affinity.transitions_LEE.sum():
+        return max(cheap, _hops(problem, deadline))
+    return cheap
+
+
+def _hops(problem: Problem, deadline: Deadline) -> float:
+    nodes = np.bincount(problem.topology.node_of_R)
+    if len(set(problem.slots_R.tolist())) > 1:
+        return 0.0
+    levels = [(problem.num_devices, 1.0)]
+    if problem.node_weight > 1.0 and len(nodes) > 1 and len(set(nodes.tolist())) == 1:
+        levels.insert(0, (len(nodes), problem.node_weight - 1.0))
+    total = 0.0
+    for number, (num_groups, weight) in enumerate(levels):
+        share = deadline if number == len(levels) - 1 else deadline.share(NODE_SHARE)
+        total += weight * _least_hops(problem, num_groups, share)
+    return total
+
+
+def _least_hops(problem: Problem, num_groups: int, deadline: Deadline) -> float:
+    """The fraction of steps that leave their group, at least. Slots left over are filled with experts that nobody uses."""
+    vacancies = int(problem.slots_R.sum()) - problem.num_experts
+    flow_PII = np.pad(problem.affinity.transitions_LEE.astype(np.float64), ((0, 0), (0, vacancies), (0, vacancies)))
+    cap = problem.constraints.load_cap
+    if cap is None:
+        kept = most_kept(flow_PII, num_groups, deadline)
+    else:
+        load_LI = np.pad(problem.affinity.load_LE.astype(np.float64), ((0, 0), (0, vacancies)))
+        kept = most_kept(flow_PII, num_groups, deadline, load_LI, cap * load_LI.sum(axis=1) / num_groups)
+    return float(1.0 - kept / flow_PII.sum())
