@@ -55,8 +55,10 @@ class MoELayer(nn.Module):
         output_scale: float = 1.0,
         expert_recompute: Recompute = "none",
         gathered_experts: Collection[int] = (),
+        turns: int = 1,
     ) -> None:
         super().__init__()
+        self.turns = turns  # how often a forward pass of the model routes each token here
         self.mesh = mesh if mesh is not None else Mesh.single()
         self.layer, self.seed = layer, seed
         self.dispatch, self.wire = dispatch, wire_named(wire)

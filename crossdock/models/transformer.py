@@ -90,6 +90,7 @@ class Transformer(nn.Module):
                 output_scale=residual_std / config.initial_std,
                 expert_recompute=config.expert_recompute,
                 gathered_experts=config.gathered_experts,
+                turns=config.turns_per_layer,
             )
             self.moe_layers.append(moe)
             self.blocks.append(MoEBlock(config, moe, dtype))

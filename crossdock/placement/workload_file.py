@@ -7,7 +7,7 @@ the two equal.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from crossdock import strict_yaml
 from crossdock.errors import BadConfig
@@ -25,6 +25,25 @@ class ModelShape:
     num_layers: int
     num_experts: int
     num_devices: int
+
+
+class Routed(NamedTuple):
+    """How a kind of block uses its MoE layer: what `models.kinds` says, as far as a plan is concerned."""
+
+    sharing: int
+    """Blocks that share one MoE layer; 0 where there is none."""
+    turns: int
+    """How often a forward pass routes each token in a layer; every turn travels like a micro-batch of its own."""
+
+
+BLOCKS = {
+    "dense": Routed(0, 1),
+    "top_k": Routed(1, 1),
+    "shared_expert": Routed(1, 1),
+    "scmoe": Routed(1, 1),
+    "dgmoe": Routed(1, 2),
+    "dgmoe_share": Routed(2, 4),
+}
 
 
 def load_workload(path: Path) -> Workload:
@@ -52,16 +71,16 @@ def load_workload(path: Path) -> Workload:
         wire=cast(WireName, keys.choice("precision.wire", WIRE_NAMES, compute)),
         expert_matrices=_EXPERT_MATRICES[keys.choice("model.activation", _EXPERT_MATRICES, "swiglu")],
         dispatch=cast(Dispatch, keys.choice("dispatch", DISPATCHES, "deduplicated")),
-        micro_batches=micro_batches,
+        micro_batches=micro_batches * BLOCKS[keys.choice("model.block", BLOCKS, "scmoe")].turns,
     )
 
 
 def load_shape(path: Path) -> ModelShape:
     """The shape of the plan that a run asks for. Raises `MissingInput` and `BadConfig`."""
     keys = _Keys(strict_yaml.load(path))
-    routed = keys.choice("model.block", ("dense", "top_k", "shared_expert", "scmoe"), "scmoe") != "dense"
-    num_layers = keys.integer("model.num_layers", 4) // keys.integer("model.moe_every", 2) if routed else 0
-    return ModelShape(num_layers, keys.integer("model.num_experts", 8), keys.integer("parallel.expert", 1))
+    sharing = BLOCKS[keys.choice("model.block", BLOCKS, "scmoe")].sharing
+    num_blocks = keys.integer("model.num_layers", 4) // keys.integer("model.moe_every", 2)
+    return ModelShape(num_blocks // sharing if sharing else 0, keys.integer("model.num_experts", 8), keys.integer("parallel.expert", 1))
 
 
 def is_run(document: Document) -> bool:

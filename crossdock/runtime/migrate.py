@@ -24,10 +24,11 @@ from crossdock.runtime.mesh import Mesh
 
 
 class RoutedLayer(Protocol):
-    """What migration needs of a MoE layer."""
+    """What migration and re-planning need of a MoE layer; `turns`: how often a forward pass routes each token in it."""
 
     bank: ExpertBank
     dispatcher: Dispatcher
+    turns: int
 
     def set_layout(self, layout: ExpertLayout, tensors: dict[str, Tensor]) -> None:
         """Adopt a new placement and this rank's tensors under it."""

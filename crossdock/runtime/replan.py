@@ -100,7 +100,7 @@ def workload_of(layer: RoutedLayer, tokens_per_rank: int, accumulate: int) -> Wo
         wire=cast(WireName, wire_of(dispatcher.wire, bank.inner.dtype).name),
         expert_matrices=bank.activation.num_inputs + 1,
         dispatch=cast(Dispatch, dispatcher.name),
-        micro_batches=accumulate,
+        micro_batches=accumulate * layer.turns,  # every turn travels by itself
     )
 
 

@@ -7,6 +7,8 @@ import pytest
 from crossdock import strict_yaml
 from crossdock.errors import BadConfig
 from crossdock.models.config import ModelConfig
+from crossdock.models.kinds import BLOCKS
+from crossdock.placement import workload_file as planned
 
 
 def read(text: str) -> ModelConfig:
@@ -54,6 +56,7 @@ def test_windows(options: str, stages: int, window: int) -> None:
     ("text", "message"),
     [
         ("model_width: 10\nnum_heads: 4", r"model_width 10 .* num_heads 4; choose a multiple of 4"),
+        ("head_dim: 7", r"head_dim 7 is odd.*choose head_dim: 8"),
         ("model_width: 12\nnum_heads: 4", r"heads of odd width 3.*multiple of 8"),
         ("num_heads: 4\nnum_kv_heads: 3", r"num_heads 4 .* num_kv_heads 3; choose num_kv_heads from 1, 2, 4"),
         ("num_layers: 3", r"num_layers 3 is odd; choose num_layers: 4, or moe_every: 1"),
@@ -85,6 +88,14 @@ def test_windows(options: str, stages: int, window: int) -> None:
 def test_contradictions_name_numbers_and_remedy(text: str, message: str) -> None:
     with pytest.raises(BadConfig, match=message):
         read(text)
+
+
+def test_planning_knows_how_blocks_use_their_layers() -> None:
+    assert set(planned.BLOCKS) == set(BLOCKS)
+    for name, routed in planned.BLOCKS.items():
+        config = ModelConfig.model_validate({"block": name, "num_layers": 8, "num_experts": 16})
+        assert config.num_moe_layers == (config.num_blocks // routed.sharing if routed.sharing else 0)
+        assert config.turns_per_layer == routed.turns
 
 
 def test_a_saved_config_reads_back_equal() -> None:
