@@ -95,8 +95,8 @@ class RunConfig(StrictModel):
             )
         if self.model.traffic == "coherent" and self.capture.steps:
             raise BadConfig(
-                f"capture.steps {self.capture.steps} holds the bytes of tokens that go home against predictions, and model.traffic coherent "
-                "leaves them with their experts; set capture.steps: 0, or model.traffic: home"
+                f"capture.steps {self.capture.steps} holds the bytes of tokens that go home against predictions, and with model.traffic "
+                "coherent they do not; set capture.steps: 0, or model.traffic: home"
             )
         if self.model.traffic == "coherent" and self.precision.wire is not None:
             raise BadConfig(
