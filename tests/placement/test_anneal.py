@@ -77,7 +77,7 @@ def test_linear_ports_equal_the_cost_model(topology: Topology, dispatch: str) ->
     sent_PR = copies_PR if dispatch == "deduplicated" else rows_PR
     scale = problem.tokens_per_trace_token
     expected = block_cost(np.repeat(sent_PR[:, None], R, axis=1) * scale / R, rows_PR * scale, topology, workload).total_s
-    np.testing.assert_allclose(BlockSeconds.of(problem)(copies_PR, rows_PR), expected, rtol=1e-12)
+    np.testing.assert_allclose(BlockSeconds.of(problem)(copies_PR, np.zeros((20, 1)), rows_PR), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("objective", ["seconds", "devices", "nodes"])

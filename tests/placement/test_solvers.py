@@ -48,6 +48,24 @@ def test_every_method_returns_a_whole_plan_and_the_evaluators_cost(method: str, 
     assert 0.0 <= solution.bound <= solution.cost
 
 
+@pytest.mark.parametrize("method", ["contiguous", "eplb", "dp", "sweep", "anneal", "auto"])
+@pytest.mark.parametrize("dispatch", ["flat", "deduplicated", "hierarchical"])
+def test_seconds_are_the_evaluators_whatever_the_dispatch(method: str, dispatch: str) -> None:
+    trace = random_trace(3, num_tokens=200, num_experts=8, top_k=3, drop=0.1)
+    workload = dataclasses.replace(WORKLOAD, dispatch=dispatch)  # type: ignore[arg-type]
+    for slots in (2, 3):
+        problem = Problem(Affinity.from_trace(trace), TWO_NODES, workload, constraints=Constraints(slots=slots))
+        solution = solve(problem, method, seconds=1.0)
+        assert solution.cost == pytest.approx(evaluate(trace, solution.plan, TWO_NODES, workload).step_s, rel=1e-12)
+        assert lower_bound(problem) <= solve(problem, "dp").cost
+
+
+def test_ilp_refuses_two_hops() -> None:
+    workload = dataclasses.replace(WORKLOAD, dispatch="hierarchical")
+    with pytest.raises(UsageError, match="two hops of hierarchical dispatch"):
+        solve(Problem(Affinity.from_trace(random_trace()), TWO_NODES, workload), "ilp")
+
+
 @pytest.mark.parametrize("method", ANY_OBJECTIVE)
 @pytest.mark.parametrize("objective", ["seconds", "devices", "nodes"])
 @pytest.mark.parametrize("load_cap", [None, 3.0])

@@ -45,12 +45,22 @@ def layer_seconds(problem: Problem) -> FloatArray:
     """[L]: seconds that each layer adds to the step, at least."""
     seconds = BlockSeconds.of(problem)
     load_LE, flop_per_s_R = problem.affinity.load_LE, problem.topology.flop_per_s_R
-    sent_L = copies_to_devices(problem) if problem.workload.dispatch == "deduplicated" else load_LE.sum(axis=1).astype(np.float64)
+    flat = problem.workload.dispatch == "flat"
+    sent_L = load_LE.sum(axis=1).astype(np.float64) if flat else copies_to_devices(problem)
+    groups = [(np.arange(problem.num_devices), sent_L)]  # counts of the ports, and what they sum to at least
+    if len(seconds.dispatch) > 1:
+        groups.append((problem.num_devices + np.arange(problem.topology.num_nodes), copies_to_nodes(problem)))
     scale = problem.tokens_per_trace_token
     slowest_L = (
         np.maximum(load_LE.sum(axis=1) / flop_per_s_R.sum(), load_LE.max(axis=1) / flop_per_s_R.max()) * scale * problem.workload.row_flop
     )
-    times = [[_least_busiest(ports, float(sent) * scale) for sent in sent_L] for ports in (seconds.dispatch, seconds.combine)]
+    times = [
+        [
+            sum(_least_busiest(hop, [(columns, float(least_L[layer]) * scale) for columns, least_L in groups]) for hop in hops)
+            for layer in range(len(sent_L))
+        ]
+        for hops in (seconds.dispatch, seconds.combine)
+    ]
     return seconds.from_times(np.array(times[0]), np.array(times[1]), slowest_L)
 
 
@@ -68,16 +78,21 @@ def _copies(problem: Problem, capacity: int) -> FloatArray:
     return np.maximum(by_fellows_L, by_size_L)
 
 
-def _least_busiest(ports: Ports, sent: float) -> float:
-    """The busiest port's seconds when `sent` copies are spread over the devices in the best way, fractions allowed."""
-    num_ports, num_devices = ports.seconds_JR.shape
-    unit = max(float(ports.busiest(np.full((1, num_devices), sent / num_devices))[0]), 1e-300)
+def _least_busiest(ports: Ports, groups: list[tuple[NDArray[np.int64], float]]) -> float:
+    """The busiest port's seconds when the counts of each group, of given sum, are spread in the best way, fractions allowed."""
+    num_ports, num_counts = ports.seconds_JX.shape
+    even_X, sums = np.zeros(num_counts), np.zeros((len(groups), num_counts + 1))
+    for number, (columns, least) in enumerate(groups):
+        even_X[columns] = least / len(columns)
+        sums[number, columns] = 1.0
+    unit = max(float(ports.busiest(even_X[None])[0]), 1e-300)
+    size = max(max(least for _, least in groups), 1e-300)
     answer = linprog(
-        np.append(np.zeros(num_devices), 1.0),
-        A_ub=np.column_stack([ports.seconds_JR * sent / unit, -np.ones(num_ports)]),
+        np.append(np.zeros(num_counts), 1.0),
+        A_ub=np.column_stack([ports.seconds_JX * size / unit, -np.ones(num_ports)]),
         b_ub=-ports.latency_J / unit,
-        A_eq=np.append(np.ones(num_devices), 0.0)[None],
-        b_eq=[1.0],
+        A_eq=sums,
+        b_eq=[least / size for _, least in groups],
         method="highs",
     )
     return float(answer.fun) * unit * (1.0 - 1e-9) if answer.fun is not None else 0.0

@@ -121,8 +121,7 @@ def _separate(problem: Problem, device_PE: IntArray) -> IntArray:
         bit_E = 1 << np.arange(problem.num_experts)
         mask_PR = np.stack([(kept_PE == device) @ bit_E for device in range(problem.num_devices)], axis=1)
         mask_PN = np.stack([(node_R[kept_PE] == node) @ bit_E for node in range(problem.topology.num_nodes)], axis=1)
-        copies_PR, nodes_P, load_PR = touched_M[mask_PR], touched_M[mask_PN].sum(axis=1), _loads(problem, number, kept_PE)
-        value_P = price.value(copies_PR, nodes_P, load_PR)
+        value_P = price.value(touched_M[mask_PR], touched_M[mask_PN], _loads(problem, number, kept_PE))
         best.append(kept_PE[int(value_P.argmin())])
     return np.stack(best)
 

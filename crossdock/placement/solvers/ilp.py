@@ -25,7 +25,7 @@ from crossdock.placement.cost import BACKWARD_FLOP_RATIO
 from crossdock.placement.plan import EMPTY
 from crossdock.placement.problem import Problem, Solution
 from crossdock.placement.solvers import anneal
-from crossdock.placement.solvers.price import BlockSeconds, Layer, layer_of
+from crossdock.placement.solvers.price import BlockSeconds, Layer, has_two_hops, layer_of
 from crossdock.placement.solvers.search import Deadline, Placed
 from crossdock.placement.solvers.solution import solution_of
 from crossdock.placement.solvers.symmetry import ordered_devices, ordered_nodes
@@ -199,15 +199,15 @@ def _add_times(
     scale, load_E = problem.tokens_per_trace_token, layer.load_I[: layer.num_experts]
     seconds = BlockSeconds.of(problem)
     dispatch, combine, slowest, *stages = range(program.times, program.times + 7)
-    if workload.dispatch == "deduplicated":
+    if workload.dispatch != "flat":
         column, device, copies = z_UR.ravel(), np.tile(np.arange(R), len(z_UR)), np.repeat(layer.count_U * scale, R)
     else:
         column, device, copies = x_ER.ravel(), np.tile(np.arange(R), len(x_ER)), np.repeat(load_E * scale, R)
 
     # port: an all-to-all takes at least as long as each of its ports
-    for name, ports, time in (("port_dispatch", seconds.dispatch, dispatch), ("port_combine", seconds.combine, combine)):
+    for name, ports, time in (("port_dispatch", seconds.dispatch[0], dispatch), ("port_combine", seconds.combine[0], combine)):
         J = len(ports.latency_J)
-        table_JX = -ports.seconds_JR[:, device] * (copies / unit)
+        table_JX = -ports.seconds_JX[:, device] * (copies / unit)
         row_J, column_X = np.nonzero(table_JX)
         rows.add(
             name,
@@ -321,6 +321,8 @@ def _check_size(problem: Problem) -> None:
         raise UsageError(
             "method ilp solves objectives seconds, devices and nodes, whose layers are independent; for hops use method anneal"
         )
+    if problem.objective == "seconds" and has_two_hops(problem):
+        raise UsageError("method ilp does not know the two hops of hierarchical dispatch; use method auto")
     sizes = [len(sets.count_U) * problem.num_devices for sets in problem.affinity.sets]
     if max(sizes) > MAX_COPY_VARIABLES:
         layer = int(np.argmax(sizes))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.cost import BACKWARD_FLOP_RATIO, makespan
+from crossdock.placement.hops import check_nodes, two_hops
 from crossdock.placement.plan import EMPTY
 from crossdock.placement.problem import Problem
 from crossdock.placement.topology import LINK_CLASSES, OTHER_NODE, Topology
@@ -26,39 +27,57 @@ FIXED_CHARGE = 0.02  # mean loads, for every device above the load cap, so that 
 
 @dataclass(frozen=True, eq=False)
 class Ports:
-    """Every port of one all-to-all: `seconds_JR` float [J, R] for each copy sent to (or returning from) device r, plus `latency_J`."""
+    """Every port of one all-to-all: `seconds_JX` float [J, X] for each count of copies sent (or returned), plus `latency_J`."""
 
-    seconds_JR: FloatArray
+    seconds_JX: FloatArray
     latency_J: FloatArray
 
-    def busiest(self, copies_PR: FloatArray) -> FloatArray:
-        """Seconds of the all-to-all, [P], for copies of one micro-batch [P, R]."""
-        return np.asarray((copies_PR @ self.seconds_JR.T + self.latency_J).max(axis=1))
+    def busiest(self, count_PX: FloatArray) -> FloatArray:
+        """Seconds of the all-to-all, [P], for counts of one micro-batch [P, X]."""
+        return np.asarray((count_PX @ self.seconds_JX.T + self.latency_J).max(axis=1))
 
 
-def ports_of(topology: Topology, copy_bytes: int, *, combine: bool) -> Ports:
-    """The ports that `cost.transfer_seconds` takes the maximum over, for tokens at home on every device alike.
+def ports_of(topology: Topology, unit_XRR: FloatArray, *, combine: bool) -> Ports:
+    """The ports that `cost.transfer_seconds` takes the maximum over, as linear functions of X counts.
 
-    Dispatch runs from homes to devices, combine from devices to homes; they differ where a link is faster in one direction.
+    `unit_XRR` are the bytes that one of each count sends from row to column; combine returns them from column to row.
     """
-    R, node_R = topology.num_devices, np.array(topology.node_of_R)
-    link_bytes_per_s_RR = topology.bytes_per_s_RR.T if combine else topology.bytes_per_s_RR
+    bytes_XRR = np.swapaxes(unit_XRR, 1, 2) if combine else unit_XRR
+    node_R = np.array(topology.node_of_R)
     rows, latencies = [], []
     for link_class in range(len(LINK_CLASSES)):
         of_class_RR = topology.link_class_RR == link_class
         if not of_class_RR.any():
             continue
-        home_side_RR = np.where(of_class_RR, copy_bytes / R / link_bytes_per_s_RR, 0.0)  # port of home h: row h
-        class_rows = [home_side_RR, np.diag(home_side_RR.sum(axis=0))]  # port of device d: only its own copies
+        port_s_XRR = bytes_XRR * np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)
+        class_rows = [port_s_XRR.sum(axis=2).T, port_s_XRR.sum(axis=1).T]  # sending and receiving port of each device
         if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
-            member_NR = np.arange(topology.num_nodes)[:, None] == node_R
-            size_N1 = member_NR.sum(axis=1, keepdims=True)
-            card_NR = np.where(member_NR, R - size_N1, 0) / R, np.where(member_NR, 0, size_N1) / R
-            class_rows += [side_NR * copy_bytes / topology.node_bytes_per_s for side_NR in card_NR]
+            member_RN = node_R[:, None] == np.arange(topology.num_nodes)
+            between_XRR = np.where(of_class_RR, bytes_XRR, 0.0) / topology.node_bytes_per_s
+            class_rows += [(between_XRR.sum(axis=axis) @ member_RN).T for axis in (2, 1)]
         rows += class_rows
         latencies += [np.full(len(part), topology.latency_s_RR[of_class_RR].max()) for part in class_rows]
     table = np.unique(np.column_stack([np.concatenate(rows), np.concatenate(latencies)]), axis=0)
     return Ports(table[:, :-1], table[:, -1])
+
+
+def has_two_hops(problem: Problem) -> bool:
+    """Whether the workload's dispatch goes over nodes: hierarchical, on nodes of several devices."""
+    topology = problem.topology
+    return problem.workload.dispatch == "hierarchical" and check_nodes(topology.node_of_R) not in (1, topology.num_devices)
+
+
+def units_of(problem: Problem) -> list[FloatArray]:
+    """Per hop, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind those, with two
+    hops, a copy to each node."""
+    R, N = problem.num_devices, problem.topology.num_nodes
+    to_device_RRR = np.broadcast_to(np.eye(R)[:, None, :], (R, R, R)) / R
+    if not has_two_hops(problem):
+        return [to_device_RRR * problem.workload.copy_bytes]
+    to_node_NRN = np.broadcast_to(np.eye(N)[:, None, :], (N, R, N)) / R
+    copies = np.concatenate([to_device_RRR, np.zeros((N, R, R))])
+    node_copies = np.concatenate([np.zeros((R, R, N)), to_node_NRN])
+    return list(two_hops(copies, node_copies, problem.topology.node_of_R) * problem.workload.copy_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +116,11 @@ def layer_of(problem: Problem, number: int) -> Layer:
 
 @dataclass(frozen=True, eq=False)
 class Price:
-    """What one layer adds to the objective, from counts over the trace: copies [P, R], copies to distinct nodes [P], rows [P, R].
+    """What one layer adds to the objective, from counts over the trace: copies [P, R], copies to distinct nodes [P, N], rows [P, R].
 
     `value` is in the unit of the objective, so that the layers' values, plus `constant`, sum to it. `tie` decides between equal values
-    and is of the order of 1. `peak_cap` is the load cap as a multiple of the mean, or None.
+    and is of the order of 1. `peak_cap` is the load cap as a multiple of the mean, or None. Where `needs_nodes` is False the copies to
+    nodes may be anything; with `nodes_only` swaps within a node change nothing.
     """
 
     value: Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
@@ -108,6 +128,7 @@ class Price:
     constant: float
     peak_cap: float | None
     needs_nodes: bool
+    nodes_only: bool = False
 
     def excess(self, load_PR: FloatArray) -> FloatArray:
         """By how much, in mean loads, devices stand above the cap, each with a fixed charge; 0 where the plan keeps to the cap."""
@@ -131,20 +152,21 @@ def price_of(problem: Problem) -> Price:
         return Price(lambda copies, nodes, load: copies.sum(axis=1) * per_layer, lambda copies, nodes, load: peak(load), 0.0, cap, False)
     if problem.objective == "nodes":
         return Price(
-            lambda copies, nodes, load: nodes * per_layer,
+            lambda copies, nodes, load: nodes.sum(axis=1) * per_layer,
             lambda copies, nodes, load: copies.sum(axis=1) / (tokens * problem.affinity.top_k),
             0.0,
             cap,
-            True,
+            needs_nodes=True,
+            nodes_only=True,
         )
     seconds = BlockSeconds.of(problem)
     slow_share_R = _slowest_class_share(topology)
     return Price(
-        lambda copies, nodes, load: seconds(copies, load),
+        lambda copies, nodes, load: seconds(copies, nodes, load),
         lambda copies, nodes, load: copies @ slow_share_R / (tokens * problem.affinity.top_k),
         problem.workload.other_s,
         cap,
-        False,
+        needs_nodes=has_two_hops(problem),
     )
 
 
@@ -153,19 +175,23 @@ class BlockSeconds:
     """Seconds that one layer adds to the step, from counts over the trace: `cost.block_cost` for uniform homes, times the micro-batches."""
 
     problem: Problem
-    dispatch: Ports
-    combine: Ports
+    dispatch: tuple[Ports, ...]  # hop by hop
+    combine: tuple[Ports, ...]
 
     @classmethod
     def of(cls, problem: Problem) -> "BlockSeconds":
-        topology, copy_bytes = problem.topology, problem.workload.copy_bytes
-        return cls(problem, ports_of(topology, copy_bytes, combine=False), ports_of(topology, copy_bytes, combine=True))
+        units, topology = units_of(problem), problem.topology
+        return cls(problem, *(tuple(ports_of(topology, unit_XRR, combine=combine) for unit_XRR in units) for combine in (False, True)))
 
-    def __call__(self, copies_PR: FloatArray, load_PR: FloatArray) -> FloatArray:
+    def __call__(self, copies_PR: FloatArray, nodes_PN: FloatArray, load_PR: FloatArray) -> FloatArray:
         problem, workload = self.problem, self.problem.workload
-        sent_PR = (copies_PR if workload.dispatch == "deduplicated" else load_PR) * problem.tokens_per_trace_token
+        sent_PX = load_PR if workload.dispatch == "flat" else copies_PR
+        if len(self.dispatch) > 1:
+            sent_PX = np.concatenate([copies_PR, nodes_PN], axis=1)
+        sent_PX = sent_PX * problem.tokens_per_trace_token
         slowest_P = (load_PR * (problem.tokens_per_trace_token * workload.row_flop) / problem.topology.flop_per_s_R).max(axis=1)
-        return self.from_times(self.dispatch.busiest(sent_PR), self.combine.busiest(sent_PR), slowest_P)
+        dispatch_P, combine_P = (np.sum([hop.busiest(sent_PX) for hop in hops], axis=0) for hops in (self.dispatch, self.combine))
+        return self.from_times(dispatch_P, combine_P, slowest_P)
 
     def from_times(self, dispatch_s: FloatArray, combine_s: FloatArray, slowest_s: FloatArray) -> FloatArray:
         """The same from the times of the two all-to-alls and of the busiest device's experts forward. Monotone in all three."""

@@ -88,7 +88,7 @@ class LayerSearch:
 
     def placed(self) -> Placed:
         """The present assignment with its price."""
-        nodes = np.array([self.nodes.copies_P.sum() if self.nodes else 0.0])
+        nodes = self.nodes.copies_P[None] if self.nodes else np.zeros((1, 1))
         copies, load = self.copies.copies_P[None], self.load_R[None]
         value, tie = self.price.value(copies, nodes, load), self.price.tie(copies, nodes, load)
         return Placed(self.device_I.copy(), float(value[0]), float(tie[0]), float(self.price.excess(load)[0]))
@@ -103,7 +103,7 @@ class LayerSearch:
         if len(first) > MAX_PAIRS:
             chosen = rng.integers(len(first), size=MAX_PAIRS)
             first, second = first[chosen], second[chosen]
-        return self.crossing(first, second, self.node_R if self.nodes else None)
+        return self.crossing(first, second, self.node_R if self.price.nodes_only else None)
 
     def chunks(self, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
         """All swaps in random order, in parts that are priced together."""
@@ -120,10 +120,12 @@ class LayerSearch:
         heavier = self.layer.load_I[second] - self.layer.load_I[first]
         load[row, p] += heavier
         load[row, q] -= heavier
-        nodes = np.zeros(len(first))
+        nodes = np.zeros((len(first), 1))
         if self.nodes:
-            change = self.nodes.change_first(first, second) + self.nodes.change_first(second, first)
-            nodes = self.nodes.copies_P.sum() + np.where(self.node_R[p] == self.node_R[q], 0.0, change)
+            apart = self.node_R[p] != self.node_R[q]
+            nodes = np.tile(self.nodes.copies_P, (len(first), 1))
+            nodes[row, self.node_R[p]] += np.where(apart, self.nodes.change_first(first, second), 0.0)
+            nodes[row, self.node_R[q]] += np.where(apart, self.nodes.change_first(second, first), 0.0)
         value = self.price.value(copies, nodes, load)
         energy = value * (1.0 + TIE_WEIGHT * self.price.tie(copies, nodes, load))
         return energy if self.price.peak_cap is None else energy + EXCESS_WEIGHT * value * self.price.excess(load)

@@ -5,12 +5,15 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdock.placement.cost import step_cost
+from crossdock.placement.cost import block_cost, step_seconds
+from crossdock.placement.hops import two_hops
 from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.placement.problem import Problem, Solution
 from crossdock.placement.solvers.bounds import lower_bound
+from crossdock.placement.solvers.price import has_two_hops
 from crossdock.placement.trace import NO_EXPERT
 
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 OPTIMAL_GAP = 1e-9  # relative; below it cost and bound are equal but for rounding
 
@@ -70,13 +73,11 @@ def cost_of_plan(problem: Problem, plan: Plan) -> float:
     homes = [device_LRE[:, home] for home in range(problem.num_devices)]
     if problem.objective != "seconds":
         return float(np.mean([cost_of(problem, device_LE) for device_LE in homes]))
-    R, scale, load_LE = problem.num_devices, problem.tokens_per_trace_token, problem.affinity.load_LE
-    rows_LRR = np.stack(
-        [[np.bincount(device_E, load_E, R) for device_E, load_E in zip(device_LE, load_LE, strict=True)] for device_LE in homes], axis=1
-    )
-    flat = problem.workload.dispatch == "flat"
-    copies_LRR = rows_LRR if flat else np.stack([copies_to(problem, device_LE, R) for device_LE in homes], axis=1)
-    return step_cost(copies_LRR * (scale / R), rows_LRR.sum(axis=1) * (scale / R), problem.topology, problem.workload)
+    R, load_LE, node_R = problem.num_devices, problem.affinity.load_LE, np.array(problem.topology.node_of_R)
+    rows = [[np.bincount(device_E, load_E, R) for device_E, load_E in zip(device_LE, load_LE, strict=True)] for device_LE in homes]
+    copies = [copies_to(problem, device_LE, R) for device_LE in homes]
+    node_copies = [copies_to(problem, node_R[device_LE], problem.topology.num_nodes) for device_LE in homes]
+    return _step_s(problem, *(np.stack([np.asarray(count) for count in counts], axis=1) / R for counts in (rows, copies, node_copies)))
 
 
 def device_loads(problem: Problem, plan: Plan) -> NDArray[np.float64]:
@@ -102,10 +103,18 @@ def cost_of(problem: Problem, device_LE: IntArray) -> float:
     if problem.objective == "devices":
         return float(copies_LR.sum() / (affinity.num_tokens * affinity.num_layers))
     rows_LR = np.stack([np.bincount(device_E, load_E, R) for device_E, load_E in zip(device_LE, affinity.load_LE, strict=True)])
-    sent_LR = copies_LR if problem.workload.dispatch == "deduplicated" else rows_LR
-    scale = problem.tokens_per_trace_token
-    copies_LRR = np.repeat(sent_LR[:, None, :], R, axis=1) * (scale / R)
-    return step_cost(copies_LRR, rows_LR * scale, topology, problem.workload)
+    copies_LN = copies_to(problem, np.array(topology.node_of_R)[device_LE], topology.num_nodes)
+    rows_LRR, copies_LRR, copies_LRN = (np.repeat(counts[:, None, :], R, axis=1) / R for counts in (rows_LR, copies_LR, copies_LN))
+    return _step_s(problem, rows_LRR, copies_LRR, copies_LRN)
+
+
+def _step_s(problem: Problem, rows_LRR: FloatArray, copies_LRR: FloatArray, copies_LRN: FloatArray) -> float:
+    """Seconds of a step from counts of the whole trace, home by home: rows and copies to devices, and copies to nodes."""
+    topology, workload, scale = problem.topology, problem.workload, problem.tokens_per_trace_token
+    sent_LRR = rows_LRR if workload.dispatch == "flat" else copies_LRR
+    hops = list(two_hops(sent_LRR, copies_LRN, topology.node_of_R)) if has_two_hops(problem) else [sent_LRR]
+    first, second = hops[0] * scale, hops[1] * scale if len(hops) > 1 else None
+    return step_seconds(block_cost(first, rows_LRR.sum(axis=1) * scale, topology, workload, second), workload)
 
 
 def copies_to(problem: Problem, place_LE: IntArray, num_places: int) -> IntArray:
