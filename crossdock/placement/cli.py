@@ -14,8 +14,8 @@ plan_app = typer.Typer(
     name="plan", help="Decide where experts live, and say what a plan is worth.", no_args_is_help=True, rich_markup_mode=None
 )
 
-METHODS = "contiguous, random, balance, anneal, ilp"
-DEFAULT_METHODS = "contiguous,random,balance,anneal"
+METHODS = "contiguous, random, balance, eplb, eplb_global, exflow, moetuner, dp, sweep, anneal, columns, ilp, auto"
+DEFAULT_METHODS = "contiguous,random,balance,eplb,anneal,auto"
 
 TraceOption = Annotated[Path, typer.Option("--trace", help="Routing to plan for: .npz, or .npy of [tokens, layers(, choices)].")]
 TopologyOption = Annotated[str, typer.Option("--topology", help="A topology.yaml, or a preset such as 2x8-nvlink-ib.")]
@@ -26,6 +26,14 @@ WorkloadOption = Annotated[
 ]
 LoadCapOption = Annotated[float | None, typer.Option("--load-cap", help="Most load of a device in any layer, over the mean device's.")]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="Slots of each device in each layer; as many as needed if left out.")]
+NodeWeightOption = Annotated[float, typer.Option("--node-weight", help="Objective hops: what one between nodes counts.")]
+PinOption = Annotated[
+    list[str] | None, typer.Option("--pin", metavar="LAYER:EXPERT:DEVICE", help="An expert that stays where it is; may be repeated.")
+]
+MemoryOption = Annotated[
+    float | None, typer.Option("--memory-fraction", help="Share of each device's memory for experts and their optimizer state.")
+]
+BoundSecondsOption = Annotated[float, typer.Option("--bound-seconds", min=0.0, help="Time for a proven bound beyond the quick ones.")]
 NumExpertsOption = Annotated[int | None, typer.Option("--num-experts", min=1, help="Experts per layer, where the trace does not say.")]
 SecondsOption = Annotated[float, typer.Option("--seconds", help="Cap on the search of one method.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed and same iterations: same plan.")]
@@ -38,15 +46,19 @@ PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.
 def solve_command(
     trace: TraceOption,
     topology: TopologyOption,
-    method: Annotated[str, typer.Option("--method", help=f"{METHODS}.")] = "anneal",
+    method: Annotated[str, typer.Option("--method", help=f"{METHODS}.")] = "auto",
     mode: ModeOption = "home",
     objective: ObjectiveOption = "seconds",
     workload: WorkloadOption = None,
     load_cap: LoadCapOption = None,
     slots: SlotsOption = None,
+    memory_fraction: MemoryOption = None,
+    pin: PinOption = None,
+    node_weight: NodeWeightOption = 1.0,
     num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
+    bound_seconds: BoundSecondsOption = 10.0,
     eval_trace: EvalTraceOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     as_json: AsJson = False,
@@ -55,15 +67,25 @@ def solve_command(
 
     Example: crossdock plan solve --trace trace.npz --topology 2x8-nvlink-ib --seconds 30 --out plan.json
     """
-    from crossdock.placement.commands import Asked
+    from crossdock.placement.commands import Asked, constraints_of
     from crossdock.placement.compare import Candidate
     from crossdock.placement.solvers import solve
 
-    asked = Asked.read(trace, topology, mode, objective, workload, load_cap, slots, num_experts, eval_trace)
+    asked = Asked.read(
+        trace,
+        topology,
+        mode=mode,
+        objective=objective,
+        workload_path=workload,
+        constraints=constraints_of(load_cap, slots, memory_fraction, pin or ()),
+        node_weight=node_weight,
+        num_experts=num_experts,
+        eval_path=eval_trace,
+    )
     _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
     solution = solve(asked.problem, method, seconds, seed)
     solution.plan.save(out)
-    value = asked.score([Candidate(method, solution.plan, solution, solution.seconds)])
+    value = asked.score([Candidate(method, solution.plan, solution, solution.seconds)], bound_seconds)
     if as_json:
         _print_json(value | {"out": str(out)})
         return
@@ -81,9 +103,13 @@ def compare_command(
     workload: WorkloadOption = None,
     load_cap: LoadCapOption = None,
     slots: SlotsOption = None,
+    memory_fraction: MemoryOption = None,
+    pin: PinOption = None,
+    node_weight: NodeWeightOption = 1.0,
     num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
+    bound_seconds: BoundSecondsOption = 10.0,
     eval_trace: EvalTraceOption = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan.json to compare as well; may be repeated.")] = None,
     as_json: AsJson = False,
@@ -92,17 +118,27 @@ def compare_command(
 
     Example: crossdock plan compare --trace trace.npz --topology 2x4-nvlink-ib --methods contiguous,anneal --eval-trace held-out.npz
     """
-    from crossdock.placement.commands import Asked, method_names
+    from crossdock.placement.commands import Asked, constraints_of, method_names
     from crossdock.placement.compare import Candidate, solved
     from crossdock.placement.plan import Plan
 
     names = method_names(methods)
-    asked = Asked.read(trace, topology, mode, objective, workload, load_cap, slots, num_experts, eval_trace)
+    asked = Asked.read(
+        trace,
+        topology,
+        mode=mode,
+        objective=objective,
+        workload_path=workload,
+        constraints=constraints_of(load_cap, slots, memory_fraction, pin or ()),
+        node_weight=node_weight,
+        num_experts=num_experts,
+        eval_path=eval_trace,
+    )
     from_files = [Candidate(path.name, Plan.load(path)) for path in plan or ()]
     for candidate in from_files:
         candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)
     _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
-    value = asked.score(solved(asked.problem, names, seconds, seed) + from_files)
+    value = asked.score(solved(asked.problem, names, seconds, seed) + from_files, bound_seconds)
     _print_json(value) if as_json else _print_tables(value)
 
 
@@ -212,7 +248,7 @@ def report_command(
             )
         page, target = render_run_report(run), out or run / "report.html"
     elif trace and topology and plan:
-        asked = Asked.read(trace, topology, "home", "seconds", workload, None, None, num_experts, None)
+        asked = Asked.read(trace, topology, workload_path=workload, num_experts=num_experts)
         plans = {path.name: Plan.load(path) for path in plan}
         page = render_plan_report(asked.trace, asked.topology, asked.workload, plans, title=f"Plans for {trace.name}")
         target = out or Path("report.html")

@@ -12,8 +12,10 @@ from crossdock.placement.compare import Candidate, describe, problem_for, row_of
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
 from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Constraints, Problem, check_mode
+from crossdock.placement.problem import Constraints, Pin, Problem, check_mode
 from crossdock.placement.solvers import SOLVERS
+from crossdock.placement.solvers.bounds import lower_bound
+from crossdock.placement.solvers.certificate import certified
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 from crossdock.placement.workload_file import load_shape, load_workload
@@ -35,17 +37,17 @@ class Asked:
         cls,
         trace_path: Path,
         topology_name: str,
-        mode: str,
-        objective: str,
-        workload_path: Path | None,
-        load_cap: float | None,
-        slots: int | None,
-        num_experts: int | None,
-        eval_path: Path | None,
+        *,
+        mode: str = "home",
+        objective: str = "seconds",
+        workload_path: Path | None = None,
+        constraints: Constraints | None = None,
+        node_weight: float = 1.0,
+        num_experts: int | None = None,
+        eval_path: Path | None = None,
     ) -> "Asked":
         """Load everything and build the problem. Raises the errors of its parts."""
         check_mode(mode)
-        constraints = Constraints(load_cap=load_cap, slots=slots)
         topology, workload = Topology.load(topology_name), read_workload(workload_path)
         trace = Trace.load(trace_path, num_experts)
         eval_trace = Trace.load(eval_path, num_experts or trace.num_experts) if eval_path else None
@@ -54,7 +56,8 @@ class Asked:
                 f"{eval_path}: {eval_trace.num_layers} layers x {eval_trace.num_experts} experts, and {trace_path} has "
                 f"{trace.num_layers} x {trace.num_experts}; give traces of one model"
             )
-        problem = Problem(Affinity.from_trace(trace), topology, workload, "home", objective, constraints)  # type: ignore[arg-type]
+        asked = constraints or Constraints()
+        problem = Problem(Affinity.from_trace(trace), topology, workload, "home", objective, asked, node_weight)  # type: ignore[arg-type]
         return cls(trace_path, trace, topology, workload, problem, eval_trace)
 
     def heading(self, search: str) -> list[str]:
@@ -68,20 +71,36 @@ class Asked:
             f"topology   {topology.name}: {topology.num_devices} devices on {topology.num_nodes} nodes",
             f"workload   {workload.tokens_per_rank:,} tokens per rank, D {workload.model_width}, F {workload.expert_width}, "
             f"{workload.wire} on the wire, {workload.dispatch}",
-            f"problem    mode {self.problem.mode}, objective {self.problem.objective}, load cap {cap}, slots {self.problem.slots_R.max()}",
+            f"problem    mode {self.problem.mode}, objective {self.problem.objective}, load cap {cap}, slots {self.problem.slots_R.max()}"
+            + (f", {len(constraints.pins)} pins" if constraints.pins else "")
+            + (f", {constraints.memory_fraction:.0%} of memory" if constraints.memory_fraction is not None else "")
+            + (f", a hop between nodes counts {self.problem.node_weight:g}" if self.problem.node_weight != 1.0 else ""),
             f"search     {search}",
         ]
         return [part for line in lines for part in textwrap.wrap(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False)]
 
-    def score(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
-        """The JSON object of solve and compare."""
+    def score(self, candidates: Sequence[Candidate], bound_seconds: float) -> dict[str, Any]:
+        """The JSON object of solve and compare; `bound_seconds` go to a bound for the trace that was solved for."""
+        bound = certified(self.problem, bound_seconds) if bound_seconds > 0 else lower_bound(self.problem)
         value = describe(self.trace, str(self.trace_path), self.topology, self.workload, self.problem)
-        rows = [row_of(candidate, self.problem, self.trace, fitted=True)[0].as_json() for candidate in candidates]
+        rows = [row_of(candidate, self.problem, self.trace, fitted=True, bound=bound)[0].as_json() for candidate in candidates]
         eval_rows: list[dict[str, object]] = []
         if self.eval_trace is not None:
             held_out = problem_for(self.eval_trace, self.problem)
-            eval_rows = [row_of(candidate, held_out, self.eval_trace, fitted=False)[0].as_json() for candidate in candidates]
+            bound = lower_bound(held_out)
+            eval_rows = [row_of(candidate, held_out, self.eval_trace, fitted=False, bound=bound)[0].as_json() for candidate in candidates]
         return {**value, "rows": rows, "eval_rows": eval_rows}
+
+
+def constraints_of(load_cap: float | None, slots: int | None, memory_fraction: float | None, pins: Sequence[str]) -> Constraints:
+    """Constraints from options; a pin is LAYER:EXPERT:DEVICE. Raises `UsageError`."""
+    parsed = []
+    for pin in pins:
+        parts = pin.split(":")
+        if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+            raise UsageError(f"--pin is {pin!r}; give LAYER:EXPERT:DEVICE, three numbers from 0, such as 0:17:3")
+        parsed.append(Pin(*map(int, parts)))
+    return Constraints(load_cap=load_cap, slots=slots, memory_fraction=memory_fraction, pins=tuple(parsed))
 
 
 def method_names(methods: str) -> list[str]:
@@ -116,14 +135,16 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of solve or compare as lines of at most 80 columns."""
-    lines = [f"{'method':<14}{'step ms':>10}{'moved':>8}{'dev/tok':>9}{'node/tok':>9}{'load':>7}{'hops':>7}{'gap':>8}{'solve s':>8}"]
+    """Rows of solve or compare as lines of at most 80 columns; the gaps of cost, moved and kept traffic in per cent."""
+    head = f"{'method':<11}{'step ms':>9}{'moved':>7}{'dev/tok':>8}{'node/tok':>9}{'load':>6}{'hops':>6}"
+    lines = [f"{head}{'gap: cost':>10}{'moved':>6}{'kept':>5}{'':1}s"]
     for row in rows:
-        gap = "-" if row["gap_cost"] is None else f"{row['gap_cost']:.1%}"
-        solve_s = "-" if row["solve_s"] is None else f"{row['solve_s']:.1f}"
+        gaps = ["-" if row[key] is None else f"{100 * row[key]:.1f}" for key in ("gap_cost", "gap_moved", "gap_kept")]
+        solve_s = "-" if row["solve_s"] is None else f"{row['solve_s']:.0f}"
         lines.append(
-            f"{row['method'][:13]:<14}{row['cost_s'] * 1e3:>10.3f}{row['moved']:>8.1%}{row['devices_per_token']:>9.3f}"
-            f"{row['nodes_per_token']:>9.3f}{row['load_max_over_mean']:>7.2f}{row['cross_device_hops']:>7.3f}{gap:>8}{solve_s:>8}"
+            f"{row['method'][:11]:<11}{row['cost_s'] * 1e3:>9.2f}{row['moved']:>7.1%}{row['devices_per_token']:>8.3f}"
+            f"{row['nodes_per_token']:>9.3f}{row['load_max_over_mean']:>6.2f}{row['cross_device_hops']:>6.3f}"
+            f"{gaps[0]:>10}{gaps[1]:>6}{gaps[2]:>5}{solve_s:>3}"
         )
     return lines
 

@@ -11,9 +11,9 @@ from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import Evaluation, evaluate
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Problem, Solution
-from crossdock.placement.solvers import SOLVERS
-from crossdock.placement.solvers.bounds import copies_to_devices, lower_bound
-from crossdock.placement.solvers.solution import cost_of
+from crossdock.placement.solvers import SOLVERS, auto
+from crossdock.placement.solvers.bounds import copies_to_devices
+from crossdock.placement.solvers.solution import cost_of, device_loads
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 
@@ -26,7 +26,7 @@ class Row:
     cost         the objective's value, tokens at home on every device alike; None for a plan with replicas
     bound        proven lower bound on `cost` for this trace over plans without replicas; None where it does not apply
     gap_cost     (cost - bound) / cost; gap_moved and gap_kept: how far moved is above, and kept below, what the bound on copies allows,
-                 as a fraction of moved and of the most that could be kept
+                 as a fraction of moved and of the most that could be kept; under objective hops of hops and of steps without one
     load_max     the busiest device over the mean, in the worst layer; load_max_over_mean is the mean over layers
     solve_s, stopped_by   None for a plan that was read from a file, and on a trace that was not solved for
     """
@@ -65,27 +65,35 @@ class Candidate:
 
 
 def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) -> list[Candidate]:
-    """Each method's plan. A load cap binds the searches; contiguous, random and balance are shown for what they are."""
-    candidates = []
+    """Each method's plan, in this order; auto starts from those before it. A load cap and pins bind the searches; the baselines and the
+    published methods are shown for what they are."""
+    candidates: list[Candidate] = []
     for method in methods:
         started_s = time.perf_counter()
-        solution = SOLVERS[method](problem, seconds, seed)
+        others = [candidate.solution for candidate in candidates if candidate.solution is not None]
+        solution = auto.improved(problem, seconds, seed, others) if method == "auto" else SOLVERS[method](problem, seconds, seed)
         candidates.append(Candidate(method, solution.plan, solution, time.perf_counter() - started_s))
     return candidates
 
 
-def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool) -> tuple[Row, Evaluation]:
-    """Evaluate a candidate on `trace`, which `problem` counts; `fitted` where the candidate was solved for this very problem."""
+def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> tuple[Row, Evaluation]:
+    """Evaluate a candidate on `trace`, which `problem` counts; `fitted` where the candidate was solved for this very problem.
+
+    `bound` is a lower bound on the problem's objective over plans with one copy of each expert.
+    """
     plan, solution = candidate.plan, candidate.solution if fitted else None
     evaluation = evaluate(trace, plan, problem.topology, problem.workload)
     fits = bool((np.count_nonzero(plan.slots_LRS >= 0, axis=2) <= problem.slots_R).all())
     cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
-    bound = gap_cost = gap_moved = gap_kept = None
-    if fits and cost is not None:
-        bound = min(max(lower_bound(problem), solution.bound if solution and solution.bound is not None else -np.inf), cost)
-        gap_cost = (cost - bound) / cost if cost > 0 else 0.0
-        if not evaluation.exact:
-            least = _least_moved(problem, solution)
+    proven = gap_cost = gap_moved = gap_kept = None
+    if fits and cost is not None and _keeps_to(problem, plan):
+        proven = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
+        gap_cost = (cost - proven) / cost if cost > 0 else 0.0
+        if problem.objective == "hops":
+            most = float(problem.hop_cost_RR.max())
+            gap_moved, gap_kept = gap_cost, (cost - proven) / (most - proven) if proven < most else 0.0
+        elif not evaluation.exact:
+            least = _least_moved(problem, proven)
             gap_moved = max(0.0, evaluation.moved - least) / evaluation.moved if evaluation.moved > 0 else 0.0
             gap_kept = max(0.0, evaluation.moved - least) / (1.0 - least) if least < 1 else 0.0
     rows_LR = evaluation.rows_LR
@@ -99,7 +107,7 @@ def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool
         cross_device_hops=evaluation.cross_device_hops,
         cross_node_hops=evaluation.cross_node_hops,
         load_max_over_mean=evaluation.load_max_over_mean,
-        bound=bound,
+        bound=proven,
         gap_cost=gap_cost,
         gap_moved=gap_moved,
         gap_kept=gap_kept,
@@ -115,7 +123,7 @@ def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool
 def problem_for(trace: Trace, like: Problem) -> Problem:
     """The same question about another trace, without a load cap or pins: for scoring plans, not for solving."""
     slots = Constraints(slots=like.constraints.slots)
-    return Problem(Affinity.from_trace(trace), like.topology, like.workload, like.mode, like.objective, slots)
+    return Problem(Affinity.from_trace(trace), like.topology, like.workload, like.mode, like.objective, slots, like.node_weight)
 
 
 def describe(trace: Trace, path: str, topology: Topology, workload: Workload, problem: Problem) -> dict[str, object]:
@@ -137,12 +145,21 @@ def describe(trace: Trace, path: str, topology: Topology, workload: Workload, pr
     }
 
 
-def _least_moved(problem: Problem, solution: Solution | None) -> float:
-    """A lower bound on the evaluator's `moved` for homes anywhere alike."""
+def _keeps_to(problem: Problem, plan: Plan) -> bool:
+    """Whether the plan is one of those that a bound under the problem's load cap and pins is about."""
+    cap = problem.constraints.load_cap
+    if any(plan.slot_LRE[pin.layer, pin.device, pin.expert] < 0 for pin in problem.constraints.pins):
+        return False
+    load_LR = device_loads(problem, plan)
+    return cap is None or bool((load_LR.max(axis=1) <= cap * load_LR.mean(axis=1) * (1 + 1e-9)).all())
+
+
+def _least_moved(problem: Problem, bound: float) -> float:
+    """A lower bound on the evaluator's `moved` for homes anywhere alike; `bound` is one on the objective."""
     R, rows = problem.num_devices, float(problem.affinity.load_LE.sum())
     if problem.workload.dispatch == "flat" or rows == 0:
         return (R - 1) / R
     copies = float(copies_to_devices(problem).sum())
-    if solution is not None and solution.bound is not None and problem.objective == "devices":
-        copies = max(copies, solution.bound * problem.affinity.num_tokens * problem.num_layers)
+    if problem.objective == "devices":
+        copies = max(copies, bound * problem.affinity.num_tokens * problem.num_layers)
     return copies * (R - 1) / R / rows

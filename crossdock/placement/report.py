@@ -17,6 +17,7 @@ from crossdock.placement.cost import NUM_DIRECTIONS, Workload
 from crossdock.placement.evaluate import Evaluation
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Problem
+from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace
 
@@ -217,7 +218,8 @@ def _scored(
     problem = Problem(Affinity.from_trace(trace), topology, workload)
     contiguous = Plan.contiguous(trace.num_layers, trace.num_experts, topology.num_devices)
     candidates = [Candidate("contiguous", contiguous), *(Candidate(name, plan) for name, plan in plans.items())]
-    scored = [row_of(candidate, problem, trace, fitted=False) for candidate in candidates]
+    bound = lower_bound(problem)
+    scored = [row_of(candidate, problem, trace, fitted=False, bound=bound) for candidate in candidates]
     return [row for row, _ in scored], scored[0][1], scored[-1][1], candidates[-1].label
 
 

@@ -55,7 +55,7 @@ def test_solve_writes_the_plan_and_one_row(traces: tuple[str, str], tmp_path: Pa
     (row,) = value["rows"]
     assert set(row) >= ROW_KEYS
     plan = Plan.load(out)
-    assert (plan.method, plan.seed, plan.digest) == ("anneal", 7, row["plan"])
+    assert (plan.method, plan.seed, plan.digest) == ("auto", 7, row["plan"])
     assert row["moved"] + row["kept"] == pytest.approx(1.0)
     assert 0.0 <= row["gap_cost"] < 1.0
     assert row["bound"] <= plan.cost
@@ -78,6 +78,31 @@ def test_compare_scores_methods_and_files_on_both_traces(traces: tuple[str, str]
     assert fit["mine.json"]["solve_s"] is None
     assert [row["solve_s"] for row in value["eval_rows"]] == [None] * 5
     assert value["rows"][0]["cost_s"] != value["eval_rows"][0]["cost_s"]
+
+
+def test_pins_memory_and_node_weight_reach_the_solver(traces: tuple[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "plan.json")
+    common = ("solve", "--trace", traces[0], "--topology", "2x2-ethernet", "--seconds", "2", "--out", out)
+    run_json(*common, "--pin", "0:5:3", "--pin", "2:0:1", "--memory-fraction", "0.5")
+    device_LE = Plan.load(out).device_of_LE()
+    assert (device_LE[0, 5], device_LE[2, 0]) == (3, 1)
+    plain, weighed = (run_json(*common, "--objective", "hops", "--node-weight", weight)["rows"][0] for weight in ("1", "4"))
+    assert weighed["cost"] > plain["cost"]
+    assert weighed["gap_cost"] == weighed["gap_moved"]
+    with pytest.raises(UsageError, match=r"--pin is '1:2'"):
+        run(*common, "--pin", "1:2")
+    with pytest.raises(InfeasiblePlan, match="do not fit into"):
+        run(*common, "--memory-fraction", "0.00000001")
+
+
+def test_compare_gives_auto_the_other_plans_and_every_gap(traces: tuple[str, str]) -> None:
+    rows = run_json(
+        "compare", "--trace", traces[0], "--topology", "1x4-local", "--objective", "devices", "--methods", "random,moetuner,columns,auto",
+        "--seconds", "2", "--bound-seconds", "2",
+    )["rows"]  # fmt: skip
+    cost = {row["method"]: row["cost"] for row in rows}
+    assert cost["auto"] == min(cost.values())
+    assert all(row["bound"] <= cost["auto"] + 1e-12 and row["gap_moved"] >= 0 and row["gap_kept"] >= 0 for row in rows)
 
 
 def test_a_trace_with_homes_gets_no_gap_on_moved_copies(tmp_path: Path) -> None:
@@ -144,7 +169,7 @@ def test_check_refuses_what_does_not_fit(traces: tuple[str, str], tmp_path: Path
         (["--objective", "beauty"], UsageError, "choose from seconds, devices, nodes, hops"),
         (["--method", "magic"], UsageError, "choose from contiguous"),
         (["--load-cap", "0.5"], UsageError, "1.0 or more"),
-        (["--load-cap", "1.0"], InfeasiblePlan, "no plan found within load cap 1 "),
+        (["--load-cap", "1.0"], InfeasiblePlan, "load cap 1;"),
         (["--slots", "1"], InfeasiblePlan, "8 experts do not fit into 4 slots"),
         (["--num-experts", "2"], CrossdockError, "."),
         (["--seconds", "0"], UsageError, "more than 0"),
