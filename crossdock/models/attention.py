@@ -53,6 +53,10 @@ class Attention(nn.Module):
         self.norm = RMSNorm(config.model_width, config.norm_eps, dtype)
         rows = (self.num_heads + 2 * self.kv_heads) * self.head_width
         self.qkv = nn.Linear(config.model_width, rows, bias=False, dtype=dtype)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(self.head_width, config.norm_eps, dtype)
+            self.key_norm = RMSNorm(self.head_width, config.norm_eps, dtype)
+        self.qk_norm = config.qk_norm
         self.out = nn.Linear(self.num_heads * self.head_width, config.model_width, bias=False, dtype=dtype)
 
     def forward(self, x_QPD: Tensor) -> Tensor:
@@ -63,10 +67,17 @@ class Attention(nn.Module):
         mark_backward("attention", mixed_QPD, normed_QPD)
         return x_QPD + mixed_QPD
 
+    def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [..., heads, head width] of normalised inputs [..., D], not yet turned."""
+        heads = self.qkv(normed).view(*normed.shape[:-1], -1, self.head_width)
+        query, key, value = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=-2)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
     def _mixed(self, normed_QPD: Tensor) -> Tensor:
         num_sequences, num_positions, _ = normed_QPD.shape
-        heads = self.qkv(normed_QPD).view(num_sequences, num_positions, -1, self.head_width)
-        query, key, value = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=2)
+        query, key, value = self.query_key_value(normed_QPD)
         cos, sin = rotation(num_positions, self.head_width, self.rope_base, normed_QPD.device, wide(normed_QPD.dtype))
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         mixed = F.scaled_dot_product_attention(

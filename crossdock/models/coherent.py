@@ -73,9 +73,7 @@ def run_block(block: MoEBlock, here: Here, context: StepContext, positions: int)
 
 def attend(attention: Attention, x_TD: Tensor, residents: Residents, positions: int, mesh: Mesh, layer: int) -> Tensor:
     """`attention` for the residents' queries [T, D] over everybody's keys and values: x + attention(norm(x)), as `Attention.forward`."""
-    kinds = (attention.num_heads, attention.kv_heads, attention.kv_heads)
-    heads = attention.qkv(attention.norm(x_TD)).view(len(x_TD), sum(kinds), attention.head_width)
-    query, key, value = heads.split(kinds, dim=1)
+    query, key, value = attention.query_key_value(attention.norm(x_TD))
     cos, sin = rotation(positions, attention.head_width, attention.rope_base, x_TD.device, wide(x_TD.dtype))
     position_T = residents.number_T % positions
     query, key = rotate(query, cos[position_T], sin[position_T]), rotate(key, cos[position_T], sin[position_T])

@@ -46,6 +46,10 @@ class ModelConfig(StrictModel):
     num_heads: int = Field(4, ge=1)
     num_kv_heads: int | None = Field(None, ge=1)
     """Heads of keys and values, shared by equal groups of query heads; as many as query heads where left out."""
+    head_dim: int | None = Field(None, ge=2)
+    """Width of one head; model_width over num_heads where left out."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before RoPE (Qwen3, arXiv 2505.09388)."""
     mlp_width: int | None = Field(None, ge=1)
     """Hidden width of dense SwiGLU layers; 8/3 of the model width, rounded up to a multiple of 8, where left out."""
     rope_base: float = Field(10_000.0, gt=1)
@@ -81,10 +85,13 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _cross_check(self) -> Self:
-        if self.model_width % self.num_heads:
+        if self.head_dim is None and self.model_width % self.num_heads:
             raise BadConfig(
-                f"model_width {self.model_width} does not divide over num_heads {self.num_heads}; choose a multiple of {self.num_heads}"
+                f"model_width {self.model_width} does not divide over num_heads {self.num_heads}; choose a multiple of {self.num_heads}, "
+                "or set head_dim"
             )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise BadConfig(f"head_dim {self.head_dim} is odd, and RoPE turns pairs; choose head_dim: {self.head_dim + 1}")
         if self.head_width % 2:
             raise BadConfig(
                 f"model_width {self.model_width} over num_heads {self.num_heads} gives heads of odd width {self.head_width}, and RoPE "
@@ -156,7 +163,7 @@ class ModelConfig(StrictModel):
 
     @property
     def head_width(self) -> int:
-        return self.model_width // self.num_heads
+        return self.head_dim or self.model_width // self.num_heads
 
     @property
     def kv_heads(self) -> int:

@@ -73,7 +73,8 @@ def _stage_parameters(config: ModelConfig, stage: Stage) -> int:
         return width + 3 * width * config.shared_width + width * _num_scales(config)
     if stage == "current":
         return width  # its norm: gate and experts are the MoE layer's
-    return width + width * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
+    norms = 2 * config.head_width if config.qk_norm else 0
+    return width + norms + width * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
 
 
 def _router_flop(config: ModelConfig) -> int:

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "every": {"moe_every": 1, "num_layers": 3},
     "second": {"num_layers": 4, "activation": "gelu"},
     "mha_switch": {"moe_every": 1, "num_kv_heads": 2, "gate": {"kind": "switch", "jitter": 0.2}},
+    "qwen": {"moe_every": 1, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "gate": {"kind": "softmax_topk", "normalise": False}},
     "deepseek": {"moe_every": 1, "gate": {"kind": "deepseek_v3", "sequence_loss": 0.0, "bias_step": 0.1}},
 }
 

@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dgmoe": {"block": "dgmoe", "top_k": 1},
     "dgmoe_groups_every": {"block": "dgmoe", "moe_every": 1, "gate": {"kind": "deepseek_v3"}, "shortcut": {"position": 1}},
     "dgmoe_share": {"block": "dgmoe_share", "num_layers": 8, "num_experts": 9, "activation": "gelu"},
+    "qk_norm": {"block": "top_k", "moe_every": 1, "head_dim": 6, "num_kv_heads": 2, "qk_norm": True, "gate": {"kind": "softmax_topk"}},
     "scmoe_cg2": {"num_layers": 4, "shortcut": {"position": 3, "coefficient": "cg2"}, "tied_head": True},
 }
 

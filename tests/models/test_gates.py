@@ -114,6 +114,23 @@ def test_switch_by_formula() -> None:
     assert losses_of(gate, routing) == {"balance": pytest.approx(expected)}
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+def test_softmax_top_k_by_formula(normalise: bool) -> None:
+    gate, x_TD = gate_of("softmax_topk", 5, 3, balance_loss=0.1, normalise=normalise), tokens(11)
+    routing = gate(x_TD, context_of(), 11)
+    expert_TK, weight_TK = table(routing, 3)
+    probability_TE = (x_TD @ gate.weight_ED.T).softmax(-1)
+    for t in range(11):
+        probability = probability_TE[t].tolist()
+        chosen = sorted(range(5), key=lambda e: -probability[e])[:3]
+        assert expert_TK[t].tolist() == chosen
+        total = sum(probability[e] for e in chosen) if normalise else 1.0
+        assert weight_TK[t].tolist() == pytest.approx([probability[e] / total for e in chosen])
+    parts = [expert_TK.eq(expert).sum().item() / 33 for expert in range(5)]
+    expected = 0.1 * 5 * sum(f * p for f, p in zip(parts, probability_TE.mean(0).tolist(), strict=True))
+    assert losses_of(gate, routing) == {"balance": pytest.approx(expected)}
+
+
 def test_switch_jitter_stays_within_its_bounds_and_in_training() -> None:
     gate, x_TD = gate_of("switch", 4, 1, jitter=0.3), tokens(50)
     logits_TE = x_TD @ gate.weight_ED.T
@@ -250,7 +267,7 @@ def test_deepseek_sequence_loss_by_formula() -> None:
     assert losses_of(gate, routing) == {"balance": pytest.approx(0.3 * total / 2)}
 
 
-@pytest.mark.parametrize(("kind", "top_k"), [("noisy_topk", 2), ("switch", 1), ("gshard", 2), ("deepseek_v3", 2)])
+@pytest.mark.parametrize(("kind", "top_k"), [("noisy_topk", 2), ("softmax_topk", 2), ("switch", 1), ("gshard", 2), ("deepseek_v3", 2)])
 def test_routers_compute_in_float32_where_the_model_is_bf16(kind: str, top_k: int) -> None:
     gate = gate_of(kind, 4, top_k, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -9,11 +9,18 @@ from crossdock.models.gates.base import Gate
 from crossdock.models.gates.deepseek_v3 import DeepSeekV3, DeepSeekV3Config
 from crossdock.models.gates.gshard import GShard, GShardConfig
 from crossdock.models.gates.noisy_topk import NoisyTopK, NoisyTopKConfig
+from crossdock.models.gates.softmax_topk import SoftmaxTopK, SoftmaxTopKConfig
 from crossdock.models.gates.switch import Switch, SwitchConfig
 
-AnyGateConfig = Annotated[NoisyTopKConfig | SwitchConfig | GShardConfig | DeepSeekV3Config, Field(discriminator="kind")]
+AnyGateConfig = Annotated[NoisyTopKConfig | SoftmaxTopKConfig | SwitchConfig | GShardConfig | DeepSeekV3Config, Field(discriminator="kind")]
 
-GATES: dict[str, type[Gate]] = {"noisy_topk": NoisyTopK, "switch": Switch, "gshard": GShard, "deepseek_v3": DeepSeekV3}
+GATES: dict[str, type[Gate]] = {
+    "noisy_topk": NoisyTopK,
+    "softmax_topk": SoftmaxTopK,
+    "switch": Switch,
+    "gshard": GShard,
+    "deepseek_v3": DeepSeekV3,
+}
 
 
 def build_gate(config: AnyGateConfig, layer: int, model_width: int, num_experts: int, top_k: int, dtype: torch.dtype) -> Gate:
