@@ -5,7 +5,7 @@
 Systems: crossdock, naive, deepspeed_autoep, deepspeed_moe, megatron, torchtitan, transformers; each runs in an environment of its own
 under `--environments`, made from package registries at the first use. Cases: `--kinds` layer, model, scmoe; `--dtypes` fp32, bf16;
 `--routings` balanced, zipf. Hosts: `one` is 4 ranks over the loopback, `2x2` two emulated nodes with two ranks each (root: it makes
-namespaces), at each of `--rates`.
+namespaces), at each of `--rates` (the model at the middle one).
 
 A step is forward and backward of one MoE layer with SwiGLU experts, top-2 (or of a small model of such layers), no optimizer, no reduction
 of dense gradients. All systems get the same weights, tokens and gradients; outputs, input gradients and gradients of an expert matrix are
@@ -60,13 +60,20 @@ def hosts_of(name: str, rate: float) -> Iterator[Hosts]:
             yield Hosts(lab)
 
 
+def rates_of(case: Case, hosts: Hosts, options: argparse.Namespace) -> list[float | None]:
+    """The rates at which a case is measured: every one for the layer, the middle one for the model."""
+    if hosts.lab is None:
+        return [None]
+    return list(options.rates) if case.kind == "layer" else [sorted(options.rates)[len(options.rates) // 2]]
+
+
 def measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """Rows, a list for each place and case, printed as they come."""
     for name in options.hosts:
         with hosts_of(name, options.rates[0]) as hosts, Stage(options.only, options.environments, hosts, LAYER.ranks) as stage:
             for case in cases(options):
                 with stage.built(case) as outcomes:
-                    for rate in [None] if hosts.lab is None else options.rates:
+                    for rate in rates_of(case, hosts, options):
                         if hosts.lab is not None:
                             hosts.lab.set_rate(rate)
                         stage.measure(outcomes, options.rounds)
@@ -144,29 +151,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, text in versions.items():
             print(f"{name}: {text or 'runs in this environment'}")
         return int(any(text.startswith("not installed") for text in versions.values()))
+    document = begun(options, versions)
     try:
-        rows = [row for some in measure(options) for row in some]
-        blocks = scmoe_rows(run_overlap(options.rates, options.short)) if "scmoe" in options.kinds and "2x2" in options.hosts else []
+        if {"layer", "model"} & set(options.kinds):
+            for rows in measure(options):
+                document["rows"] += rows
+                save(document, options)
+        if "scmoe" in options.kinds and "2x2" in options.hosts:
+            document["scmoe"] = scmoe_rows(run_overlap(options.rates, options.short))
+            if not options.json:
+                print_table(document["scmoe"], "ScMoE beside top-2 and a shared expert of equal FLOPs: changed mathematics", SCMOE_COLUMNS)
+            save(document, options)
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    if options.json:
+        print(json.dumps(document, indent=2, allow_nan=False))
+    return 0
+
+
+def begun(options: argparse.Namespace, versions: dict[str, str]) -> dict[str, Any]:
+    """The document before anything has been measured."""
     sizes = {"layer": SHORT_LAYER, "model": SHORT_MODEL} if options.short else {"layer": LAYER, "model": MODEL}
-    document = {
+    return {
         "machine": machine(),
         "commit": commit(),
         "what": "MoE layers of several systems side by side, forward and backward",
         "versions": versions,
         "sizes": {kind: dataclasses.asdict(size) for kind, size in sizes.items() if kind in options.kinds},
-        "rows": rows,
-        "scmoe": blocks,
+        "rows": [],
+        "scmoe": [],
     }
-    if blocks and not options.json:
-        print_table(blocks, "ScMoE beside top-2 and a shared expert of equal FLOPs: changed mathematics", SCMOE_COLUMNS)
-    if options.json:
-        print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def save(document: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what has been measured so far: a long run that is cut off leaves its finished cases."""
     if options.out is not None:
         write_json(options.out, document)
-    return 0
 
 
 if __name__ == "__main__":

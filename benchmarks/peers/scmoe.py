@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.peers.crew import ROOT
+from crossdock.errors import PeerLost
 
 COLUMNS = ["row", "link_bit_per_s", "step_s", "step_s_low", "step_s_high", "share", "bound_s", "scmoe_speedup", "aim"]
 AIMS = {"top2": 1.49, "shared_expert": 1.3}
@@ -18,13 +19,13 @@ AIMS = {"top2": 1.49, "shared_expert": 1.3}
 
 
 def run_overlap(rates: Sequence[float], short: bool, timeout_s: float = 1200.0) -> list[dict[str, Any]]:
-    """Run the program on two emulated nodes and return its rows; raises `RuntimeError` with its last line."""
+    """Run the program on two emulated nodes and return its rows; raises `PeerLost` with its last line."""
     wanted = ["--short"] if short else ["--rates", ",".join(f"{rate:.0f}" for rate in rates)]
     command = [sys.executable, "-m", "benchmarks.overlap", "--json", *wanted]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s)
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.strip()]
-        raise RuntimeError(lines[-1] if lines else f"benchmarks.overlap ended with code {ended.returncode}")
+        raise PeerLost(lines[-1] if lines else f"benchmarks.overlap ended with code {ended.returncode}")
     rows: list[dict[str, Any]] = json.loads(ended.stdout)["rows"]
     return rows
 

@@ -16,7 +16,8 @@ VARIANTS = {"deepspeed AutoEP": "preset mixtral; patched: transformers' registry
 def join() -> None:
     """DeepSpeed's own way in."""
     # DeepSpeed 0.19.8 asks the registry of transformers 5.23 as if it were a dict, and its `get` takes a model and no default.
-    output_capturing._CanRecordRegistry.get = _get
+    registry: Any = output_capturing._CanRecordRegistry
+    registry.get = _get
     deepspeed.init_distributed("gloo")
 
 
@@ -32,7 +33,7 @@ def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Modu
         hidden_size=sizes.model_width, intermediate_size=sizes.expert_width,
         num_local_experts=sizes.num_experts, num_experts_per_tok=sizes.top_k,
     )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model: Any = MixtralForCausalLM(config)
     block = model.model.layers[0].mlp
     with torch.no_grad():
         block.gate.weight.copy_(weights.router_ED)

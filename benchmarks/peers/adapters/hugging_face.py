@@ -22,14 +22,14 @@ PLAN = {"experts.gate_up_proj": "grouped_gemm", "experts.down_proj": "grouped_ge
 def build(variant: str, case: Case, weights: LayerWeights, rank: int) -> nn.Module:
     """The layer of this rank."""
     sizes = case.sizes
-    config = MixtralConfig(
-        hidden_size=sizes.model_width,
-        intermediate_size=sizes.expert_width,
-        num_local_experts=sizes.num_experts,
-        num_experts_per_tok=sizes.top_k,
-        experts_implementation=variant.split()[1],
-    )
-    block = MixtralSparseMoeBlock(config).to(weights.down_EDF.dtype)
+    named: dict[str, Any] = {
+        "hidden_size": sizes.model_width,
+        "intermediate_size": sizes.expert_width,
+        "num_local_experts": sizes.num_experts,
+        "num_experts_per_tok": sizes.top_k,
+        "experts_implementation": variant.split()[1],
+    }
+    block = MixtralSparseMoeBlock(MixtralConfig(**named)).to(weights.down_EDF.dtype)
     with torch.no_grad():
         block.gate.weight.copy_(weights.router_ED)
         block.experts.gate_up_proj.copy_(torch.cat([weights.gate_EFD, weights.up_EFD], dim=1))
