@@ -41,6 +41,7 @@ GATES: dict[str, dict[str, Any]] = {
     "noisy_top2": {"top_k": 2, "gate": {"kind": "noisy_topk"}},
     "switch": {"top_k": 1, "gate": {"kind": "switch", "jitter": 0.2}},
     "gshard": {"top_k": 2, "gate": {"kind": "gshard"}},
+    "softmax_top2": {"top_k": 2, "gate": {"kind": "softmax_topk"}},
     "deepseek": {"top_k": 2, "gate": {"kind": "deepseek_v3", "num_groups": 2, "top_groups": 2, "sequence_loss": 0.1}},
 }
 CAPACITIES: dict[str, dict[str, Any]] = {
