@@ -11,8 +11,8 @@ from crossdock.errors import BadData, MissingInput
 
 TIMES = ["share", "variant", "schedule", "link_bit_per_s", "step_s", "step_s_low", "step_s_high", "compute_s", "communication_s"]
 TIMES += ["over_sequential", "over_shared"]
-BOUNDS = ["share", "schedule", "step_over_bound", "step_over_direction_bound", "hidden_forward", "fits_forward", "hidden_backward"]
-BOUNDS += ["fits_backward", "hidden_of_fits", "exposed_s"]
+BOUNDS = ["share", "schedule", "step_over_bound", "step_over_direction_bound", "step_over_possible", "hidden_forward"]
+BOUNDS += ["fits_forward", "hidden_backward", "fits_backward", "hidden_of_fits", "exposed_s"]
 
 
 def merged(paths: Sequence[Path]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
 def write_page(path: Path, document: Mapping[str, Any], timeline: Path | None) -> None:
     """Write the page of a document of `publish`; the raw numbers stand in the JSON beside it, and the timeline where one was drawn."""
     host, rows = document["machine"], document["rows"]
-    overlapped = [row for row in rows if row["variant"] == "scmoe_overlapped"]
+    overlapped = [{**row, "step_over_possible": row["step_s"] / row["possible_s"]} for row in rows if row["variant"] == "scmoe_overlapped"]
     picture = f"\n![One step on every rank: what was computed, and when tokens arrived]({timeline.name})\n" if timeline is not None else ""
     text = f"""# Overlap over the share of communication
 
@@ -50,13 +50,13 @@ How near ScMoE's schedule comes to what is possible:
 
 {markdown_table(overlapped, BOUNDS)}
 - Step over max(compute, communication): {_range(overlapped, "step_over_bound")}; over that of each direction by itself:
-  {_range(overlapped, "step_over_direction_bound")}.
+  {_range(overlapped, "step_over_direction_bound")}; over what this block allows: {_range(overlapped, "step_over_possible")}.
 - Hidden of what fits: {_range(overlapped, "hidden_of_fits", "{:.1%}")}.
 - Over its own sequential form: {_range(overlapped, "over_sequential")}; over the shared-expert form: {_range(overlapped, "over_shared")}.
 {picture}"""
     write_text(path, text)
 
 
-def _range(rows: list[Mapping[str, Any]], name: str, form: str = "{:.3f}") -> str:
+def _range(rows: Sequence[Mapping[str, Any]], name: str, form: str = "{:.3f}") -> str:
     values = [row[name] for row in rows if row[name] is not None]
     return f"{form.format(min(values))} to {form.format(max(values))}" if values else "nothing fits"
