@@ -248,7 +248,7 @@ def _legend() -> list[str]:
         lines.append(f'<rect x="{x}" y="28" width="12" height="12" fill="{fill}" stroke="#9ca3af" stroke-width="0.5"/>')
         lines.append(f'<text x="{x + 16}" y="38">{escape(label)}</text>')
         x += 30 + 6 * len(label)
-    lines.append(f'<text x="{x + 8}" y="38">pale: queued; dashed line: backward begins</text>')
+    lines.append(f'<text x="{WIDTH - RIGHT}" y="18" text-anchor="end">narrow: queued behind others; dashed line: backward begins</text>')
     return lines
 
 
