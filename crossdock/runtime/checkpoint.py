@@ -6,38 +6,27 @@ Keys are `dense/<parameter>/<state>`, `expert/<layer>/<expert>/<tensor>/<state>`
 No key speaks of ranks or slots, so any world, any `parallel.expert` and any plan reads any checkpoint; the same world and plan continue
 bitwise.
 
-Written aside and renamed last, so that a folder of that name is complete. Loading checks every checksum and takes the newest checkpoint
-that is whole. All functions are called by every rank; ranks share the file system.
+Written aside and renamed last (`saver.py`), so that a folder of that name is complete. Loading checks every checksum and takes the newest
+checkpoint that is whole. All functions are called by every rank; ranks share the file system. `docs/checkpoints.md` is the guide.
 """
 
-import hashlib
-import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from crossdock import atomic
-from crossdock.errors import BadCheckpoint, IoFailure, MissingInput
+from crossdock.errors import BadCheckpoint, MissingInput
 from crossdock.placement.plan import EMPTY, Plan
 from crossdock.runtime import collectives
 from crossdock.runtime.data import DataState
 from crossdock.runtime.engine import Engine
+from crossdock.runtime.manifest import MANIFEST, STEP, Manifest, checked
 from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.shards import Place, read_tensors
 from crossdock.strict_yaml import StrictModel
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointConfig(StrictModel):
@@ -48,6 +37,8 @@ class CheckpointConfig(StrictModel):
     keep: int = pydantic.Field(default=2, ge=1)
     at_end: bool = False
     """Save after the last step as well."""
+    asynchronous: bool = False
+    """Copy the state to the host in a pause between two steps, and write it while training goes on. Holds the state twice on the host."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +61,10 @@ class Loaded:
     passed_over: tuple[str, ...]
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------------
+# ---- keys ----------------------------------------------------------------------------------------------------------
 
 
-def save(directory: Path, engine: Engine, state: RunState, mesh: Mesh, keep: int = 2) -> Path:
-    """Write `directory`/step-N and delete all but the `keep` newest. Raises `IoFailure` on every rank where any rank could not write."""
-    final = directory / f"step-{state.step:08d}"
-    aside = directory / f".{final.name}.tmp"
-    _together(mesh, lambda: _make_empty(aside), only_rank=0)
-    shard = aside / f"shard-{mesh.rank:05d}.safetensors"
-    written = _together(mesh, lambda: _write_shard(shard, dict(_owned(engine, mesh))))
-
-    def commit() -> None:
-        shards = [record["shard"] for record in written if record["tensors"]]
-        tensors = {key: place for record in written for key, place in record["tensors"].items()}
-        _write_manifest(aside, _manifest(engine, state, mesh, shards, tensors))
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        _fsync(directory)
-        for old in finished(directory)[keep:]:
-            shutil.rmtree(old)
-
-    _together(mesh, commit, only_rank=0)
-    return final
-
-
-def _owned(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+def owned(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     """The tensors that this rank writes: every key of the model belongs to exactly one rank."""
     states, expert_names = engine.states(), {name for names in engine.expert_names.values() for name in names}
     dense = [name for name in states if name not in expert_names]
@@ -123,148 +91,6 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: values for name, values in model.named_buffers() if name in saved}
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    places = {key: {"shard": path.name, "shape": list(values.shape), "dtype": _name(values.dtype)} for key, values in tensors.items()}
-    if not tensors:
-        return {"tensors": {}}
-    save_file({key: values.detach().cpu().contiguous() for key, values in tensors.items()}, path)
-    _fsync(path)
-    return {"tensors": places, "shard": {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}}
-
-
-def _manifest(engine: Engine, state: RunState, mesh: Mesh, shards: list[Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    plan = engine.plan
-    return {
-        "format_version": FORMAT_VERSION,
-        "step": state.step,
-        "data": asdict(state.data),
-        "seed": state.seed,
-        "corpus_digest": state.corpus_digest,
-        "num_updates": engine.optimizer.num_updates,
-        "world_size": mesh.world_size,
-        "expert_parallel": mesh.expert_parallel,
-        "plan_hash": None if plan is None else plan.digest,
-        "plan": None if plan is None else {"num_experts": plan.num_experts, "method": plan.method, "slots": plan.slots_LRS.tolist()},
-        "shards": shards,
-        "tensors": tensors,
-    }
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    atomic.write_json(folder / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
-
-
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _together(mesh: Mesh, work: Callable[[], Any], only_rank: int | None = None) -> list[Any]:
-    """Do `work` on every rank (or on one) and return all results; where it fails to write on any rank, raise `IoFailure` on all."""
-    result, problem = None, None
-    if only_rank is None or mesh.rank == only_rank:
-        try:
-            result = work()
-        except (OSError, SafetensorError, IoFailure) as error:
-            problem = f"rank {mesh.rank}: {error}"
-    results = collectives.all_gather_objects((result, problem), mesh)
-    problems = [told for _, told in results if told]
-    if problems:
-        raise IoFailure(f"the checkpoint was not written, older ones are untouched ({problems[0]}); free space or choose another run.dir")
-    return [value for value, _ in results]
-
-
-# ---- loading -----------------------------------------------------------------------------------------------------------
-
-
-def latest(directory: Path, mesh: Mesh) -> tuple[Path, dict[str, Any], tuple[str, ...]]:
-    """(folder, manifest, what was wrong with newer ones) of the newest checkpoint whose every checksum holds; the same on every rank.
-
-    `directory` may also be one checkpoint's folder. Raises `MissingInput` where there is none, `BadCheckpoint` where none is whole.
-    """
-    folders = collectives.broadcast_object([directory] if (directory / MANIFEST).exists() else finished(directory), mesh)
-    if not folders:
-        raise MissingInput(f"{directory} holds no checkpoint; start the run anew, or name another run.dir")
-    passed_over: list[str] = []
-    for folder in folders:
-        problem, manifest = _checked(folder, mesh)
-        problems = [told for told in collectives.all_gather_objects(problem, mesh) if told]
-        if not problems:
-            return folder, manifest, tuple(passed_over)
-        passed_over.append(f"{folder}: {problems[0]}")
-    raise BadCheckpoint(
-        f"none of {len(folders)} checkpoints is valid: {'; '.join(passed_over[:4])}. Restore one from a copy, or start anew"
-    )
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's folder, or None; reads every byte."""
-    return _checked(folder, Mesh.single())[0]
-
-
-def _checked(folder: Path, mesh: Mesh) -> tuple[str | None, dict[str, Any]]:
-    """(problem, manifest); of the shards each rank reads its part."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        claimed = manifest.pop("sha256")
-        if _digest_of(manifest) != claimed:
-            return f"{MANIFEST} does not match its own checksum", {}
-        if manifest["format_version"] != FORMAT_VERSION:
-            return f"format version {manifest['format_version']}, and {FORMAT_VERSION} is understood", {}
-        for shard in manifest["shards"][mesh.rank :: mesh.world_size]:
-            path = folder / Path(shard["file"]).name
-            if path.stat().st_size != shard["bytes"]:
-                return f"{path.name} has {path.stat().st_size} bytes where {shard['bytes']} were written", {}
-            if _sha256(path) != shard["sha256"]:
-                return f"{path.name} does not match its checksum", {}
-    except OSError as error:
-        return f"{Path(error.filename or folder).name}: {error.strerror}", {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} is malformed ({type(error).__name__}: {error})", {}
-    return None, manifest
-
-
-def plan_of(manifest: Mapping[str, Any]) -> Plan | None:
-    """The plan under which a checkpoint was saved; None for a model without experts."""
-    import numpy as np
-
-    plan = manifest["plan"]
-    return None if plan is None else Plan(np.array(plan["slots"]), plan["num_experts"], method=plan["method"])
-
-
-@torch.no_grad()
-def restore(folder: Path, manifest: Mapping[str, Any], engine: Engine, passed_over: tuple[str, ...] = ()) -> Loaded:
-    """Fill `engine` (under whatever plan it has) and its model's buffers from a checked checkpoint.
-
-    Raises `BadCheckpoint` where it is of another model, naming the first tensor that is missing or of another shape.
-    """
-    wanted = dict(_wanted(engine))
-    places = manifest["tensors"]
-    for key, values in wanted.items():
-        if key not in places:
-            raise BadCheckpoint(f"{folder} has no {key}: it is of another model; resume with the config it was made with")
-        if list(values.shape) != places[key]["shape"]:
-            raise BadCheckpoint(
-                f"{folder} holds {key} of shape {places[key]['shape']}, the model has {list(values.shape)}; "
-                "resume with the config it was made with"
-            )
-    by_shard: dict[str, list[str]] = {}
-    for key in wanted:
-        by_shard.setdefault(places[key]["shard"], []).append(key)
-    for name, keys in sorted(by_shard.items()):
-        with safe_open(folder / Path(name).name, framework="pt") as shard:
-            for key in keys:
-                wanted[key].copy_(shard.get_tensor(key))
-    engine.optimizer.refresh()
-    engine.optimizer.set_num_updates(manifest["num_updates"])
-    state = RunState(manifest["step"], DataState(**manifest["data"]), manifest["seed"], manifest["corpus_digest"])
-    return Loaded(state, plan_of(manifest), folder, passed_over)
-
-
 def _wanted(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Every key that this rank needs, with the live tensor that takes its values."""
     states, expert_names = engine.states(), {name for names in engine.expert_names.values() for name in names}
@@ -282,26 +108,80 @@ def _wanted(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield f"buffer/{name}", values
 
 
+# ---- loading -----------------------------------------------------------------------------------------------------------
+
+
+def latest(directory: Path, mesh: Mesh) -> tuple[Path, Manifest, tuple[str, ...]]:
+    """(folder, manifest, what was wrong with newer ones) of the newest checkpoint whose every checksum holds; the same on every rank.
+
+    `directory` may also be one checkpoint's folder. Raises `MissingInput` where there is none, `BadCheckpoint` where none is whole.
+    """
+    folders = collectives.broadcast_object([directory] if (directory / MANIFEST).exists() else finished(directory), mesh)
+    if not folders:
+        raise MissingInput(f"{directory} holds no checkpoint; start the run anew, or name another run.dir")
+    passed_over: list[str] = []
+    for folder in folders:
+        problem, manifest = checked(folder, mesh.rank, mesh.world_size)
+        problems = [told for told in collectives.all_gather_objects(problem, mesh) if told]
+        if not problems:
+            assert manifest is not None
+            return folder, manifest, tuple(passed_over)
+        passed_over.append(f"{folder}: {problems[0]}")
+    raise BadCheckpoint(
+        f"none of {len(folders)} checkpoints is valid: {'; '.join(passed_over[:4])}. Restore one from a copy, or start anew"
+    )
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, or None; reads every byte."""
+    return checked(folder)[0]
+
+
+@torch.no_grad()
+def restore(folder: Path, manifest: Manifest, engine: Engine, passed_over: tuple[str, ...] = ()) -> Loaded:
+    """Fill `engine` (under whatever plan it has) and its model's buffers from a checked checkpoint.
+
+    Where no update has been made, the optimizer's moments may be missing (an imported model has none): they are zeros.
+    Raises `BadCheckpoint` where it is of another model, naming the first tensor that is missing or of another shape.
+    """
+    wanted, places = dict(_wanted(engine)), manifest.tensors
+    fresh = [key for key in wanted if key not in places and manifest.num_updates == 0 and key.endswith(("/exp_avg", "/exp_avg_sq"))]
+    for key, values in wanted.items():
+        if key in fresh:
+            continue
+        if key not in places:
+            raise BadCheckpoint(f"{folder} has no {key}: it is of another model; resume with the config it was made with")
+        if list(values.shape) != places[key].shape:
+            raise BadCheckpoint(
+                f"{folder} holds {key} of shape {places[key].shape}, the model has {list(values.shape)}; "
+                "resume with the config it was made with"
+            )
+    _check_nothing_is_left(folder, places, wanted, engine)
+    for key, values in read_tensors(folder, places, [key for key in wanted if key in places]):
+        wanted[key].copy_(values)
+    for key in fresh:
+        wanted[key].zero_()
+    engine.optimizer.refresh()
+    engine.optimizer.set_num_updates(manifest.num_updates)
+    state = RunState(manifest.step, DataState(manifest.data.epoch, manifest.data.position), manifest.seed, manifest.corpus_digest)
+    return Loaded(state, manifest.placement(), folder, passed_over)
+
+
+def _check_nothing_is_left(folder: Path, places: Mapping[str, Place], wanted: Mapping[str, Tensor], engine: Engine) -> None:
+    """Raise `BadCheckpoint` where the checkpoint holds a tensor that no rank asks for."""
+    layers = {str(bank.layout.layer) for bank in engine.banks.values()}
+    experts = set() if engine.plan is None else {str(expert) for expert in range(engine.plan.num_experts)}
+    for key in places.keys() - wanted.keys():
+        kind, *rest = key.split("/")
+        if kind != "expert" or len(rest) != 4 or rest[0] not in layers or rest[1] not in experts:
+            raise BadCheckpoint(
+                f"{folder} holds {key}, which the model has not: it is of another model; resume with the config it was made with"
+            )
+
+
 def finished(directory: Path) -> list[Path]:
     """Folders of complete checkpoints, newest first; whether their contents are whole, `latest` checks."""
     if not directory.is_dir():
         return []
-    steps = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
+    steps = [(int(match[1]), path) for path in directory.iterdir() if (match := STEP.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(steps, reverse=True)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch import nn
@@ -35,6 +36,7 @@ from crossdock.runtime.migrate import RoutedLayer, migrate
 from crossdock.runtime.profiler import ProfileConfig, Profiler
 from crossdock.runtime.replan import ReplanConfig, decide, topology_of, window_steps, workload_of
 from crossdock.runtime.result import Speeds, TrainResult, WindowReport, median, report_window
+from crossdock.runtime.saver import Saved, Saver
 from crossdock.runtime.steps import Stepper, TrainConfig
 from crossdock.runtime.windows import Measured, Window
 
@@ -121,6 +123,7 @@ class _Run:
             raise BadConfig("replan.at_step is set, and the model has no experts to move; choose a block with experts")
         self.topology = topology_of(mesh, training.topology) if self.layers else None
         self.engine = Engine(training.model, mesh, training.plan, config.optimizer)
+        self.saver = Saver(training.directory.checkpoints, self.engine, mesh, training.checkpoint)
         self.stepper = Stepper(training.model, self.engine, training.corpus, training.seq_len, config, mesh)
         self.state, self.step, self.stop_asked = DataState(), 0, False
         self.window: Window | None = None
@@ -160,14 +163,16 @@ class _Run:
                 if self.adaptation is not None and self.engine.plan is not None:
                     self.adaptation.before(self.step, self.engine.plan, is_busy=self.window is not None)
                 stop = self._train_step()
+                self._tell_saved(self.saver.poll())
                 if stop and self.step < self.config.steps:
-                    folder = self._save()
+                    folder = self._save(at_once=True)
                     raise Preempted(f"asked to stop after step {self.step} of {self.config.steps}; the state is saved in {folder}")
                 if self._due(self.training.checkpoint.every) and self.step < self.config.steps:
                     self._save()
         self._window_edges()
         if self.training.checkpoint.at_end:
-            self._save()
+            self._save(at_once=True)
+        self._tell_saved(self.saver.finish())
         result = self.result("done", 0)
         self.write_result(result)
         self.event("finished", step=self.step, loss=self.loss, eval_loss=self.eval_loss)
@@ -341,29 +346,35 @@ class _Run:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _save(self) -> str:
-        begin_s = time.perf_counter()
-        state = RunState(self.step, self.state, self.config.seed, self.training.corpus.digest)
-        folder = checkpoint.save(self.directory.checkpoints, self.engine, state, self.mesh, self.training.checkpoint.keep)
-        self.event("checkpoint_saved", step=self.step, path=str(folder), seconds=time.perf_counter() - begin_s)
-        return str(folder)
+    def _save(self, at_once: bool = False) -> Path | None:
+        """Save, or begin to, after whatever is still being written; the folder, where it is there already: always with `at_once`."""
+        self._tell_saved(self.saver.finish())
+        saved = self.saver.save(RunState(self.step, self.state, self.config.seed, self.training.corpus.digest))
+        if saved is None and at_once:
+            saved = self.saver.finish()
+        self._tell_saved(saved)
+        return None if saved is None else saved.folder
+
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            times = {"stall_s": saved.stall_s, "write_s": saved.write_s, "seconds": saved.seconds}
+            self.event("checkpoint_saved", step=saved.step, path=str(saved.folder), **times)
 
     def _resume(self) -> None:
         folder, manifest, passed_over = checkpoint.latest(self.directory.checkpoints, self.mesh)
         for problem in passed_over:
             self.event("checkpoint_passed_over", message=problem)
-        saved_plan, plan = checkpoint.plan_of(manifest), self.engine.plan
+        saved_plan, plan = manifest.placement(), self.engine.plan
         at_step = self.training.replan.at_step
-        is_replanned = (
-            at_step is not None and manifest["step"] >= at_step
-        )  # then the checkpoint's plan is the one that was solved on the way
+        is_replanned = at_step is not None and manifest.step >= at_step  # then the checkpoint's plan is the one that was solved on the way
         if saved_plan is not None and plan is not None and (is_replanned or not self.training.keep_plan):
             same_devices = saved_plan.slots_LRS.shape[:2] == plan.slots_LRS.shape[:2] and saved_plan.num_experts == plan.num_experts
             if same_devices and saved_plan.digest != plan.digest:
                 self._apply(saved_plan)
                 self.moves = None
         state = checkpoint.restore(folder, manifest, self.engine).state
-        if state.seed != self.config.seed or state.corpus_digest != self.training.corpus.digest:
+        has_read = state.corpus_digest != ""  # an imported model has not
+        if has_read and (state.seed != self.config.seed or state.corpus_digest != self.training.corpus.digest):
             raise BadData(
                 f"{folder} was made with seed {state.seed} on data {state.corpus_digest[:12]}, and this run seed {self.config.seed} and "
                 f"data {self.training.corpus.digest[:12]}; resume with the same seed and files, or start a new run.dir"

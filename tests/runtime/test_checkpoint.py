@@ -12,9 +12,12 @@ import torch
 from crossdock.errors import BadCheckpoint, IoFailure, MissingInput
 from crossdock.models.gates.deepseek_v3 import DeepSeekV3Config
 from crossdock.placement.plan import Plan
-from crossdock.runtime import checkpoint
-from crossdock.runtime.checkpoint import RunState
+from crossdock.runtime import checkpoint, saver
+from crossdock.runtime.checkpoint import CheckpointConfig, RunState
 from crossdock.runtime.data import DataState
+from crossdock.runtime.saver import Saved, Saver
+from crossdock.runtime.shards import write_shard
+from crossdock.runtime.steps import Stepper
 from tests.pool import Pool
 from tests.runtime import tiny
 
@@ -28,8 +31,14 @@ def save_after(rank: int, world_size: int, folder: str, plan: Plan, dtype: str =
     run = tiny.stepper(rank, world_size, folder, plan, model=BIASED, dtype=getattr(torch, dtype))
     tiny.run_steps(run, 0, steps)
     state = RunState(steps, DataState(0, 8 * steps), STATE.seed, STATE.corpus_digest)
-    checkpoint.save(Path(folder) / "checkpoints", run.engine, state, run.mesh, keep=3)
+    save(folder, run, state, keep=3)
     return tiny.census(run.engine)
+
+
+def save(folder: str, run: Stepper, state: RunState, **options: Any) -> Saved:
+    saved = Saver(Path(folder) / "checkpoints", run.engine, run.mesh, CheckpointConfig(**options)).save(state)
+    assert saved is not None
+    return saved
 
 
 def load_into(
@@ -183,14 +192,12 @@ def test_only_the_newest_are_kept_and_leftovers_do_not_count(ranks: Pool, folder
 def fail_to_save(rank: int, world_size: int, folder: str, where: str) -> str:
     run = tiny.stepper(rank, world_size, folder, tiny.random_plan(2, 1), dtype=torch.float32)
     if where == "one rank's shard" and rank == 1:
-        checkpoint.save_file = _no_space  # type: ignore[assignment]
+        saver.write_shard = _no_space  # type: ignore[assignment]
     try:
         with pytest.raises(IoFailure) as caught:
-            checkpoint.save(Path(folder) / "checkpoints", run.engine, STATE, run.mesh)
+            save(folder, run, STATE)
     finally:
-        from safetensors.torch import save_file
-
-        checkpoint.save_file = save_file
+        saver.write_shard = write_shard
     return str(caught.value)
 
 
