@@ -112,6 +112,7 @@ def compare_command(
     bound_seconds: BoundSecondsOption = 10.0,
     eval_trace: EvalTraceOption = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan.json to compare as well; may be repeated.")] = None,
+    error_bars: Annotated[bool, typer.Option("--error-bars", help="Bootstrap intervals, on the held-out routing if given.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score several methods, and plans from files, on the same trace with the same evaluator.
@@ -138,7 +139,7 @@ def compare_command(
     for candidate in from_files:
         candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)
     _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
-    value = asked.score(solved(asked.problem, names, seconds, seed) + from_files, bound_seconds)
+    value = asked.score(solved(asked.problem, names, seconds, seed) + from_files, bound_seconds, with_error_bars=error_bars)
     _print_json(value) if as_json else _print_tables(value)
 
 
@@ -263,16 +264,21 @@ def _say(lines: Sequence[str], as_json: bool) -> None:
 
 
 def _print_tables(value: dict[str, Any]) -> None:
-    from crossdock.placement.commands import table
+    from crossdock.placement.commands import error_bar_table, table
 
     print("\n" + "\n".join(table(value["rows"])))
     if value["eval_rows"]:
         print("\nheld out\n" + "\n".join(table(value["eval_rows"])))
+        apart = value["drift"]
+        print(f"drift from the fit: load {apart['load']:.3f}, first choices' steps {apart['transitions']:.3f} (total variation)")
+    barred = [row for row in value["eval_rows"] or value["rows"] if "error_bars" in row]
+    if barred:
+        print("\n" + "\n".join(error_bar_table(barred)))
     print(
         "\nmoved: copies that leave their device, per (token, expert). dev/tok, node/tok:\n"
         "distinct devices and nodes of a token in a layer. load: busiest device over\n"
         "mean. hops: first choices that change device between layers. gap: proven\n"
-        "distance of the objective to the best plan."
+        "distance to the best plan, per cent of the objective, of moved and of kept."
     )
 
 

@@ -16,6 +16,7 @@ from crossdock.placement.problem import Constraints, Pin, Problem, check_mode
 from crossdock.placement.solvers import SOLVERS
 from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.certificate import certified
+from crossdock.placement.statistics import drift, error_bars
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 from crossdock.placement.workload_file import load_shape, load_workload
@@ -79,9 +80,11 @@ class Asked:
         ]
         return [part for line in lines for part in textwrap.wrap(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False)]
 
-    def score(self, candidates: Sequence[Candidate], bound_seconds: float) -> dict[str, Any]:
+    def score(self, candidates: Sequence[Candidate], bound_seconds: float, *, with_error_bars: bool = False) -> dict[str, Any]:
         """The JSON object of solve and compare; `bound_seconds` go to a bound for the trace that was solved for."""
         bound = certified(self.problem, bound_seconds) if bound_seconds > 0 else lower_bound(self.problem)
+        proven = [candidate.solution.bound for candidate in candidates if candidate.solution is not None]
+        bound = max([bound, *(value for value in proven if value is not None)])  # one problem: what one method proved holds for all
         value = describe(self.trace, str(self.trace_path), self.topology, self.workload, self.problem)
         rows = [row_of(candidate, self.problem, self.trace, fitted=True, bound=bound)[0].as_json() for candidate in candidates]
         eval_rows: list[dict[str, object]] = []
@@ -89,6 +92,16 @@ class Asked:
             held_out = problem_for(self.eval_trace, self.problem)
             bound = lower_bound(held_out)
             eval_rows = [row_of(candidate, held_out, self.eval_trace, fitted=False, bound=bound)[0].as_json() for candidate in candidates]
+            apart = drift(self.problem.affinity, held_out.affinity)
+            value["drift"] = {
+                "load": float(apart.load_L.mean()),
+                "transitions": float(apart.transitions_L.mean() if len(apart.transitions_L) else 0.0),
+            }
+        if with_error_bars:
+            trace, into = (self.trace, rows) if self.eval_trace is None else (self.eval_trace, eval_rows)
+            for candidate, row in zip(candidates, into, strict=True):
+                bars = error_bars(trace, candidate.plan, self.topology, self.workload)
+                row["error_bars"] = {name: [bar.low, bar.high] for name, bar in bars.items()}
         return {**value, "rows": rows, "eval_rows": eval_rows}
 
 
@@ -146,6 +159,16 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{row['nodes_per_token']:>9.3f}{row['load_max_over_mean']:>6.2f}{row['cross_device_hops']:>6.3f}"
             f"{gaps[0]:>10}{gaps[1]:>6}{gaps[2]:>5}{solve_s:>3}"
         )
+    return lines
+
+
+def error_bar_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The bootstrap's 90 % intervals as lines of at most 80 columns."""
+    keys = {"dev/tok": "devices_per_token", "moved": "moved", "hops": "cross_device_hops", "load": "load_max_over_mean"}
+    lines = [f"{'90 % interval':<15}" + "".join(f"{name:>16}" for name in keys)]
+    for row in rows:
+        bars = [row["error_bars"][key] for key in keys.values()]
+        lines.append(f"{row['method'][:14]:<15}" + "".join(f"{f'{low:.3f}-{high:.3f}':>16}" for low, high in bars))
     return lines
 
 

@@ -66,7 +66,7 @@ def test_compare_scores_methods_and_files_on_both_traces(traces: tuple[str, str]
     random_plan(3).save(tmp_path / "mine.json")
     value = run_json(
         "compare", "--trace", traces[0], "--topology", "2x2-ethernet", "--methods", "contiguous,balance,anneal,ilp",
-        "--objective", "devices", "--eval-trace", traces[1], "--plan", str(tmp_path / "mine.json"), "--seconds", "5",
+        "--objective", "devices", "--eval-trace", traces[1], "--plan", str(tmp_path / "mine.json"), "--seconds", "60",
     )  # fmt: skip
     for rows in (value["rows"], value["eval_rows"]):
         assert [row["method"] for row in rows] == ["contiguous", "balance", "anneal", "ilp", "mine.json"]
@@ -103,6 +103,21 @@ def test_compare_gives_auto_the_other_plans_and_every_gap(traces: tuple[str, str
     cost = {row["method"]: row["cost"] for row in rows}
     assert cost["auto"] == min(cost.values())
     assert all(row["bound"] <= cost["auto"] + 1e-12 and row["gap_moved"] >= 0 and row["gap_kept"] >= 0 for row in rows)
+
+
+def test_error_bars_and_drift_are_of_the_held_out_routing(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        random_trace(seed, num_tokens=300, num_sequences=15).save(tmp_path / f"{seed}.npz")
+    options = ("--topology", "2x2-ethernet", "--methods", "contiguous,balance", "--eval-trace", str(tmp_path / "2.npz"), "--error-bars")
+    value = run_json("compare", "--trace", str(tmp_path / "1.npz"), *options)
+    assert 0.0 < value["drift"]["load"] < 1.0
+    for row in value["eval_rows"]:
+        low, high = row["error_bars"]["devices_per_token"]
+        assert low <= row["devices_per_token"] <= high
+    printed = run("compare", "--trace", str(tmp_path / "1.npz"), *options)
+    assert "90 % interval" in printed
+    assert "drift from the fit" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_a_trace_with_homes_gets_no_gap_on_moved_copies(tmp_path: Path) -> None:
