@@ -26,6 +26,9 @@ WorkloadOption = Annotated[
 ]
 LoadCapOption = Annotated[float | None, typer.Option("--load-cap", help="Most load of a device in any layer, over the mean device's.")]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="Slots of each device in each layer; as many as needed if left out.")]
+AlsoTraceOption = Annotated[
+    list[Path] | None, typer.Option("--also-trace", help="More routing: counted in, and the load cap holds on each; may be repeated.")
+]
 NodeWeightOption = Annotated[float, typer.Option("--node-weight", help="Objective hops: what one between nodes counts.")]
 PinOption = Annotated[
     list[str] | None, typer.Option("--pin", metavar="LAYER:EXPERT:DEVICE", help="An expert that stays where it is; may be repeated.")
@@ -55,6 +58,7 @@ def solve_command(
     memory_fraction: MemoryOption = None,
     pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
+    also_trace: AlsoTraceOption = None,
     num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
@@ -79,6 +83,7 @@ def solve_command(
         workload_path=workload,
         constraints=constraints_of(load_cap, slots, memory_fraction, pin or ()),
         node_weight=node_weight,
+        also_paths=also_trace or (),
         num_experts=num_experts,
         eval_path=eval_trace,
     )
@@ -106,6 +111,7 @@ def compare_command(
     memory_fraction: MemoryOption = None,
     pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
+    also_trace: AlsoTraceOption = None,
     num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
@@ -132,6 +138,7 @@ def compare_command(
         workload_path=workload,
         constraints=constraints_of(load_cap, slots, memory_fraction, pin or ()),
         node_weight=node_weight,
+        also_paths=also_trace or (),
         num_experts=num_experts,
         eval_path=eval_trace,
     )

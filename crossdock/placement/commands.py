@@ -18,7 +18,7 @@ from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.certificate import certified
 from crossdock.placement.statistics import drift, error_bars
 from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.trace import Trace, concatenate
 from crossdock.placement.workload_file import load_shape, load_workload
 
 
@@ -44,6 +44,7 @@ class Asked:
         workload_path: Path | None = None,
         constraints: Constraints | None = None,
         node_weight: float = 1.0,
+        also_paths: Sequence[Path] = (),
         num_experts: int | None = None,
         eval_path: Path | None = None,
     ) -> "Asked":
@@ -58,7 +59,10 @@ class Asked:
                 f"{trace.num_layers} x {trace.num_experts}; give traces of one model"
             )
         asked = constraints or Constraints()
-        problem = Problem(Affinity.from_trace(trace), topology, workload, "home", objective, asked, node_weight)  # type: ignore[arg-type]
+        apart = [trace, *(Trace.load(path, num_experts or trace.num_experts) for path in also_paths)]
+        also = tuple(Affinity.from_trace(part) for part in apart) if also_paths else ()
+        trace = concatenate(apart) if also_paths else trace
+        problem = Problem(Affinity.from_trace(trace), topology, workload, "home", objective, asked, node_weight, also)  # type: ignore[arg-type]
         return cls(trace_path, trace, topology, workload, problem, eval_trace)
 
     def heading(self, search: str) -> list[str]:

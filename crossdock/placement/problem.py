@@ -57,6 +57,8 @@ class Problem:
     objective   "seconds" of the predicted step; mean distinct "devices" or "nodes" of a token's experts in one layer; "hops", the
                 fraction of consecutive layers whose first choices live on different devices
     node_weight what a hop to another node counts, beside 1 for one within the node (objective hops: two-level costs); 1 or more
+    also        other routing of the same model: a robust plan keeps to the load cap on all of it. Methods dp, columns and, for objective
+                devices, auto plan for it; plans of other methods are checked against it
     Raises `UsageError`, `BadData` and `InfeasiblePlan`.
     """
 
@@ -67,6 +69,7 @@ class Problem:
     objective: Objective = "seconds"
     constraints: Constraints = field(default_factory=Constraints)
     node_weight: float = 1.0
+    also: tuple[Affinity, ...] = ()
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
@@ -76,6 +79,12 @@ class Problem:
             raise UsageError(
                 f"node weight is {self.node_weight}; a hop to another node costs no less than one within it, so give 1.0 or more"
             )
+        for other in self.also:
+            if (other.num_layers, other.num_experts) != (self.num_layers, self.num_experts):
+                raise BadData(
+                    f"other routing has {other.num_layers} layers x {other.num_experts} experts, and the first {self.num_layers} x "
+                    f"{self.num_experts}; give traces of one model"
+                )
         num_slots, num_experts = int(self.slots_R.sum()), self.num_experts
         if num_slots < num_experts:
             raise InfeasiblePlan(
@@ -105,6 +114,11 @@ class Problem:
             return slots_R
         layer_bytes_R = self.topology.memory_bytes_R * self.constraints.memory_fraction / self.num_layers
         return np.minimum(slots_R, (layer_bytes_R // self.workload.expert_state_bytes).astype(np.int64))
+
+    @property
+    def loads(self) -> list[NDArray[np.int64]]:
+        """int64 [L, E] of each routing that the load cap is about; the problem's own is the first."""
+        return [self.affinity.load_LE, *(other.load_LE for other in self.also)]
 
     @property
     def hop_cost_RR(self) -> NDArray[np.float64]:

@@ -89,6 +89,8 @@ def test_pins_memory_and_node_weight_reach_the_solver(traces: tuple[str, str], t
     plain, weighed = (run_json(*common, "--objective", "hops", "--node-weight", weight)["rows"][0] for weight in ("1", "4"))
     assert weighed["cost"] > plain["cost"]
     assert weighed["gap_cost"] == weighed["gap_moved"]
+    both = run_json(*common, "--objective", "devices", "--load-cap", "1.6", "--also-trace", traces[1])
+    assert both["trace"]["tokens"] == 300
     with pytest.raises(UsageError, match=r"--pin is '1:2'"):
         run(*common, "--pin", "1:2")
     with pytest.raises(InfeasiblePlan, match="do not fit into"):

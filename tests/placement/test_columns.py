@@ -1,5 +1,6 @@
 """Method columns against every plan there is, its table against counting, its promises under load caps and pins."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -116,6 +117,22 @@ def test_a_load_cap_that_cannot_be_met_is_refused_with_a_proof() -> None:
     trace = Trace(np.repeat(np.arange(6), [60, 5, 5, 5, 5, 5])[:, None, None].astype(np.uint16), 6)
     with pytest.raises(InfeasiblePlan, match=r"layer 0: .*load cap 1\.2 \(proven\)"):
         solve(problem_of(trace, load_cap=1.2), "columns", seconds=10.0)
+
+
+@pytest.mark.parametrize("method", ["columns", "dp", "auto"])
+def test_a_robust_plan_keeps_to_the_cap_on_other_routing_too(method: str) -> None:
+    first, second = (Affinity.from_trace(random_trace(seed, num_tokens=150, num_experts=6, top_k=3)) for seed in (7, 8))
+    reversed_loads = Affinity.from_trace(Trace(5 - random_trace(9, num_tokens=150, num_experts=6, top_k=3).experts_TLK, 6))
+    constraints = Constraints(load_cap=1.3)
+    alone, robust = (
+        Problem(first + second, Topology.uniform(1, 3), Workload(), objective="devices", constraints=constraints, also=also)
+        for also in ((), (first, second, reversed_loads))
+    )
+    free, held = solve(alone, method, seconds=20.0), solve(robust, method, seconds=20.0)
+    assert held.cost >= free.cost
+    for affinity in robust.also:
+        assert max(load_peaks(dataclasses.replace(robust, affinity=affinity, also=()), held)) <= 1.3 + 1e-9
+    assert held.cost == pytest.approx(solve(robust, "dp").cost)
 
 
 def test_what_it_cannot_take_is_refused() -> None:

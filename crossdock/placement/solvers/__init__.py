@@ -1,6 +1,7 @@
 """Solvers, one file for each method, in one table; every one is `(problem, seconds, seed) -> Solution`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -66,9 +67,11 @@ def check_constraints(problem: Problem, solution: Solution) -> None:
     cap = problem.constraints.load_cap
     if cap is None:
         return
-    peaks = load_peaks(problem, solution)
-    if max(peaks) > cap + 1e-9:
-        raise InfeasiblePlan(
-            f"method {method} loads a device of layer {peaks.index(max(peaks))} with {max(peaks):.3f} of the mean, "
-            f"above load cap {cap:g}; use method auto, or a higher cap"
-        )
+    for number, affinity in enumerate([problem.affinity, *problem.also]):
+        peaks = load_peaks(replace(problem, affinity=affinity, also=()), solution)
+        if max(peaks) > cap + 1e-9:
+            where = f" on routing {number + 1} of {len(problem.also) + 1}" if problem.also else ""
+            raise InfeasiblePlan(
+                f"method {method} loads a device of layer {peaks.index(max(peaks))} with {max(peaks):.3f} of the mean{where}, "
+                f"above load cap {cap:g}; use method auto, or a higher cap"
+            )

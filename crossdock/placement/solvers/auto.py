@@ -60,7 +60,8 @@ def _of_layers(problem: Problem, seed: int, deadline: Deadline, known: list[IntA
         answers = columns.solve_layers(problem, deadline)
         bound = sum(answer.bound for answer in answers) / (problem.affinity.num_tokens * problem.num_layers)
         found = [plans[0][number] if answer.device_E is None else answer.device_E for number, answer in enumerate(answers)]
-        placed_L, stopped_by = anneal.best_of(problem, [*plans, np.stack(found)]), "seconds" if deadline.passed else "done"
+        met = [np.stack(found)] if problem.also else [*plans, np.stack(found)]  # the others do not know the loads of other routing
+        placed_L, stopped_by = anneal.best_of(problem, met), "seconds" if deadline.passed else "done"
     anneal.check_load_cap(problem, placed_L)
     device_LE = np.stack([placed.device_I[: problem.num_experts] for placed in placed_L])
     return solution_of(problem, device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by, bound=bound)

@@ -149,11 +149,15 @@ def _columns(problem: Problem, layer: Layer) -> Columns:
     E, R, slots = problem.num_experts, problem.num_devices, int(problem.slots_R[0])
     pinned_E = layer.pinned_I[:E]
     cap = problem.constraints.load_cap
-    most_load = np.inf if cap is None else cap * layer.load_I.sum() / R * (1 + 1e-12)
+    loads = (
+        [] if cap is None else [(load_LE[layer.number], cap * load_LE[layer.number].sum() / R * (1 + 1e-12)) for load_LE in problem.loads]
+    )
     members, costs = [], []
     for size in _sizes(problem):
         member_CS, cost_C = _touched(layer, E, size)
-        keep_C = layer.load_I[member_CS].sum(axis=1) <= most_load
+        keep_C = np.ones(len(member_CS), dtype=bool)
+        for load_E, most in loads:
+            keep_C &= load_E[member_CS].sum(axis=1) <= most
         for device in np.unique(pinned_E[pinned_E != EMPTY]):
             of_device_C = (pinned_E[member_CS] == device).sum(axis=1)
             keep_C &= (of_device_C == 0) | (of_device_C == (pinned_E == device).sum())

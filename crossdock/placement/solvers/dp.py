@@ -93,8 +93,9 @@ def _allowed(problem: Problem, number: int, device_PE: IntArray) -> NDArray[np.b
     allowed_P = ((pinned_E == EMPTY) | (device_PE == pinned_E)).all(axis=1)
     cap = problem.constraints.load_cap
     if cap is not None:
-        load_PR = _loads(problem, number, device_PE)
-        allowed_P &= load_PR.max(axis=1) <= cap * load_PR.mean(axis=1) * (1 + 1e-12)
+        for load_LE in problem.loads:
+            load_PR = _loads(problem, load_LE[number], device_PE)
+            allowed_P &= load_PR.max(axis=1) <= cap * load_PR.mean(axis=1) * (1 + 1e-12)
     if not allowed_P.any():
         raise InfeasiblePlan(
             f"layer {number}: none of the {len(device_PE):,} placements that keep to the slots keeps to "
@@ -104,10 +105,9 @@ def _allowed(problem: Problem, number: int, device_PE: IntArray) -> NDArray[np.b
     return np.asarray(allowed_P)
 
 
-def _loads(problem: Problem, number: int, device_PE: IntArray) -> FloatArray:
+def _loads(problem: Problem, load_E: IntArray, device_PE: IntArray) -> FloatArray:
     """[P, R]: rows of each device in each state."""
-    load_E = problem.affinity.load_LE[number].astype(np.float64)
-    return np.stack([(device_PE == device) @ load_E for device in range(problem.num_devices)], axis=1)
+    return np.stack([(device_PE == device) @ load_E.astype(np.float64) for device in range(problem.num_devices)], axis=1)
 
 
 def _separate(problem: Problem, device_PE: IntArray) -> IntArray:
@@ -121,7 +121,7 @@ def _separate(problem: Problem, device_PE: IntArray) -> IntArray:
         bit_E = 1 << np.arange(problem.num_experts)
         mask_PR = np.stack([(kept_PE == device) @ bit_E for device in range(problem.num_devices)], axis=1)
         mask_PN = np.stack([(node_R[kept_PE] == node) @ bit_E for node in range(problem.topology.num_nodes)], axis=1)
-        value_P = price.value(touched_M[mask_PR], touched_M[mask_PN], _loads(problem, number, kept_PE))
+        value_P = price.value(touched_M[mask_PR], touched_M[mask_PN], _loads(problem, problem.affinity.load_LE[number], kept_PE))
         best.append(kept_PE[int(value_P.argmin())])
     return np.stack(best)
 
