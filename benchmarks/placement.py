@@ -34,7 +34,7 @@ from crossdock.placement.solvers import SOLVERS, auto, check_constraints, load_p
 from crossdock.placement.solvers.certificate import certified
 from crossdock.placement.solvers.solution import cost_of_plan
 from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.trace import Trace, concatenate
 
 PUBLISHED = ("contiguous", "random", "balance", "eplb", "exflow", "moetuner")
 COLUMNS = (
@@ -125,6 +125,23 @@ def real_cases(traces: dict[str, Trace], seconds: float, bound_seconds: float) -
         for title, topology, objective, cap in problems:
             problem = Problem(affinities[name], topology, Workload(), objective=objective, constraints=Constraints(load_cap=cap))
             yield Case(name, title, problem, trace, methods, others, bound_seconds)
+        replicas = Problem(affinities[name], Topology.uniform(2, 4), Workload(), constraints=Constraints(slots=-(-shape[1] // 8) + 2))
+        copying = tuple((method, seconds) for method in ("balance", "eplb", "eplb_global", "auto"))
+        yield Case(name, "ms, 2x4, 2 more slots", replicas, trace, copying, others, bound_seconds)
+        if same:
+            yield _robust(name, trace, traces[same[0]], seconds, bound_seconds)
+
+
+def _robust(name: str, trace: Trace, other: Trace, seconds: float, bound_seconds: float) -> Case:
+    """Planned on the trace and on every second block of other text, the cap on both; scored on the blocks of that text that are left."""
+    seen_T = np.arange(other.num_tokens) // 512 % 2 == 0
+    apart = tuple(Affinity.from_trace(part) for part in (trace, other.select(seen_T)))
+    constraints = Constraints(load_cap=1.3)
+    affinity = apart[0] + apart[1]
+    problem = Problem(affinity, Topology.uniform(1, 8), Workload(), objective="devices", constraints=constraints, also=apart)
+    scored = (Affinity.from_trace(other.select(~seen_T)),)
+    both = concatenate([trace, other.select(seen_T)])
+    return Case(name, "devices, 1x8, cap 1.3, robust", problem, both, (("auto", 2 * seconds),), scored, bound_seconds)
 
 
 def generated_cases(bound_seconds: float, short: bool) -> Iterator[Case]:
