@@ -42,7 +42,8 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
 
 def exchanged_layers(problem: Problem, seed: int, deadline: Deadline) -> list[Placed]:
     """The best assignment of every layer, for objectives that do not couple them. A broken load cap is the caller's to refuse."""
-    return [_exchanged(problem, layer, seed, deadline) for layer in range(problem.num_layers)]
+    start_LXE = np.stack([starts.contiguous(problem), starts.balanced(problem), starts.clustered(problem)], axis=1)
+    return [_exchanged(problem, layer, start_LXE[layer], seed, deadline) for layer in range(problem.num_layers)]
 
 
 def _chain(problem: Problem, seed: int, deadline: Deadline) -> tuple[Chain, str]:
@@ -63,16 +64,13 @@ def _chain(problem: Problem, seed: int, deadline: Deadline) -> tuple[Chain, str]
     return best, "seconds" if deadline.passed else "done"
 
 
-def _exchanged(problem: Problem, number: int, seed: int, deadline: Deadline) -> Placed:
-    """The best assignment of one layer after exchanges from three starts."""
+def _exchanged(problem: Problem, number: int, start_XE: IntArray, seed: int, deadline: Deadline) -> Placed:
+    """The best assignment of one layer: its starts as they are, and all but the first after exchanges."""
     layer, price, node_R = layer_of(problem, number), price_of(problem), np.array(problem.topology.node_of_R)
     sets = TokenSets(layer.member_UK, layer.count_U, layer.num_items)
     share = deadline.share(problem.num_layers - number)
     rng = np.random.default_rng([seed, number])
-    begun = []
-    for start in (starts.contiguous, starts.balanced, starts.clustered):
-        device_I = starts.with_vacancies(start(problem)[number], problem.slots_R)
-        begun.append(LayerSearch(layer, sets, price, node_R, device_I))
+    begun = [LayerSearch(layer, sets, price, node_R, starts.with_vacancies(device_E, problem.slots_R)) for device_E in start_XE]
     best = min((search.placed() for search in begun), key=Placed.key)
     for search in begun[1:]:
         quiet = 0
