@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.placement.gather import WeightTransfer
 from crossdock.runtime.collectives import Pending, Route, all_to_all_start
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.grouped_mlp import Network, grouped_mlp
@@ -29,59 +28,53 @@ class Weights:
     outer: Tensor
 
 
-def gather_start(bank: ExpertBank, layout: ExpertLayout, mesh: Mesh) -> "Pending[tuple[Weights, ...]]":
-    """Send this rank's part of the gathered experts of `layout`; the wait gives, hop by hop, the weights of the slots after the bank's own.
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """One rank's part in one hop of the weights."""
 
-    `layout` is one with gathered experts, `bank` holds the plan's.
+    send_R: tuple[int, ...]
+    receive_R: tuple[int, ...]
+    place_A: Tensor
+    """int64: where the experts that it sends stand among those that it has, grouped by receiving rank."""
+
+
+def legs_of(layout: ExpertLayout, own: ExpertLayout, mesh: Mesh) -> tuple[Leg, ...]:
+    """This rank's parts in bringing the gathered experts of `layout` to everybody, from the slots of `own`, the plan's layout.
+
+    The second hop, from a leader to its neighbours on the node, is left out where no rank of the group takes part in one.
     """
-    movement = mesh.ledger.next_movement()
-    own = {expert: slot for slot, expert in enumerate(bank.layout.local_experts) if expert >= 0}
-    pending = _hop_start(Weights(bank.inner, bank.outer), own, layout.hops[0], layout.layer, movement, mesh)
-    return _PendingWeights(pending, layout, movement, mesh)
+    place_of = {expert: slot for slot, expert in enumerate(own.local_experts)}
+    legs = []
+    for hop in layout.hops if layout.hops[1] else layout.hops[:1]:
+        here, ranks = mesh.expert_rank, range(mesh.expert_parallel)
+        sent, arriving = ([transfer for transfer in hop if getattr(transfer, side) == here] for side in ("source", "target"))
+        to, come_from = Counter(transfer.target for transfer in sent), Counter(transfer.source for transfer in arriving)
+        place_A = torch.tensor([place_of[transfer.expert] for transfer in sent], dtype=torch.int64, device=mesh.device)
+        legs.append(Leg(tuple(to[rank] for rank in ranks), tuple(come_from[rank] for rank in ranks), place_A))
+        place_of = {transfer.expert: place for place, transfer in enumerate(arriving)}
+    return tuple(legs)
 
 
-@dataclass(frozen=True, eq=False)
-class _PendingHop:
-    inner: Pending[Tensor]
-    outer: Pending[Tensor]
-
-    def wait(self) -> Weights:
-        return Weights(self.inner.wait(), self.outer.wait())
+def gather_start(bank: ExpertBank, legs: tuple[Leg, ...], mesh: Mesh) -> "Pending[tuple[Weights, ...]]":
+    """Send this rank's part of the gathered experts; the wait gives, leg by leg, the weights of the slots behind the bank's own."""
+    return _PendingWeights(legs, mesh, bank.layout.layer, mesh.ledger.next_movement(), Weights(bank.inner, bank.outer))
 
 
-@dataclass(frozen=True, eq=False)
 class _PendingWeights:
-    first: _PendingHop
-    layout: ExpertLayout
-    movement: int
-    mesh: Mesh
+    def __init__(self, legs: tuple[Leg, ...], mesh: Mesh, layer: int, movement: int, own: Weights) -> None:
+        self.legs, self.mesh, self.layer, self.movement = legs, mesh, layer, movement
+        self.pending = self._start(own, legs[0])
 
     def wait(self) -> tuple[Weights, ...]:
-        first = self.first.wait()
-        if not self.layout.hops[1]:
-            return (first,)
-        # From a leader to its neighbours the way is short, and it cannot begin before the first hop ends.
-        led = {expert: place for place, expert in enumerate(_arriving(self.layout.hops[0], self.mesh.expert_rank))}
-        second = _hop_start(first, led, self.layout.hops[1], self.layout.layer, self.movement, self.mesh)
-        return first, second.wait()
+        arrived = [Weights(*(tensor.wait() for tensor in self.pending))]
+        for leg in self.legs[1:]:  # a leader cannot pass on what it does not have yet
+            self.pending = self._start(arrived[-1], leg)
+            arrived.append(Weights(*(tensor.wait() for tensor in self.pending)))
+        return tuple(arrived)
 
-
-def _hop_start(
-    weights: Weights, place_of: dict[int, int], hop: tuple[WeightTransfer, ...], layer: int, movement: int, mesh: Mesh
-) -> _PendingHop:
-    """Send what `hop` asks of this rank; `place_of` tells where in `weights` an expert stands."""
-    here, ranks = mesh.expert_rank, range(mesh.expert_parallel)
-    sent = [transfer for transfer in hop if transfer.source == here]
-    to, come_from = Counter(t.target for t in sent), Counter(t.source for t in hop if t.target == here)
-    send_R, receive_R = tuple(to[rank] for rank in ranks), tuple(come_from[rank] for rank in ranks)
-    route = Route(mesh, mesh.weight_group, send_R, receive_R, layer, "dispatch", "weights", movement)
-    place_A = torch.tensor([place_of[transfer.expert] for transfer in sent], dtype=torch.int64, device=mesh.device)
-    return _PendingHop(*(all_to_all_start(tensor.index_select(0, place_A), route) for tensor in (weights.inner, weights.outer)))
-
-
-def _arriving(hop: tuple[WeightTransfer, ...], rank: int) -> list[int]:
-    """The experts that `hop` brings to `rank`, in order of arrival."""
-    return [transfer.expert for transfer in hop if transfer.target == rank]
+    def _start(self, weights: Weights, leg: Leg) -> list[Pending[Tensor]]:
+        route = Route(self.mesh, self.mesh.weight_group, leg.send_R, leg.receive_R, self.layer, "dispatch", "weights", self.movement)
+        return [all_to_all_start(tensor.index_select(0, leg.place_A), route) for tensor in (weights.inner, weights.outer)]
 
 
 class GatheringBank:
@@ -93,6 +86,7 @@ class GatheringBank:
 
     def __init__(self, bank: ExpertBank, layout: ExpertLayout, mesh: Mesh) -> None:
         self.bank, self.layout, self.mesh = bank, layout, mesh
+        self.legs = legs_of(layout, bank.layout, mesh)
         self._next: Pending[tuple[Weights, ...]] | None = None
         self._current: Pending[tuple[Weights, ...]] | None = None
         self._arrived: tuple[Weights, ...] = ()
@@ -100,7 +94,7 @@ class GatheringBank:
     def start(self) -> None:
         """Let the weights of the next forward pass set out."""
         assert self._next is None, "started twice for one forward pass"
-        self._next = gather_start(self.bank, self.layout, self.mesh)
+        self._next = gather_start(self.bank, self.legs, self.mesh)
 
     def enter(self) -> None:
         """Take the weights that set out last for the forward pass that begins."""
