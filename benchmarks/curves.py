@@ -55,18 +55,22 @@ def figure(panels: Mapping[str, Mapping[str, Curve]], y_label: str, logarithmic:
     low, high = min(min(curve.low) for curve in every), max(max(curve.high) for curve in every)
     y_axis = Axis(low / 1.25, high * 1.25, 10.0) if logarithmic else Axis(*_padded(low, high))
     width, height = len(panels) * PANEL_WIDTH, PANEL_HEIGHT
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    colour_of = dict(zip(names, COLOURS, strict=False))
     body: list[str] = []
     for number, (label, curves) in enumerate(panels.items()):
         ends = min(min(curve.x) for curve in curves.values()), max(max(curve.x) for curve in curves.values())
         x_axis = Axis(*ends, 2.0) if logarithmic else Axis(0.0, ends[1])
-        body += _panel(number, label, curves, y_label, x_axis, y_axis)
+        body += _panel(number, label, curves, colour_of, y_label, x_axis, y_axis)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return "\n".join(
         [f'{head} font-family="sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>\n"]
     )
 
 
-def _panel(number: int, x_label: str, curves: Mapping[str, Curve], y_label: str, x_axis: Axis, y_axis: Axis) -> Iterator[str]:
+def _panel(
+    number: int, x_label: str, curves: Mapping[str, Curve], colour_of: Mapping[str, str], y_label: str, x_axis: Axis, y_axis: Axis
+) -> Iterator[str]:
     left, right = number * PANEL_WIDTH + LEFT, (number + 1) * PANEL_WIDTH - RIGHT
     top, bottom = TOP, PANEL_HEIGHT - BOTTOM
 
@@ -86,13 +90,16 @@ def _panel(number: int, x_label: str, curves: Mapping[str, Curve], y_label: str,
     if number == 0:
         middle = (top + bottom) / 2
         yield f'<text transform="translate(14,{middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-    for place, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+    # Names stand where no curve is: losses fall from the left, times on logarithmic axes rise to the right.
+    names_x, anchor = (right - 4, "end") if y_axis.logarithmic_base is None else (left + 8, "start")
+    for place, (name, curve) in enumerate(curves.items()):
+        colour = colour_of[name]
         there = [f"{across(x):.1f},{down(y):.1f}" for x, y in zip(curve.x, curve.high, strict=True)]
         back = [f"{across(x):.1f},{down(y):.1f}" for x, y in zip(reversed(curve.x), reversed(curve.low), strict=True)]
         line = [f"{across(x):.1f},{down(y):.1f}" for x, y in zip(curve.x, curve.middle, strict=True)]
         yield f'<polygon points="{" ".join(there + back)}" fill="{colour}" fill-opacity="0.15"/>'
         yield f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
-        yield f'<text x="{right - 4}" y="{top + 14 + 15 * place}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+        yield f'<text x="{names_x}" y="{top + 14 + 15 * place}" text-anchor="{anchor}" fill="{colour}">{escape(name)}</text>'
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

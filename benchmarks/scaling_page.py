@@ -20,7 +20,7 @@ def page(document: Mapping[str, Any], num_parts: int, cores: int, out: Path) -> 
     sudo python -m benchmarks.scaling measure --out RAW.json        ({num_parts} runs, over different topologies)
     python -m benchmarks.scaling report RAW.json ... --out {out.name}
 
-Commit {document["commit"]}. Machine: {host["processor"]}, {cores} cores, {host["system"]},
+Commit {document["commit"]}; points measured at {", ".join(document["measured_at"])}. Machine: {host["processor"]}, {cores} cores, {host["system"]},
 Python {host["python"]}, torch {host["torch"]}. Raw numbers: [{out.stem}.json]({out.stem}.json).
 
 ## Measured, and what the simulator makes of it
@@ -32,7 +32,7 @@ rows wide: this measures movement. Medians over repeats of the slowest rank, wit
 `unseen_error` is how far it is off.
 
 {markdown_table(document["rows"], MEASURED_COLUMNS)}
-Fitted: {fitted}.
+Fitted (1e-12: nothing that could be told from zero): {fitted}.
 
 **Error on topologies that the fit has not seen: median {error["median"]:.1%}, mean {error["mean"]:.1%}, highest {error["highest"]:.1%}.**
 

@@ -156,8 +156,11 @@ def curves_of(rows: Sequence[Row]) -> dict[str, Curve]:
     return {name.removesuffix("_s"): Curve.of(devices, [[row[name] for row in rows]]) for name in rows[0] if name.endswith("_s")}
 
 
-def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Layer, int]:
-    """Rows of all files, which must have one shape. Raises `MissingInput` and `BadData`."""
+def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Layer, int, list[str]]:
+    """Rows of all files, which must have one shape, their shape and cores, and the commits that measured them.
+
+    Raises `MissingInput` and `BadData`.
+    """
     documents = []
     for path in paths:
         try:
@@ -172,12 +175,13 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], Layer, int]:
     rows = [row for document in documents for row in document["rows"]]
     if len({(row["nodes"], row["ranks_per_node"]) for row in rows}) < 2:
         raise BadData("points of one topology alone; measure two or more, so that the model's error can be told on one it has not seen")
-    return rows, Layer(**documents[0]["shape"]), documents[0]["cores"]
+    commits = dict.fromkeys(document.get("commit", "unknown") for document in documents)
+    return rows, Layer(**documents[0]["shape"]), documents[0]["cores"], list(commits)
 
 
 def write_report(measured: Sequence[Path], out: Path | None, json_only: bool) -> None:
     """Fit, predict and print; with `out` (NAME.md) also NAME.json and NAME.svg beside it."""
-    rows, shape, cores = load(measured)
+    rows, shape, cores, commits = load(measured)
     fitted = fit(rows, shape, cores)
     points = with_errors(rows, shape, cores, fitted)
     errors = sorted(abs(point["unseen_error"]) for point in points)
@@ -195,6 +199,7 @@ def write_report(measured: Sequence[Path], out: Path | None, json_only: bool) ->
     document: dict[str, Any] = {
         "machine": machine(),
         "commit": commit(),
+        "measured_at": commits,
         "fit": dataclasses.asdict(fitted),
         "shape": dataclasses.asdict(shape),
         "predicted": {"layer": dataclasses.asdict(GPU_LAYER), "gpu": _finite(dataclasses.asdict(GPU))},
