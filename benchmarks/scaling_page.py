@@ -20,8 +20,8 @@ def page(document: Mapping[str, Any], num_parts: int, cores: int, out: Path) -> 
     sudo python -m benchmarks.scaling measure --out RAW.json        ({num_parts} runs, over different topologies)
     python -m benchmarks.scaling report RAW.json ... --out {out.name}
 
-Commit {document["commit"]}; points measured at {", ".join(document["measured_at"])}. Machine: {host["processor"]}, {cores} cores, {host["system"]},
-Python {host["python"]}, torch {host["torch"]}. Raw numbers: [{out.stem}.json]({out.stem}.json).
+Commit {document["commit"]}; points measured at {", ".join(document["measured_at"])}.
+Machine: {host["processor"]}, {cores} cores, {host["system"]}, Python {host["python"]}, torch {host["torch"]}. Raw numbers: [{out.stem}.json]({out.stem}.json).
 
 ## Measured, and what the simulator makes of it
 
