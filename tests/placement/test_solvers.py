@@ -140,13 +140,26 @@ def test_random_draws_depend_on_the_seed_alone() -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("start", [starts.contiguous, starts.balanced, starts.clustered, lambda problem: starts.random(problem, 0)])
+@pytest.mark.parametrize(
+    "start", [starts.contiguous, starts.balanced, starts.evened, starts.clustered, lambda problem: starts.random(problem, 0)]
+)
 def test_starts_keep_to_slots_and_pins(start) -> None:  # type: ignore[no-untyped-def]
     pins = (Pin(0, 0, 3), Pin(0, 1, 3), Pin(1, 5, 2))
     problem = problem_of(random_trace(num_experts=11), pins=pins)
     device_LE = start(problem)
     assert all(device_LE[pin.layer, pin.expert] == pin.device for pin in pins)
     assert all((np.bincount(device_E, minlength=4) <= problem.slots_R).all() for device_E in device_LE)
+
+
+def test_evened_lowers_what_greedy_packing_leaves() -> None:
+    for seed in range(20):
+        trace = random_trace(seed, num_tokens=300, num_experts=16, top_k=1)
+        problem = problem_of(trace, Topology.uniform(1, 4))
+        peaks = [
+            max(np.bincount(start(problem)[layer], problem.affinity.load_LE[layer], 4).max() for layer in range(3))
+            for start in (starts.balanced, starts.evened)
+        ]
+        assert peaks[1] <= peaks[0]
 
 
 def test_clustered_puts_companions_together() -> None:

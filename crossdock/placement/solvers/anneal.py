@@ -55,7 +55,7 @@ def search_layers(problem: Problem, seed: int, deadline: Deadline, begun: Sequen
     price = price_of(problem)
     own = [starts.balanced(problem), starts.clustered(problem), starts.contiguous(problem)]
     start_LXE = np.stack(own, axis=1)
-    best_L = best_of(problem, [*own, *begun])
+    best_L = best_of(problem, [*own, starts.evened(problem), *begun])
     quiet_L = [0] * problem.num_layers
     for number in range(MAX_ROUNDS):
         awake = [layer for layer in range(problem.num_layers) if quiet_L[layer] < PATIENCE]

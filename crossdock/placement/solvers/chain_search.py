@@ -29,8 +29,10 @@ def search(problem: Problem, seed: int, deadline: Deadline, begun: tuple[IntArra
     """The best chain found, never worse than those of `begun` ([L, E] each), and why the search stopped."""
     first = greedy(problem)
     first.polish(deadline)
+    evened, mended = Chain(problem, starts.evened(problem)), Chain(problem, first.device_LE)
+    mended.mend(evened.device_LI)
     given = [starts.contiguous(problem), starts.balanced(problem), starts.clustered(problem), *begun]
-    pool = sorted([first, *(Chain(problem, device_LE) for device_LE in given)], key=Chain.key)
+    pool = sorted([mended, first, evened, *(Chain(problem, device_LE) for device_LE in given)], key=Chain.key)
     quiet = 0
     for number in range(MAX_ROUNDS):
         if deadline.passed or problem.num_layers == 1:
