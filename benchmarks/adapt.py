@@ -53,7 +53,7 @@ from crossdock.runtime.replan import topology_of
 NODES, RANKS_PER_NODE = 2, 2
 RANKS = NODES * RANKS_PER_NODE
 EXPONENT = 1.2
-ADAPT = AdaptConfig(mode="continuous", window=3, every=1000, min_saving=0.02)
+ADAPT = AdaptConfig(mode="continuous", window=3, every=1000)
 MOST_STEPS = 12  # of a phase, for the adaptive run to look and choose
 COLUMNS = ["routing", "link_bit_per_s", "strategy", "step_s", "step_s_low", "step_s_high", "over_best", "over_best_quartile_1"]
 COLUMNS += ["over_best_quartile_3", "predicted_s", "what"]

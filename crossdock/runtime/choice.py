@@ -52,8 +52,8 @@ class AdaptConfig(StrictModel):
     """Steps after which to look again although the load has not moved."""
     drift: float = pydantic.Field(default=0.1, gt=0.0, le=1.0)
     """Look again when this share of a layer's assignments goes to other experts than at the last look (total variation distance)."""
-    min_saving: float = pydantic.Field(default=0.03, ge=0.0, lt=1.0)
-    """Predicted share of a block's time that a change must save; below it the strategy stays."""
+    min_saving: float = pydantic.Field(default=0.05, ge=0.0, lt=1.0)
+    """Predicted share of a block's time that a change must save; below it the strategy stays. Predictions are no better than this."""
     max_chunks: int = pydantic.Field(default=8, ge=1, le=64)
     """Highest degree of chunking to consider; degrees are powers of two."""
     gather: bool = True
