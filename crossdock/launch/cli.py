@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from crossdock.errors import BadCheckpoint, CrossdockError, OutOfMemory, Unavailable, UsageError
+from crossdock.errors import CrossdockError, OutOfMemory, Unavailable, UsageError
+from crossdock.launch.checkpoint_commands import checkpoint_app
 from crossdock.launch.launch_commands import launch_app
 from crossdock.launch.trace_commands import trace_app
 from crossdock.placement.cli import plan_app
@@ -32,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(name="config", help="Show, check and describe run configurations.", no_args_is_help=True, rich_markup_mode=None)
-checkpoint_app = typer.Typer(name="checkpoint", help="Look after checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plan_app, name="plan")
 app.add_typer(trace_app, name="trace")
 app.add_typer(launch_app, name="launch")
@@ -183,27 +183,6 @@ def config_schema() -> None:
     from crossdock.launch.config import schema
 
     print_json(schema(), indent=2)
-
-
-@checkpoint_app.command("verify")
-def checkpoint_verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory with checkpoints.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Check every byte of a checkpoint, or of all checkpoints of a run, against its manifest.
-
-    Example: crossdock checkpoint verify runs/tiny
-    """
-    from crossdock.launch.checkpoint_commands import verify
-
-    found = verify(path)
-    if as_json:
-        print_json({"ok": any(row["ok"] for row in found), "checkpoints": found})
-    else:
-        for row in found:
-            print(f"{row['path']}: {'ok, ' if row['ok'] else 'BAD: '}{row['finding']}")
-    if not any(row["ok"] for row in found):
-        raise typer.Exit(BadCheckpoint.exit_code)
 
 
 def _asked(explain: bool, profile_steps: str | None) -> list[str]:

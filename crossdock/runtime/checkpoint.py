@@ -25,7 +25,7 @@ from crossdock.runtime.data import DataState
 from crossdock.runtime.engine import Engine
 from crossdock.runtime.manifest import MANIFEST, STEP, Manifest, checked
 from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.shards import Place, read_tensors
+from crossdock.runtime.shards import Place, Reader
 from crossdock.strict_yaml import StrictModel
 
 
@@ -157,10 +157,12 @@ def restore(folder: Path, manifest: Manifest, engine: Engine, passed_over: tuple
                 "resume with the config it was made with"
             )
     _check_nothing_is_left(folder, places, wanted, engine)
-    for key, values in read_tensors(folder, places, [key for key in wanted if key in places]):
-        wanted[key].copy_(values)
-    for key in fresh:
-        wanted[key].zero_()
+    reader = Reader(folder, places)
+    for key, values in wanted.items():
+        if key in places:
+            values.copy_(reader.read(key))
+        else:
+            values.zero_()
     engine.optimizer.refresh()
     engine.optimizer.set_num_updates(manifest.num_updates)
     state = RunState(manifest.step, DataState(manifest.data.epoch, manifest.data.position), manifest.seed, manifest.corpus_digest)

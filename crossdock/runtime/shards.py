@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -32,6 +33,7 @@ CODE_OF_DTYPE = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPE_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in CODE_OF_DTYPE}
 
 
 class Shard(StrictModel):
@@ -46,8 +48,15 @@ class Place(StrictModel):
     """Where a tensor lies, and what it must look like."""
 
     shard: str
-    shape: list[int]
+    shape: list[Annotated[int, pydantic.Field(ge=0, lt=2**48)]]
     dtype: str
+
+    @pydantic.field_validator("dtype")
+    @classmethod
+    def _is_known(cls, dtype: str) -> str:
+        if dtype not in DTYPE_OF_NAME:
+            raise ValueError(f"no tensor is of type {dtype!r}")
+        return dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,25 +108,48 @@ def _parts(header: bytes, entries: Sequence[Entry]) -> Iterator[bytes | memoryvi
         yield values.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensors(folder: Path, places: Mapping[str, Place], keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `keys`, file by file. Raises `BadCheckpoint` where a file does not hold what its place promises."""
-    by_shard: dict[str, list[str]] = {}
-    for key in keys:
-        by_shard.setdefault(places[key].shard, []).append(key)
-    for name, wanted in sorted(by_shard.items()):
+def parts_of(entries: Iterable[Entry], max_bytes: int) -> Iterator[list[Entry]]:
+    """Consecutive entries in parts of at most `max_bytes`, a larger entry in a part of its own."""
+    part: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if part and size + entry.num_bytes > max_bytes:
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += entry.num_bytes
+    if part:
+        yield part
+
+
+class Reader:
+    """Tensors of a checkpoint's folder, by key; files stay open. Raises `BadCheckpoint` where one does not hold what its place promises."""
+
+    def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
+        self.folder, self.places = folder, places
+        self._open: dict[str, Any] = {}
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of its own memory."""
+        place = self.places[key]
+        path = self.folder / place.shard
         try:
-            with safe_open(folder / name, framework="pt") as shard:
-                for key in wanted:
-                    values = shard.get_tensor(key)
-                    place = places[key]
-                    if list(values.shape) != place.shape or dtype_name(values.dtype) != place.dtype:
-                        raise BadCheckpoint(
-                            f"{folder / name} holds {key} as {dtype_name(values.dtype)} {list(values.shape)} where {place.dtype} "
-                            f"{place.shape} is promised; restore the checkpoint from a copy"
-                        )
-                    yield key, values
+            if place.shard not in self._open:
+                self._open[place.shard] = safe_open(path, framework="pt")
+            values: Tensor = self._open[place.shard].get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise BadCheckpoint(f"{folder / name} cannot be read ({error}); restore the checkpoint from a copy") from error
+            raise BadCheckpoint(f"{path} cannot be read ({error}); restore the checkpoint from a copy") from error
+        if list(values.shape) != place.shape or dtype_name(values.dtype) != place.dtype:
+            raise BadCheckpoint(
+                f"{path} holds {key} as {dtype_name(values.dtype)} {list(values.shape)} where {place.dtype} {place.shape} is promised; "
+                "restore the checkpoint from a copy"
+            )
+        return values
+
+    def entry(self, key: str) -> Entry:
+        """The tensor as something to be written again."""
+        place = self.places[key]
+        return Entry(key, tuple(place.shape), DTYPE_OF_NAME[place.dtype], lambda: self.read(key))
 
 
 def problem_of(folder: Path, shard: Shard) -> str | None:

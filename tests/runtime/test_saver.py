@@ -19,7 +19,7 @@ from crossdock.runtime.checkpoint import CheckpointConfig, RunState
 from crossdock.runtime.data import DataState
 from crossdock.runtime.manifest import Manifest
 from crossdock.runtime.saver import Saver
-from crossdock.runtime.shards import Entry, read_tensors, sha256_of, write_shard
+from crossdock.runtime.shards import Entry, Reader, sha256_of, write_shard
 from crossdock.runtime.steps import Stepper
 from tests.pool import Pool
 from tests.runtime import tiny
@@ -212,7 +212,7 @@ VALUES = {
 def test_what_is_written_is_read(tmp_path: Path, values: torch.Tensor) -> None:
     wide = torch.randn(3, dtype=torch.float64)
     shard, places = write_shard(tmp_path / "s.safetensors", [Entry.of("a", values), Entry.of("b", wide)])
-    read = dict(read_tensors(tmp_path, places, ["a", "b"]))
+    read = {key: Reader(tmp_path, places).read(key) for key in ("a", "b")}
     assert torch.equal(read["a"], values)
     assert read["a"].dtype == values.dtype
     assert torch.equal(read["b"], wide)
