@@ -1,6 +1,6 @@
 """MoELayer: a gate, a dispatcher and this rank's experts; drops into any PyTorch model on one process or many (`examples/drop_in.py`)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from crossdock.placement.plan import Plan
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.collectives import all_reduce
 from crossdock.runtime.context import StepContext
-from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
+from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending, Prepared
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.gathered import GatheringBank
 from crossdock.runtime.grouped_mlp import Network, Recompute
@@ -29,7 +29,7 @@ from crossdock.runtime.wire import wire_named
 class MoELayer(nn.Module):
     """Routed experts: y = sum over the chosen experts i of weight_i x expert_i(x).
 
-    In a model of Crossdock a schedule drives it step by step: `route`, `dispatch_start`, `compute`, `combine_start`. Anywhere else
+    In a model of Crossdock a schedule drives it step by step: `route`, `prepare`, `start`, `compute`, `combine_start`. Anywhere else
     `layer(x)` does all of it, and `layer.losses` then holds the balance losses to add to the training loss. `layer.finish_gradients()`
     after the backward pass turns the experts' gradients into those of the loss's mean over ranks, as `DistributedDataParallel` does for
     the rest of the model.
@@ -110,8 +110,18 @@ class MoELayer(nn.Module):
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """Send tokens [T, D] to the ranks of their experts."""
+        (prepared,) = self.prepare([assignment])
+        return self.start(prepared, x_TD)
+
+    def prepare(self, pieces: Sequence[Assignment]) -> Sequence[Prepared]:
+        """Begin to tell the experts' ranks what will come of each piece of the tokens, in one exchange."""
         with span("dispatch"):
-            return spanned(self.dispatcher.dispatch_start(x_TD, assignment), "dispatch")
+            return self.dispatcher.prepare(pieces)
+
+    def start(self, prepared: Prepared, x_TD: Tensor) -> Pending[Dispatched]:
+        """Send the tokens [T, D] of one piece to the ranks of their experts."""
+        with span("dispatch"):
+            return spanned(prepared.start(x_TD), "dispatch")
 
     def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
         """Run this rank's experts over the rows that arrived, sorted by slot."""

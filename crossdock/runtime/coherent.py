@@ -65,7 +65,7 @@ def travel_start(
     num_ranks = mesh.expert_parallel
     movement = mesh.ledger.next_movement()
     mine = count_of(slot_T, num_ranks * num_slots)
-    counts = counts_start(mine.expand(num_ranks, -1).contiguous(), mesh, layer, movement)
+    (counts,) = counts_start([mine.expand(num_ranks, -1).contiguous()], mesh, layer, movement)
     order_T = torch.argsort(slot_T, stable=True)
     leaving = RowMap.permutation(order_T)
     rows, beside = spread(x_TD, leaving, x_TD.dtype), [values[order_T] for values in (residents.number_T, *companions)]

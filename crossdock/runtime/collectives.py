@@ -16,6 +16,7 @@ Every rank of a group must start the same all-to-alls in the same order, empty o
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -341,47 +342,71 @@ class Counts:
     received_cpu: Tensor
 
 
-def counts_start(sent_RX: Tensor, mesh: Mesh, layer: int, movement: int) -> Pending[Counts]:
-    """Tell every rank of the expert group one row of `sent_RX`, int64 [R, X]. Waiting blocks the host, the only time in a dispatch."""
-    return _PendingCounts(sent_RX, mesh, layer, movement)
+def counts_start(sent: Sequence[Tensor], mesh: Mesh, layer: int, movement: int) -> list["PendingCounts"]:
+    """Tell every rank of the expert group one row of each `sent`, int64 [R, X] of one shape, all in one exchange; one answer for each."""
+    exchange = _CountsExchange(sent[0].unsqueeze(1) if len(sent) == 1 else torch.stack(list(sent), 1), mesh, layer, movement)
+    return [PendingCounts(exchange, place) for place in range(len(sent))]
 
 
-class _PendingCounts:
-    """On CUDA the way to the host is prepared on a side stream, so that the wait is for the counts alone and not for what computes."""
+@dataclass(frozen=True, eq=False)
+class PendingCounts:
+    """Counts under way."""
 
-    def __init__(self, sent_RX: Tensor, mesh: Mesh, layer: int, movement: int) -> None:
-        self.sent_RX = sent_RX
-        even = (1,) * len(sent_RX)
-        self.flying = None
-        if mesh.count_group is not None:
-            self.flying = Flying(sent_RX, Route(mesh, mesh.count_group, even, even, layer, "dispatch", "counts", movement), "forward")
+    exchange: "_CountsExchange"
+    place: int
 
-        self.on_host = _ToHost(sent_RX, self.flying, mesh) if sent_RX.is_cuda else None
+    def sent_cpu(self) -> Tensor:
+        """int64 [R, X] on the CPU: what this rank tells. On the CPU at once; on CUDA it waits for what made them, not for the exchange."""
+        return self.exchange.sent_cpu()[:, self.place]
 
     def wait(self) -> Counts:
-        sent = self.sent_RX
+        """Block the host, the only time in a dispatch, until the others have told."""
+        sent, received, sent_cpu, received_cpu = (counts_RPX[:, self.place] for counts_RPX in self.exchange.joined)
+        return Counts(sent, received, sent_cpu, received_cpu)
+
+
+class _CountsExchange:
+    """On CUDA the way to the host is prepared on a side stream, so that the wait is for the counts alone and not for what computes."""
+
+    def __init__(self, sent_RPX: Tensor, mesh: Mesh, layer: int, movement: int) -> None:
+        self.sent_RPX = sent_RPX
+        even = (1,) * len(sent_RPX)
+        self.flying = None
+        if mesh.count_group is not None:
+            self.flying = Flying(sent_RPX, Route(mesh, mesh.count_group, even, even, layer, "dispatch", "counts", movement), "forward")
+        self.on_host = _ToHost(sent_RPX, self.flying, mesh) if sent_RPX.is_cuda else None
+
+    def sent_cpu(self) -> Tensor:
+        return self.sent_RPX if self.on_host is None else self.on_host.sent()
+
+    @cached_property
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What was sent and what came, on the device and on the CPU; the first to ask waits."""
+        sent = self.sent_RPX
         received = sent if self.flying is None else self.flying.join()
-        if self.on_host is None:
-            return Counts(sent, received, sent, received)
-        return Counts(sent, received, *self.on_host.wait())
+        return (sent, received, sent, received) if self.on_host is None else (sent, received, *self.on_host.wait())
 
 
 class _ToHost:
     """Both counts on their way to the host, behind their exchange and beside everything else on the device."""
 
-    def __init__(self, sent_RX: Tensor, flying: Flying | None, mesh: Mesh) -> None:
-        self.pinned = torch.empty((2, *sent_RX.shape), dtype=sent_RX.dtype, pin_memory=True)
+    def __init__(self, sent: Tensor, flying: Flying | None, mesh: Mesh) -> None:
+        self.pinned = torch.empty((2, *sent.shape), dtype=sent.dtype, pin_memory=True)
+        self.copied = torch.cuda.Event(), torch.cuda.Event()
         stream = mesh.count_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            received = sent_RX if flying is None else flying.exchange.wait()
-            self.pinned[0].copy_(sent_RX, non_blocking=True)
-            self.pinned[1].copy_(received, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+            self.pinned[0].copy_(sent, non_blocking=True)
+            self.copied[0].record()
+            self.pinned[1].copy_(sent if flying is None else flying.exchange.wait(), non_blocking=True)
+            self.copied[1].record()
+
+    def sent(self) -> Tensor:
+        self.copied[0].synchronize()
+        return self.pinned[0]
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        self.copied.synchronize()
+        self.copied[1].synchronize()
         return self.pinned[0], self.pinned[1]
 
 

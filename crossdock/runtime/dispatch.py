@@ -5,15 +5,15 @@
     pending = dispatcher.combine_start(bank(rows_MD, count_S), handle)
     y_TD = pending.wait()                                      weighted sums are home
 
-`dispatch_start` is `prepare(assignment)`, by which the ranks tell each other how many rows will come, and `start(x_TD)`. Where routing is
-known before the rows are, or where there are several chunks, prepare first: counts then travel while something else runs.
+`dispatch_start` is `prepare([assignment])`, by which the ranks begin to tell each other how many rows will come, and `start(x_TD)` of what
+that returns. Several chunks are prepared together, in one exchange. Rows are gathered while the counts travel.
 
 All of it is differentiable; the backward pass runs them mirrored. Handles are frozen, and several dispatches may be in flight. Every rank
 of the expert group makes the same calls in the same order, also with no tokens at all. `reference.py` says in a few slow lines what must
 come out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,18 +25,10 @@ from crossdock.runtime.dispatch_flat import Flat
 from crossdock.runtime.dispatch_hierarchical import hierarchical
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.movement import Dispatched, Handle
+from crossdock.runtime.movement import Dispatched, Handle, Prepared
 from crossdock.runtime.wire import Wire
 
 __all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending", "Prepared"]
-
-
-class Prepared(Protocol):
-    """A dispatch whose counts are on their way; `start` may be called once."""
-
-    def start(self, x_TD: Tensor) -> Pending[Dispatched]:
-        """Wait for the counts, which blocks the host, and send the rows."""
-        ...
 
 
 class Dispatcher(Protocol):
@@ -62,12 +54,12 @@ class Dispatcher(Protocol):
         """The format of rows between ranks; None: that of the tokens."""
         ...
 
-    def prepare(self, assignment: Assignment) -> Prepared:
-        """Tell the other ranks what will come; returns at once. For routing that is known before the rows, and for several chunks."""
+    def prepare(self, pieces: Sequence[Assignment]) -> Sequence[Prepared]:
+        """Tell the other ranks what will come of each piece, in one exchange; returns at once. Every rank brings as many pieces."""
         ...
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """`prepare(assignment).start(x_TD)`: send `x_TD` [T, D] to the experts of `assignment`; the tokens travel in the background."""
+        """Prepare and start one piece: send `x_TD` [T, D] to the experts of `assignment`; the tokens travel in the background."""
         ...
 
     def combine_start(self, rows_MD: Tensor, handle: Any) -> Pending[Tensor]:

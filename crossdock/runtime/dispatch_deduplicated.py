@@ -4,6 +4,7 @@ Beside the tokens travel, on a group of their own, which copy goes to which slot
 gradient comes back the same way). They are counted as metadata.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Counts, Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.collectives import Counts, Pending, PendingCounts, Route, all_to_all_start, counts_start
 from crossdock.runtime.copies import Arrivals, Copies
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
@@ -33,17 +34,22 @@ class Deduplicated:
     layout: ExpertLayout
     wire: Wire | None = None
 
-    def prepare(self, assignment: Assignment) -> "_Prepared":
+    def prepare(self, pieces: Sequence[Assignment]) -> list["_Prepared"]:
         """Sort the entries by (device, token) and tell every device how many copies come, and how many entries for each of its slots."""
         mesh, layout = self.mesh, self.layout
-        copies = Copies.of(assignment, layout)
-        movement = mesh.ledger.next_movement()
-        counts = counts_start(torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS), 1), mesh, layout.layer, movement)
-        return _Prepared(self, assignment, copies, counts, copies.codes(), assignment.weight_A[copies.order_A], movement)
+        movements = [mesh.ledger.next_movement() for _ in pieces]
+        sorted_ = [Copies.of(assignment, layout) for assignment in pieces]
+        told = [torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS), 1) for copies in sorted_]
+        each = zip(pieces, sorted_, counts_start(told, mesh, layout.layer, movements[0]), movements, strict=True)
+        return [
+            _Prepared(self, assignment, copies, counts, copies.codes(), assignment.weight_A[copies.order_A], movement)
+            for assignment, copies, counts, movement in each
+        ]
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """See `dispatch.Dispatcher`."""
-        return self.prepare(assignment).start(x_TD)
+        (prepared,) = self.prepare([assignment])
+        return prepared.start(x_TD)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
@@ -55,7 +61,7 @@ class _Prepared:
     dispatcher: Deduplicated
     assignment: Assignment
     copies: Copies
-    counts: Pending[Counts]
+    counts: PendingCounts
     code_A: Tensor
     weight_A: Tensor
     movement: int
@@ -64,11 +70,12 @@ class _Prepared:
         """Send one row for each copy, and the entries beside them."""
         mesh, layout = self.dispatcher.mesh, self.dispatcher.layout
         wire = wire_of(self.dispatcher.wire, x_TD.dtype)
+        home = _home_map(self.copies, self.assignment, int(self.counts.sent_cpu()[:, 0].sum()), layout.num_ranks)
+        copied = spread(x_TD, home, wire.row_dtype)
         counted = self.counts.wait()
-        home = _home_map(self.copies, self.assignment, int(counted.sent_cpu[:, 0].sum()), layout.num_ranks)
         tokens = replace(_route(mesh, layout, counted, "tokens", self.movement), wire=wire)
         metadata = _route(mesh, layout, counted, "metadata", self.movement)
-        rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), tokens)
+        rows = all_to_all_start(copied, tokens)
         codes = all_to_all_start(self.code_A, metadata)
         weights = all_to_all_start(self.weight_A, metadata)
         return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype)

@@ -1,5 +1,6 @@
 """Flat dispatch: one row per (token, expert); combine weights are applied at home."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Counts, Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.collectives import Counts, Pending, PendingCounts, Route, all_to_all_start, counts_start
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start
@@ -27,21 +28,21 @@ class Flat:
     layout: ExpertLayout
     wire: Wire | None = None
 
-    def prepare(self, assignment: Assignment) -> "_Prepared":
+    def prepare(self, pieces: Sequence[Assignment]) -> list["_Prepared"]:
         """Sort the entries by global slot and tell how many there are; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
-        slot_A = layout.slot_of_expert_E[assignment.expert_A]
-        movement = mesh.ledger.next_movement()
-        counts = counts_start(
-            count_of(slot_A, layout.num_ranks * layout.num_slots).view(layout.num_ranks, -1), mesh, layout.layer, movement
-        )
-        order_A = torch.argsort(slot_A, stable=True)
-        home = RowMap(assignment.token_A[order_A], inverse(order_A), assignment.offset_T)
-        return _Prepared(self, counts, home, assignment.weight_A, movement)
+        movements = [mesh.ledger.next_movement() for _ in pieces]
+        slots = [layout.slot_of_expert_E[assignment.expert_A] for assignment in pieces]
+        told = [count_of(slot_A, layout.num_ranks * layout.num_slots).view(layout.num_ranks, -1) for slot_A in slots]
+        each = zip(pieces, slots, counts_start(told, mesh, layout.layer, movements[0]), movements, strict=True)
+        return [
+            _Prepared(self, counts, _home_map(assignment, slot_A), assignment.weight_A, move) for assignment, slot_A, counts, move in each
+        ]
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """See `dispatch.Dispatcher`."""
-        return self.prepare(assignment).start(x_TD)
+        (prepared,) = self.prepare([assignment])
+        return prepared.start(x_TD)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Send expert outputs home; see `dispatch.Dispatcher`."""
@@ -51,7 +52,7 @@ class Flat:
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     dispatcher: Flat
-    counts: Pending[Counts]
+    counts: PendingCounts
     home: RowMap
     weight_A: Tensor
     movement: int
@@ -91,6 +92,12 @@ class _PendingRows:
         rows_MD = spread(self.pending.wait(), arrival, self.dtype)
         handle = Handle(self.route, self.home, arrival, self.weight_A, None, self.dtype)
         return Dispatched(rows_MD, count_RS.sum(0), handle)
+
+
+def _home_map(assignment: Assignment, slot_A: Tensor) -> RowMap:
+    """From tokens to their entries, sorted by global slot."""
+    order_A = torch.argsort(slot_A, stable=True)
+    return RowMap(assignment.token_A[order_A], inverse(order_A), assignment.offset_T)
 
 
 def _by_slot(count_RS: Tensor, num_rows: int) -> RowMap:

@@ -9,6 +9,7 @@ Counts, slots and weights travel directly from home to device, as in the de-dupl
 which device travels to it beside them (int32).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from crossdock.placement.hops import check_nodes
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Counts, Flying, Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.collectives import Counts, Flying, Pending, PendingCounts, Route, all_to_all_start, counts_start
 from crossdock.runtime.copies import Arrivals, Copies, begins
 from crossdock.runtime.dispatch_deduplicated import Deduplicated
 from crossdock.runtime.layout import ExpertLayout
@@ -49,45 +50,32 @@ class Hierarchical:
     layout: ExpertLayout
     wire: Wire | None = None
 
-    def prepare(self, assignment: Assignment) -> "_Prepared":
+    def prepare(self, pieces: Sequence[Assignment]) -> list["_Prepared"]:
         """Number the copies for devices and for nodes, and tell how many there are; see `dispatch.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
         assert mesh.ranks_per_node is not None
-        num_tokens, per_node = assignment.num_tokens, mesh.ranks_per_node
-        num_nodes, local = layout.num_ranks // per_node, mesh.expert_rank % per_node
-        copies = Copies.of(assignment, layout)
-
-        # 1. Number the copies for nodes, sorted by (node, token).
-        node_A = copies.device_A.div(per_node, rounding_mode="floor")
-        pair_A = node_A * num_tokens + copies.token_A
-        by_pair_A = torch.argsort(pair_A, stable=True)
-        begins_A = begins(pair_A[by_pair_A])
-        node_copy_A = torch.empty_like(pair_A).scatter_(0, by_pair_A, begins_A.cumsum(0) - 1)
-        copies_N = torch.zeros(num_nodes, dtype=torch.int64, device=pair_A.device).scatter_add_(0, node_A[by_pair_A], begins_A)
-
-        # 2. Tell every device what comes for its slots, and my rail how many rows and how many of them are for each device.
-        for_rail_NX = torch.cat((copies_N.unsqueeze(1), copies.copies_R.view(num_nodes, per_node)), 1)
-        for_rails_NGX = for_rail_NX.new_zeros(num_nodes, per_node, 1 + per_node)
-        for_rails_NGX[:, local] = for_rail_NX
-        counts_RX = torch.cat((copies.copies_R.unsqueeze(1), copies.entries_RS, for_rails_NGX.flatten(0, 1)), 1)
-        movement = mesh.ledger.next_movement()
-        counts = counts_start(counts_RX, mesh, layout.layer, movement)
-        first_N = copies_N.cumsum(0) - copies_N
-        return _Prepared(
-            self,
-            assignment,
-            copies,
-            counts,
-            node_copy_A=node_copy_A,
-            fan_code_A=(node_copy_A - first_N[node_A]) * per_node + copies.device_A % per_node,
-            code_A=copies.codes(),
-            weight_A=assignment.weight_A[copies.order_A],
-            movement=movement,
-        )
+        movements = [mesh.ledger.next_movement() for _ in pieces]
+        numbered = [_Numbered.of(assignment, layout, mesh.ranks_per_node) for assignment in pieces]
+        told = [copies.told(mesh.expert_rank % mesh.ranks_per_node) for copies in numbered]
+        each = zip(pieces, numbered, counts_start(told, mesh, layout.layer, movements[0]), movements, strict=True)
+        return [
+            _Prepared(
+                self,
+                assignment,
+                copies,
+                counts,
+                fan_code_A=copies.fan_codes(),
+                code_A=copies.by_device.codes(),
+                weight_A=assignment.weight_A[copies.by_device.order_A],
+                movement=movement,
+            )
+            for assignment, copies, counts, movement in each
+        ]
 
     def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
         """See `dispatch.Dispatcher`."""
-        return self.prepare(assignment).start(x_TD)
+        (prepared,) = self.prepare([assignment])
+        return prepared.start(x_TD)
 
     def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
         """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
@@ -95,15 +83,50 @@ class Hierarchical:
 
 
 @dataclass(frozen=True, eq=False)
+class _Numbered:
+    """The copies for devices, and beside them those for nodes, sorted by (node, token)."""
+
+    by_device: Copies
+    node_A: Tensor
+    """int64 [A]: the node that each entry, in the order of `by_device`, goes to."""
+    node_copy_A: Tensor
+    """int64 [A]: number of the copy for a node that each entry belongs to."""
+    copies_N: Tensor
+    """int64 [N]: copies for each node."""
+    per_node: int
+
+    @classmethod
+    def of(cls, assignment: Assignment, layout: ExpertLayout, per_node: int) -> "_Numbered":
+        copies = Copies.of(assignment, layout)
+        node_A = copies.device_A.div(per_node, rounding_mode="floor")
+        pair_A = node_A * assignment.num_tokens + copies.token_A
+        by_pair_A = torch.argsort(pair_A, stable=True)
+        begins_A = begins(pair_A[by_pair_A])
+        node_copy_A = torch.empty_like(pair_A).scatter_(0, by_pair_A, begins_A.cumsum(0) - 1)
+        copies_N = torch.zeros(layout.num_ranks // per_node, dtype=torch.int64, device=pair_A.device)
+        return cls(copies, node_A, node_copy_A, copies_N.scatter_add_(0, node_A[by_pair_A], begins_A), per_node)
+
+    def told(self, local: int) -> Tensor:
+        """What every device is told of its slots, and my rail (number `local`) of its rows and for which device they are; see `_Told`."""
+        copies_R, entries_RS = self.by_device.copies_R, self.by_device.entries_RS
+        for_rail_NX = torch.cat((self.copies_N.unsqueeze(1), copies_R.view(-1, self.per_node)), 1)
+        for_rails_NGX = for_rail_NX.new_zeros(len(for_rail_NX), self.per_node, 1 + self.per_node)
+        for_rails_NGX[:, local] = for_rail_NX
+        return torch.cat((copies_R.unsqueeze(1), entries_RS, for_rails_NGX.flatten(0, 1)), 1)
+
+    def fan_codes(self) -> Tensor:
+        """int64 [A]: what the rail's rank is told of the copy for a device that each entry belongs to; see `relay.FanOut`."""
+        first_N = self.copies_N.cumsum(0) - self.copies_N
+        return (self.node_copy_A - first_N[self.node_A]) * self.per_node + self.by_device.device_A % self.per_node
+
+
+@dataclass(frozen=True, eq=False)
 class _Prepared:
     dispatcher: Hierarchical
     assignment: Assignment
-    copies: Copies
-    counts: Pending[Counts]
-    node_copy_A: Tensor
-    """int64 [A]: number of the copy for a node that each entry belongs to."""
+    copies: _Numbered
+    counts: PendingCounts
     fan_code_A: Tensor
-    """int64 [A]: what the rail's rank is told of the copy for a device that each entry belongs to; see `relay.FanOut`."""
     code_A: Tensor
     weight_A: Tensor
     movement: int
@@ -114,13 +137,21 @@ class _Prepared:
         assert mesh.ranks_per_node is not None
         per_node = mesh.ranks_per_node
         num_nodes, local = layout.num_ranks // per_node, mesh.expert_rank % per_node
+        wire = wire_of(self.dispatcher.wire, x_TD.dtype)
+
+        # 1. Gather the rows while the counts travel.
+        num_rows = int(self.counts.sent_cpu()[local::per_node, 1 + layout.num_slots].sum())
+        source_C = _one_of_each(self.copies.by_device.token_A, self.copies.node_copy_A, num_rows)
+        home = RowMap.from_source(source_C, self.assignment.num_tokens)
+        copied = spread(x_TD, home, wire.row_dtype)
+
+        # 2. Send them, and beside them what the rails and the devices need to know.
         told = _Told(self.counts.wait(), num_nodes, per_node, layout.num_slots, local)
-        fan_code_C = _one_of_each(self.fan_code_A, self.copies.copy_A, sum(told.codes_sent)).int()
+        fan_code_C = _one_of_each(self.fan_code_A, self.copies.by_device.copy_A, sum(told.codes_sent)).int()
         to_rail = _metadata(mesh, layout.layer, movement, told.on_rail(told.codes_sent), told.on_rail(told.codes_received))
         fan_out = FanOut(
             Flying(fan_code_C, to_rail, "forward"), told.rail_NX[:, 0], told.rail_NX[:, 1:].sum(1), sum(told.rows_received), per_node
         )
-        wire = wire_of(self.dispatcher.wire, x_TD.dtype)
         relay = Relay(
             mesh,
             rail=Hop(mesh.rail_group, told.rows_sent, told.rows_received),
@@ -134,9 +165,7 @@ class _Prepared:
             width=x_TD.shape[1],
         )
         metadata = _metadata(mesh, layout.layer, movement, told.entries_sent, told.entries_received)
-        source_C = _one_of_each(self.copies.token_A, self.node_copy_A, sum(told.rows_sent))
-        home = RowMap.from_source(source_C, self.assignment.num_tokens)
-        rows = all_to_all_start(spread(x_TD, home, wire.row_dtype), relay)
+        rows = all_to_all_start(copied, relay)
         codes = all_to_all_start(self.code_A, metadata)
         weights = all_to_all_start(self.weight_A, metadata)
         return _PendingRows(rows, codes, weights, relay, home, told, x_TD.dtype)

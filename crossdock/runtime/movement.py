@@ -1,7 +1,7 @@
 """What every dispatcher hands back: rows for the local experts, and a frozen handle by which their outputs find home."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Dispatched(NamedTuple):
     count_S: Tensor
     """int64 [S] on the CPU: rows of each local slot."""
     handle: Handle
+
+
+class Prepared(Protocol):
+    """A dispatch whose counts are on their way; `start` may be called once."""
+
+    def start(self, x_TD: Tensor) -> Pending[Dispatched]:
+        """Gather the rows, wait for the counts, which blocks the host, and send the rows."""
+        ...
 
 
 class PendingTokens:

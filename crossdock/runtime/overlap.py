@@ -97,7 +97,9 @@ def run(
         token = strand.compute(token)
         stream = _through(after, stream)
         return stream, strand.result(token)
-    travelling = [begun(routed.dispatch_start(x, part), schedule.overlap) for x, part in cut(x_TD, assignment, schedule.forward_chunks)]
+    parts = cut(x_TD, assignment, schedule.forward_chunks)
+    prepared = routed.prepare([part for _, part in parts])
+    travelling = [begun(routed.start(ready, x), schedule.overlap) for ready, (x, _) in zip(prepared, parts, strict=True)]
     stream = _through(before, stream)
     returning = [begun(routed.combine_start(routed.compute(pending.wait())), schedule.overlap) for pending in travelling]
     stream = _through(after, stream)

@@ -19,7 +19,7 @@ another rank and on from where they have arrived (`collectives.frontier`); betwe
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.chunks import cut
 from crossdock.runtime.collectives import Pending, frontier
 from crossdock.runtime.grouped_mlp import KERNELS, Gradient, Kept, Network, Run
-from crossdock.runtime.movement import Dispatched
+from crossdock.runtime.movement import Dispatched, Prepared
 from crossdock.runtime.profiler import span
 
 Item = TypeVar("Item")
@@ -40,8 +40,12 @@ Item = TypeVar("Item")
 class RoutedExperts(Protocol):
     """The routed strand of a layer: two movements, and what the experts do between them."""
 
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """Send the tokens on their way to their experts."""
+    def prepare(self, pieces: Sequence[Assignment]) -> Sequence[Prepared]:
+        """Begin to tell the experts' ranks what will come of each piece."""
+        ...
+
+    def start(self, prepared: Prepared, x_TD: Tensor) -> Pending[Dispatched]:
+        """Send the tokens of one piece on their way to their experts."""
         ...
 
     def compute(self, received: Dispatched) -> tuple[Tensor, Any]:
@@ -155,12 +159,13 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_A: Tensor, assignment: Assignment, strand: Strand) -> Tensor:
         ctx.strand = strand
-        for x, part in cut(x_TD.detach(), assignment, strand.num_pieces):
-            x_leaf, weight_leaf = _Leaf(x, ctx.needs_input_grad[0]), _Leaf(part.weight_A, ctx.needs_input_grad[1])
-            mine = Assignment(part.token_A, part.expert_A, weight_leaf.tensor, part.num_tokens, part.uniform_k)
-            with torch.enable_grad():
-                pending = begun(strand.routed.dispatch_start(x_leaf.tensor, mine), strand.overlap)
-            strand.pieces.append(_Piece(x_leaf, weight_leaf, pending))
+        parts = cut(x_TD.detach(), assignment, strand.num_pieces)
+        xs = [_Leaf(x, ctx.needs_input_grad[0]) for x, _ in parts]
+        weights = [_Leaf(part.weight_A, ctx.needs_input_grad[1]) for _, part in parts]
+        with torch.enable_grad():
+            mine = [replace(part, weight_A=weight.tensor) for (_, part), weight in zip(parts, weights, strict=True)]
+            for prepared, x, weight in zip(strand.routed.prepare(mine), xs, weights, strict=True):
+                strand.pieces.append(_Piece(x, weight, begun(strand.routed.start(prepared, x.tensor), strand.overlap)))
         return x_TD.new_empty(0)
 
     @staticmethod

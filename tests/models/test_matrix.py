@@ -129,7 +129,8 @@ def check(ranks: Pool, world_size: int, case: Case) -> None:
     if repr(alone) not in ALONE:
         fast = run_step(0, 1, alone)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MoELayer, "dispatch_start", lambda _, x_TD, assignment: Here((x_TD, assignment)))
+            patch.setattr(MoELayer, "prepare", lambda _, pieces: pieces)
+            patch.setattr(MoELayer, "start", lambda _, assignment, x_TD: Here((x_TD, assignment)))
             patch.setattr(MoELayer, "compute", computed_slowly)
             patch.setattr(MoELayer, "combine_start", lambda _, y_TD: Here(y_TD))
             slow = run_step(0, 1, alone)

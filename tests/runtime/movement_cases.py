@@ -107,7 +107,7 @@ def run_layer(rank: int, world_size: int, name: str, case: Case) -> Outcome:
     bounds = torch.linspace(0, len(x), case.chunks + 1).long().tolist()
     chunks = list(itertools.pairwise(bounds))
     if case.prepared:
-        ready = [dispatcher.prepare(part(assignment, begin, end)) for begin, end in chunks]
+        ready = dispatcher.prepare([part(assignment, begin, end) for begin, end in chunks])
         arriving = [prepared.start(x[begin:end]) for prepared, (begin, end) in zip(ready, chunks, strict=True)]
     else:
         arriving = [dispatcher.dispatch_start(x[begin:end], part(assignment, begin, end)) for begin, end in chunks]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from crossdock.errors import BadConfig
 from crossdock.runtime import reference
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.chunks import chunk_bounds, cut
-from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending
+from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending, Prepared
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.grouped_mlp import Network
 from crossdock.runtime.layout import ExpertLayout
@@ -35,8 +36,11 @@ class Strand:
     dispatcher: Dispatcher
     bank: ExpertBank
 
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        return self.dispatcher.dispatch_start(x_TD, assignment)
+    def prepare(self, pieces: Sequence[Assignment]) -> Sequence[Prepared]:
+        return self.dispatcher.prepare(pieces)
+
+    def start(self, prepared: Prepared, x_TD: Tensor) -> Pending[Dispatched]:
+        return prepared.start(x_TD)
 
     def compute(self, received: Dispatched) -> tuple[Tensor, Handle]:
         return self.bank(received.rows_MD, received.count_S), received.handle

@@ -202,7 +202,7 @@ def prepared_early(rank: int, world_size: int, name: str, case: Case) -> tuple[b
     x, assignment, _ = inputs(case, rank)
     if rank == 3:
         broadcast_object(None, mesh)  # comes only when the others have prepared
-    prepared = dispatcher.prepare(assignment)
+    (prepared,) = dispatcher.prepare([assignment])
     all_prepared = rank == 3 or broadcast_object(True, mesh)
     rows, count_S, handle = prepared.start(x.detach()).wait()
     y = dispatcher.combine_start(rows, handle).wait()

@@ -1,5 +1,6 @@
 """Schedules: overlapped equals sequential to the last bit, tokens really travel while stages run, and the chosen slot is the best one."""
 
+import importlib
 import itertools
 import time
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crossdock.errors import BadConfig
+from crossdock.models.blocks import MoEBlock
 from crossdock.models.config import ModelConfig
 from crossdock.models.moe import MoELayer
 from crossdock.models.transformer import Transformer
 from crossdock.runtime.context import StepContext
 from crossdock.runtime.ledger import Flight
-from crossdock.runtime.overlap import Overlapped, Schedule, Sequential, balanced_expert_slot, choose_expert_slot, run
+from crossdock.runtime.overlap import Chunked, Overlapped, Schedule, Sequential, balanced_expert_slot, choose_expert_slot, run
+from crossdock.runtime.rows import spread
 from tests.pool import Pool, mesh_for
 
 WIDTH = 16
@@ -146,6 +149,38 @@ def test_sequential_waits_at_once(ranks: Pool) -> None:
             "backward attention",
             *_moved("backward dispatch"),
         ]
+
+
+def counts_and_gathers(rank: int, world_size: int, schedule: Schedule, dispatch: str) -> tuple[list[Flight], list[tuple[float, float]]]:
+    """Of one forward pass of a Pos-2 block: the flights of counts, and when rows of the pieces were gathered."""
+    mesh = mesh_for(rank, world_size, world_size, (0, 0, 1, 1))
+    block = Transformer(config_of("pos2"), mesh, dispatch=dispatch).blocks[0]
+    assert isinstance(block, MoEBlock)
+    block.schedule = schedule
+    x_QPD = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    module = importlib.import_module(f"crossdock.runtime.dispatch_{dispatch}")
+    gathers: list[tuple[float, float]] = []
+
+    def timed_spread(*arguments: Any) -> Tensor:
+        begin_s = time.perf_counter()
+        rows = spread(*arguments)
+        gathers.append((begin_s, time.perf_counter()))
+        return rows
+
+    mesh.ledger.take()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "spread", timed_spread)
+        block(x_QPD, StepContext(0, 0, True, torch.zeros(16, dtype=torch.int64), rank * 16))
+    return [flight for flight in mesh.ledger.take() if flight.kind == "counts"], gathers
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "deduplicated", "hierarchical"])
+@pytest.mark.parametrize("schedule", [Overlapped(1), Chunked(1, 2, 4)], ids=str)
+def test_counts_of_all_pieces_travel_together_while_rows_are_gathered(ranks: Pool, schedule: Schedule, dispatch: str) -> None:
+    for flights, gathers in ranks.run(4, counts_and_gathers, schedule, dispatch):
+        (counts,) = flights
+        begin_s, end_s = gathers[0]
+        assert counts.launched_s < begin_s < end_s < counts.wait_begin_s
 
 
 def configured(rank: int, world_size: int, changes: dict[str, Any]) -> list[Tensor]:
