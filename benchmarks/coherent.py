@@ -10,8 +10,8 @@ gradient reduction, no optimizer. Rows:
     coherent_planned  the same under a plan that keeps consecutive experts of a token together (solver `anneal`, objective hops), solved
                       on this very routing: more than a forecast could give
 
-Cases: tokens drawn uniformly (`uniform`), and bytes of real text, which the fresh gates spread less evenly (`text`); one head of keys and
-values for all eight query heads, or one for each.
+Cases (`--cases`): tokens drawn uniformly, with one head of keys and values for 8 query heads (`one_of_8`), for 32 (`one_of_32`), or one for
+each of 8 (`all_of_8`); and one for 8 on bytes of real text, which the fresh gates spread less evenly (`text`).
 
 Columns, medians over paired repeats (a repeat's time is that of its slowest rank): step_s; over_home, the median of the repeats' ratios to
 the home row; bytes between nodes and between ranks of a node, of rows and of keys and values, counted (coherent rows fail unless they are
@@ -51,7 +51,9 @@ from crossdock.runtime.ledger import bytes_by_class
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
 
 RANKS, NODES = 4, 2
-COLUMNS = ["variant", "tokens", "kv_heads", "link_bit_per_s", "step_s", "step_s_low", "step_s_high", "over_home", "other_node_bytes"]
+CASES = {"one_of_8": ("uniform", 8, 1), "one_of_32": ("uniform", 32, 1), "all_of_8": ("uniform", 8, 8), "text": ("text", 8, 1)}
+"""Tokens, query heads, heads of keys and values."""
+COLUMNS = ["variant", "case", "link_bit_per_s", "step_s", "step_s_low", "step_s_high", "over_home", "other_node_bytes"]
 COLUMNS += ["same_node_bytes", "dense_load", "expert_load"]
 
 
@@ -67,13 +69,13 @@ class Shape:
     positions: int = 128
     vocab_size: int = 512
 
-    def config(self, traffic: str, kv_heads: int) -> ModelConfig:
+    def config(self, traffic: str, heads: int, kv_heads: int) -> ModelConfig:
         """The model; both ways of traffic have the same parameters."""
         return ModelConfig(
             vocab_size=self.vocab_size,
             num_layers=self.num_layers,
             model_width=self.model_width,
-            num_heads=8,
+            num_heads=heads,
             num_kv_heads=kv_heads,
             block="top_k",
             top_k=1,
@@ -96,9 +98,10 @@ class Shape:
 class Step:
     """One variant's model on this rank, with its batch; a call is forward and backward."""
 
-    def __init__(self, shape: Shape, mesh: Mesh, tokens: str, traffic: str, kv_heads: int, plan: Plan) -> None:
+    def __init__(self, shape: Shape, mesh: Mesh, case: str, traffic: str, plan: Plan) -> None:
         self.shape, self.mesh, self.plan = shape, mesh, plan
-        self.model = Transformer(shape.config(traffic, kv_heads), mesh, plan, dispatch="deduplicated")
+        tokens, heads, kv_heads = CASES[case]
+        self.model = Transformer(shape.config(traffic, heads, kv_heads), mesh, plan, dispatch="deduplicated")
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # accumulated into, as in every micro-batch but the first
         batch_QP = shape.batch(tokens, mesh.rank)
@@ -134,19 +137,19 @@ class Step:
         return F.cross_entropy(output.logits_QPV.flatten(0, 1), self.target_QP) + torch.stack(list(output.losses.values())).sum()
 
 
-def measure(mesh: Mesh, shape: Shape, tokens: str, kv_heads: int, rate_bit_per_s: float, repeats: int) -> list[dict[str, Any]]:
+def measure(mesh: Mesh, shape: Shape, case: str, rate_bit_per_s: float, repeats: int) -> list[dict[str, Any]]:
     """The rows of one case at one link rate."""
     topology = Topology.uniform(NODES, RANKS // NODES, other_node_bytes_per_s=rate_bit_per_s / 8, shared_by_node=True)
     workload = Workload(shape.sequences * shape.positions, shape.model_width, shape.expert_width, wire="fp32", dispatch="deduplicated")
     blocks = Plan.contiguous(shape.num_layers, shape.num_experts, RANKS)
-    home = Step(shape, mesh, tokens, "home", kv_heads, blocks)
+    home = Step(shape, mesh, case, "home", blocks)
     trace = home.trace()
     problem = Problem(Affinity.from_trace(trace), topology, workload, objective="hops")
     planned = broadcast_object(solve(problem, "anneal", seconds=2.0, seed=0).plan if mesh.rank == 0 else None, mesh)
     steps = {
         "home": home,
-        "coherent": Step(shape, mesh, tokens, "coherent", kv_heads, blocks),
-        "coherent_planned": Step(shape, mesh, tokens, "coherent", kv_heads, planned),
+        "coherent": Step(shape, mesh, case, "coherent", blocks),
+        "coherent_planned": Step(shape, mesh, case, "coherent", planned),
     }
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -157,7 +160,7 @@ def measure(mesh: Mesh, shape: Shape, tokens: str, kv_heads: int, rate_bit_per_s
             if round_number >= 0:
                 samples[name].append(seconds)
     step_s = {name: slowest(mesh, seconds) for name, seconds in samples.items()}
-    context = Context(2 * kv_heads * home.model.config.head_width * 4)
+    context = Context(2 * home.model.config.kv_heads * home.model.config.head_width * 4)
     rows = []
     for name, step in steps.items():
         found = evaluate_coherent(trace, step.plan, topology, workload, context)
@@ -169,8 +172,7 @@ def measure(mesh: Mesh, shape: Shape, tokens: str, kv_heads: int, rate_bit_per_s
         rows.append(
             {
                 "variant": name,
-                "tokens": tokens,
-                "kv_heads": kv_heads,
+                "case": case,
                 "link_bit_per_s": rate_bit_per_s,
                 **spread.row("step_s"),
                 "over_home": ratio.median,
@@ -204,8 +206,8 @@ def worker(options: argparse.Namespace) -> None:
         if rank == 0:
             lab.set_rate(rate)
         barrier(mesh)
-        for tokens, kv_heads in (("uniform", 1), ("uniform", 8), ("text", 1)):
-            rows += measure(mesh, Shape(**json.loads(options.shape)), tokens, kv_heads, rate, options.repeats)
+        for case in options.cases:
+            rows += measure(mesh, Shape(**json.loads(options.shape)), case, rate, options.repeats)
     if rank == 0:
         print(json.dumps(rows))
     barrier(mesh)
@@ -216,6 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coherent", description=__doc__.partition("\n")[0])
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[1e9, 500e6, 250e6])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), help="of " + ", ".join(CASES))
+    parser.add_argument("--layers", type=int, default=Shape.num_layers)
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
     parser.add_argument("--expert-width", type=int, default=Shape.expert_width)
     parser.add_argument("--short", action="store_true", help="one rate, 3 repeats, small shapes: shows that it runs")
@@ -231,13 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.lab:
         worker(options)
         return 0
-    shape = Shape(model_width=options.model_width, expert_width=options.expert_width)
+    if unknown := set(options.cases) - set(CASES):
+        print(f"unknown cases {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    shape = Shape(options.layers, options.model_width, options.expert_width)
     if options.short:
         options.rates, options.repeats = [500e6], 3
         shape = Shape(num_layers=2, model_width=64, expert_width=64, sequences=4, positions=32)
     try:
         with Lab(NODES, options.rates[0]) as lab:
-            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats)]
+            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats), "--cases", ",".join(options.cases)]
             passed += ["--lab", lab.name, "--shape", json.dumps(asdict(shape))]
             rows = json.loads(lab.ranks(["-m", "benchmarks.coherent", *passed], RANKS // NODES, timeout_s=1800)[0])
     except CrossdockError as error:
