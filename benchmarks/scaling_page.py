@@ -21,7 +21,8 @@ def page(document: Mapping[str, Any], num_parts: int, cores: int, out: Path) -> 
     python -m benchmarks.scaling report RAW.json ... --out {out.name}
 
 Commit {document["commit"]}; points measured at {", ".join(document["measured_at"])}.
-Machine: {host["processor"]}, {cores} cores, {host["system"]}, Python {host["python"]}, torch {host["torch"]}. Raw numbers: [{out.stem}.json]({out.stem}.json).
+Machine: {host["processor"]}, {cores} cores, {host["system"]}, Python {host["python"]}, torch {host["torch"]}.
+Raw numbers: [{out.stem}.json]({out.stem}.json).
 
 ## Measured, and what the simulator makes of it
 
