@@ -11,8 +11,8 @@ from torch import Tensor
 from crossdock.models.blocks import MoEBlock
 from crossdock.models.config import ModelConfig
 from crossdock.models.moe import MoELayer
+from crossdock.runtime.all_to_all import Route
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Route
 from crossdock.runtime.context import StepContext
 from crossdock.runtime.ledger import Ledger
 from crossdock.runtime.mesh import Group, Mesh

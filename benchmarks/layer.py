@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, publish
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.collectives import Route, all_to_all_start, barrier
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.collectives import barrier
 from crossdock.runtime.context import StepContext
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
 
@@ -123,7 +124,9 @@ def variants_of(shape: Shape, mesh: Mesh, dtype: torch.dtype) -> dict[str, Calla
         received = flat.dispatch_start(x_TD, assignment).wait()
     even_S = torch.full_like(received.count_S, shape.tokens * shape.top_k * shape.ranks // shape.num_experts)
     sent_R = torch.bincount(assignment.expert_A // (shape.num_experts // shape.ranks), minlength=shape.ranks).tolist()
-    there = Route(mesh, mesh.token_group, tuple(sent_R), received.handle.route.receive_R, 0, "dispatch", "tokens", 0)
+    route = received.handle.route
+    assert isinstance(route, Route)
+    there = Route(mesh, mesh.token_group, tuple(sent_R), route.receive_R, 0, "dispatch", "tokens", 0)
 
     def experts_on(count_S: Tensor) -> Callable[[], None]:
         rows_MD = torch.randn(int(count_S.sum()), shape.model_width, generator=generator).to(dtype).requires_grad_()

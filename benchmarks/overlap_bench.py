@@ -13,7 +13,8 @@ import torch
 from benchmarks.block_pair import Halves, Pair, Shape
 from benchmarks.netlab import Lab
 from crossdock.runtime import ledger
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.collectives import all_gather_objects, barrier
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.overlap import Overlapped
 

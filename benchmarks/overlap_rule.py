@@ -32,7 +32,8 @@ import torch
 
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, print_table, publish, timed
 from crossdock.placement.overlap_rule import Interference, beside_s
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.collectives import all_gather_objects, barrier
 from crossdock.runtime.mesh import Mesh, initialise, shutdown
 
 RANKS, WIDTH = 2, 1024

@@ -35,7 +35,8 @@ from benchmarks.measure import Spread, paired_ratio
 from benchmarks.overlap_bench import Bench, Stages, Timing
 from benchmarks.timeline import record
 from crossdock.placement.pipeline import CHUNK_COUNTS, BlockTimes, best_pipeline
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier, broadcast_object
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.collectives import all_gather_objects, barrier, broadcast_object
 from crossdock.runtime.overlap import Chunked, Overlapped, Schedule, Sequential
 
 SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]

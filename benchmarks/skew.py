@@ -46,8 +46,9 @@ from crossdock.placement.cost import NUM_DIRECTIONS, Workload
 from crossdock.placement.gather import GatherCost, choose_gathered, weight_bytes
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
+from crossdock.runtime.all_to_all import Route, all_to_all_start
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier, broadcast_object
+from crossdock.runtime.collectives import all_gather_objects, barrier, broadcast_object
 from crossdock.runtime.dispatch import DISPATCHERS
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.gathered import GatheringBank

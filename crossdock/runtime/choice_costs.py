@@ -9,7 +9,8 @@ import torch
 
 from crossdock.placement.overlap_rule import Interference
 from crossdock.placement.topology import Topology
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.collectives import all_gather_objects, barrier
 from crossdock.runtime.ledger import Ledger
 from crossdock.runtime.mesh import Mesh
 

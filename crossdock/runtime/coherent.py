@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.runtime.collectives import Pending, Route, all_to_all_start, counts_start
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.counts import counts_start
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.ledger import Stage
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.rows import RowMap, count_of, inverse, spread

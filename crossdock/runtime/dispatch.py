@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Pending
 from crossdock.runtime.dispatch_deduplicated import Deduplicated
 from crossdock.runtime.dispatch_flat import Flat
 from crossdock.runtime.dispatch_hierarchical import hierarchical
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, Prepared

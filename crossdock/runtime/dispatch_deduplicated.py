@@ -11,9 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from crossdock.runtime.all_to_all import Route, all_to_all_start
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Counts, Pending, PendingCounts, Route, all_to_all_start, counts_start
 from crossdock.runtime.copies import Arrivals, Copies
+from crossdock.runtime.counts import Counts, PendingCounts, counts_start
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from crossdock.placement.hops import check_nodes
+from crossdock.runtime.all_to_all import Flying, Route, all_to_all_start
 from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import Counts, Flying, Pending, PendingCounts, Route, all_to_all_start, counts_start
 from crossdock.runtime.copies import Arrivals, Copies, begins
+from crossdock.runtime.counts import Counts, PendingCounts, counts_start
 from crossdock.runtime.dispatch_deduplicated import Deduplicated
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.mesh import Mesh
 from crossdock.runtime.movement import Dispatched, Handle, PendingTokens, combine_start

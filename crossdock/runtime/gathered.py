@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.runtime.collectives import Pending, Route, all_to_all_start
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.grouped_mlp import Network, grouped_mlp
 from crossdock.runtime.layout import ExpertLayout

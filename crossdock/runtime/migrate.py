@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.runtime import collectives
+from crossdock.runtime.all_to_all import Route, all_to_all_start
 from crossdock.runtime.dispatch import Dispatcher
 from crossdock.runtime.engine import Engine
 from crossdock.runtime.experts import ExpertBank
@@ -108,7 +109,7 @@ def _moved(values_S: Tensor, exchange: Exchange, layer: int, num_slots: int, mes
     send_A = values_S[torch.as_tensor(exchange.send_slot_A, device=values_S.device)]
     send_R, receive_R = tuple(exchange.send_count_R.tolist()), tuple(exchange.receive_count_R.tolist())
     # the token group is idle between steps, and "metadata" keeps these bytes apart from the tokens' in the ledger
-    route = collectives.Route(mesh, mesh.token_group, send_R, receive_R, layer, "dispatch", "metadata", 0)
-    receive_A = collectives.all_to_all_start(send_A, route).wait()
+    route = Route(mesh, mesh.token_group, send_R, receive_R, layer, "dispatch", "metadata", 0)
+    receive_A = all_to_all_start(send_A, route).wait()
     moved_S = values_S.new_zeros((num_slots, *values_S.shape[1:]))
     return moved_S.index_copy_(0, torch.as_tensor(exchange.receive_slot_A, device=values_S.device), receive_A)

@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from crossdock.runtime.collectives import Path, Pending, all_to_all_start
+from crossdock.runtime.all_to_all import Path, all_to_all_start
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.rows import RowMap, merge
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from crossdock.errors import BadConfig
 from crossdock.placement.topology import OTHER_NODE, SAME_NODE, Topology
-from crossdock.runtime.collectives import Route, all_gather_objects, all_to_all_start, barrier
+from crossdock.runtime.all_to_all import Route, all_to_all_start
+from crossdock.runtime.collectives import all_gather_objects, barrier
 from crossdock.runtime.experts import ExpertBank
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import Ledger

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from crossdock import atomic
 from crossdock.errors import BadConfig
-from crossdock.runtime.collectives import Pending, T_co
+from crossdock.runtime.exchange import Pending, T_co
 from crossdock.runtime.ledger import Flight
 from crossdock.runtime.mesh import Mesh
 from crossdock.strict_yaml import StrictModel

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.runtime import collectives
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.mesh import Group
 from crossdock.runtime.optimizer import master_dtype
 
@@ -28,7 +29,7 @@ class Bucket:
     flat: Tensor
     parameters: tuple[nn.Parameter, ...]
     missing: int = 0
-    work: collectives.Pending[Tensor] | None = field(default=None, repr=False)
+    work: Pending[Tensor] | None = field(default=None, repr=False)
 
 
 class GradientReducer:

@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from crossdock.runtime.all_to_all import Flying
 from crossdock.runtime.background import Started, Task
-from crossdock.runtime.collectives import Exchange, Flying, exchange_start
+from crossdock.runtime.exchange import Exchange, exchange_start
 from crossdock.runtime.ledger import Bytes, Direction, Kind, Stage
 from crossdock.runtime.mesh import Group, Mesh
 from crossdock.runtime.rows import RowMap, gather, sum_rows
@@ -61,7 +62,7 @@ class FanOut:
 
 @dataclass(frozen=True, eq=False)
 class Relay:
-    """Path of two hops; see `collectives.Path`.
+    """Path of two hops; see `all_to_all.Path`.
 
     Bytes are counted where rows change ranks: what stays on its rank in a hop is free, and only copies for experts at home count as
     same-device bytes, as in the other dispatchers.
@@ -84,11 +85,11 @@ class Relay:
     kind: Kind = "tokens"
 
     def num_rows(self, direction: Direction) -> int:
-        """See `collectives.Path`."""
+        """See `all_to_all.Path`."""
         return sum(self.rail.send_R if self._is_outward(direction) else self.node.receive_R)
 
     def bytes_sent(self, packed: Tensor, direction: Direction) -> Bytes:
-        """See `collectives.Path`; what this rank relays for others is counted here as well."""
+        """See `all_to_all.Path`; what this rank relays for others is counted here as well."""
         node, local = divmod(self.mesh.expert_rank, self.fan_out.ranks_per_node)
         if self._is_outward(direction):
             in_node, over_rail = self.node.send_R, self.rail.send_R
@@ -99,11 +100,11 @@ class Relay:
         return self.num_staying * row_bytes, moved_in_node * row_bytes, moved_over_rail * row_bytes
 
     def exchange_start(self, packed: Tensor, direction: Direction) -> Exchange:
-        """See `collectives.Path`."""
+        """See `all_to_all.Path`."""
         return self._outward_start(packed) if self._is_outward(direction) else self._homeward_start(packed)
 
     def back(self, stage: Stage) -> "Relay":
-        """See `collectives.Path`."""
+        """See `all_to_all.Path`."""
         return replace(self, stage=stage, outward=not self.outward)
 
     def _is_outward(self, direction: Direction) -> bool:

@@ -10,7 +10,7 @@ forward pass kept, each slot's rows stand piece by piece, so a backward chunk fi
 gradients are summed in place over the chunks. Tokens never change rank twice, so the bytes are those of one piece.
 
 The pieces' dispatch and combine are small graphs of autograd's own. Each is run backwards in two steps, up to where its gradients leave for
-another rank and on from where they have arrived (`collectives.frontier`); between these steps stands whatever else there is to compute:
+another rank and on from where they have arrived (`all_to_all.frontier`); between these steps stands whatever else there is to compute:
 
     Depart      forward: dispatch every piece                             backward: gradients of x and of the weights have come home
     Compute     forward, chunk by chunk: rows here, experts, combine      backward, chunk by chunk: gradients here, experts, gradients leave
@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from crossdock.runtime.all_to_all import frontier
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.chunks import cut
-from crossdock.runtime.collectives import Pending, frontier
+from crossdock.runtime.exchange import Pending
 from crossdock.runtime.grouped_mlp import KERNELS, Gradient, Kept, Network, Run
 from crossdock.runtime.movement import Dispatched, Prepared
 from crossdock.runtime.profiler import span

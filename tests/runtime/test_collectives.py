@@ -1,6 +1,7 @@
 """All-to-alls with explicit waits and their gradients, sums over the world, gathers, and what a lost peer looks like."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,28 @@ import pytest
 import torch
 from torch import Tensor
 
+import crossdock
 from crossdock.errors import PeerLost
 from crossdock.runtime import collectives
-from crossdock.runtime.collectives import Route, all_to_all_start, bytes_sent
+from crossdock.runtime.all_to_all import Route, all_to_all_start, bytes_sent
 from crossdock.runtime.ledger import Flight
 from tests.pool import Pool, RankFailed, mesh_for
 
 SENT = [[1, 2, 0, 3], [0, 0, 4, 1], [2, 0, 1, 0], [0, 0, 0, 0]]
 """SENT[r][p]: rows that rank r sends to rank p; the last rank sends nothing, and to itself least of all."""
+
+
+MOVERS = {"exchange.py", "collectives.py"}
+NO_MOVEMENT = {"new_group", "init_process_group", "destroy_process_group", "is_initialized", "is_gloo_available", "is_nccl_available"}
+
+
+def test_two_modules_alone_move_data() -> None:
+    package = Path(crossdock.__file__).parent
+    uses = {
+        path.name: set(re.findall(r"\bdist\.([a-z]\w+)\(|\b\w*group\.(send|recv)\b", path.read_text())) for path in package.rglob("*.py")
+    }
+    moving = {name for name, calls in uses.items() if {first or second for first, second in calls} - NO_MOVEMENT}
+    assert moving == MOVERS
 
 
 def route_of(rank: int, world_size: int, **fields: Any) -> Route:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from crossdock.errors import BadConfig
 from crossdock.runtime import reference
+from crossdock.runtime.all_to_all import Route
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.background import Background
-from crossdock.runtime.collectives import Route, broadcast_object
+from crossdock.runtime.collectives import broadcast_object
 from crossdock.runtime.dispatch import DISPATCHERS, Deduplicated, Flat
 from crossdock.runtime.layout import ExpertLayout
 from crossdock.runtime.ledger import bytes_by_way
