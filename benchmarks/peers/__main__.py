@@ -36,7 +36,7 @@ from crossdock.errors import CrossdockError
 
 NODES = 2
 LAYER = Sizes()
-MODEL = Sizes(tokens=1024, model_width=256, expert_width=704, num_layers=4)
+MODEL = Sizes(model_width=256, expert_width=704, num_layers=4)
 SHORT_LAYER = Sizes(tokens=128, model_width=64, expert_width=96)
 SHORT_MODEL = Sizes(tokens=128, model_width=64, expert_width=96, num_layers=2, num_heads=4, sequence=32, vocabulary=64)
 

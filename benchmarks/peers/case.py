@@ -31,7 +31,7 @@ class Sizes:
     """Of one case. The model's frame is used by `kind` "model" alone."""
 
     ranks: int = 4
-    tokens: int = 2048  # of one rank
+    tokens: int = 1024  # of one rank
     model_width: int = 512
     expert_width: int = 1376  # three matrices of 1376 are two of 2064
     num_experts: int = 16
