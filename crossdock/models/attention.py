@@ -69,8 +69,8 @@ class Attention(nn.Module):
 
     def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [..., heads, head width] of normalised inputs [..., D], not yet turned."""
-        heads = self.qkv(normed).view(*normed.shape[:-1], -1, self.head_width)
-        query, key, value = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=-2)
+        kinds = (self.num_heads, self.kv_heads, self.kv_heads)
+        query, key, value = self.qkv(normed).view(*normed.shape[:-1], sum(kinds), self.head_width).split(kinds, dim=-2)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
