@@ -47,8 +47,9 @@ def sentence(event: str, details: Mapping[str, Any]) -> str | None:
         case "checkpoint_passed_over":
             return f"-- damaged checkpoint passed over: {details['message']}"
         case "choice":
-            changed = sum(layer["changed"] for layer in details["layers"])
-            return f"-- strategies chosen after step {details['step']} ({details['why']}), new for {changed} of {len(details['layers'])} layers"
+            layers = details["layers"]
+            changed = sum(layer["changed"] for layer in layers)
+            return f"-- strategies chosen after step {details['step']} ({details['why']}), new for {changed} of {len(layers)} layers"
         case "profiled":
             return f"-- profile written to {details['path']}"
         case "resumed":
