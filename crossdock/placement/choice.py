@@ -129,7 +129,7 @@ class LayerTimes:
 
     stage_s                forward seconds of the stages that may run while tokens travel, in order
     backward_over_forward  how much longer a stage takes backward
-    exchange_s             host seconds of one exchange of counts, which nothing hides
+    exchange_s             host seconds of one exchange of counts, which nothing hides; all chunks share it
     row_s_per_byte         host seconds per byte that is packed for, or unpacked from, one hop
     interference           what computing and travelling cost one another while both are under way
     early_s                forward seconds of computing before the dispatch, under which weights of gathered experts travel
@@ -232,7 +232,7 @@ class _Block:
     def forward_s(self, slot: int, chunks: int, overlap: bool) -> float:
         """Dispatch beside the stages before the slot, combine beside those from it on; weights come first."""
         before_s, after_s = self._sides(slot, 1.0)
-        extra_s = 2 * self.packing_s + chunks * self.times.exchange_s
+        extra_s = 2 * self.packing_s + self.times.exchange_s
         dispatch_s, combine_s = self._out_s(chunks), self._back_s(chunks)
         return extra_s + self._seconds(
             before_s, dispatch_s, self.rows_s, after_s, combine_s, chunks, overlap, self._late_s(self.weights_out_s, 1.0), 0.0
