@@ -24,6 +24,7 @@ import torch.distributed as dist
 from crossdock.errors import BadConfig, PeerLost, Unavailable
 from crossdock.placement.hops import devices_per_node
 from crossdock.runtime.background import Background
+from crossdock.runtime.host_memory import keep_freed_memory
 from crossdock.runtime.ledger import Ledger
 
 Group = Any
@@ -209,6 +210,7 @@ def initialise(
 ) -> None:
     """Join the world: `torch.distributed.init_process_group`, met through `init_method` (`file://`, `tcp://`, `env://`) or a ready `store`.
 
+    Ranks on the CPU keep the memory of freed tensors (`host_memory`).
     Which network interface gloo and NCCL use follows `GLOO_SOCKET_IFNAME` and `NCCL_SOCKET_IFNAME`, set by the launcher before this call.
     Raises `PeerLost` where the other ranks do not come in time, `Unavailable` where the backend is not built into this torch.
     """
@@ -217,6 +219,8 @@ def initialise(
         if not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, and torch sees no CUDA device; choose device cpu or auto")
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     try:
         dist.init_process_group(
             backend or backend_for(device),
