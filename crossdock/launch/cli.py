@@ -66,8 +66,11 @@ def train(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, check it and its files, start nothing.")
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, groups, plan and memory of each rank; start nothing.")
     ] = False,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="With --dry-run: as if on so many ranks.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="stdout is one JSON object alone: it always is, but for --dry-run.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Choose how tokens move from the first measured steps, and print why (adapt.mode=start).")
@@ -82,6 +85,8 @@ def train(
 
     Example: torchrun --nproc-per-node 4 -m crossdock train configs/small.yaml parallel.expert=4
 
+    Example: crossdock train configs/small.yaml parallel.expert=8 --dry-run --world-size 64
+
     Example: crossdock train configs/tiny.yaml --explain --profile-steps 10:12
     """
     from crossdock.launch import start
@@ -89,9 +94,10 @@ def train(
 
     run_config = read_config(config, [*(overrides or ()), *_asked(explain, profile_steps)])
     if dry_run:
-        start.check_inputs(run_config)
-        _print_config(run_config, as_json)
+        _print_dry_run(run_config, start.dry_run(run_config, world_size), as_json)
         return
+    if world_size is not None:
+        raise UsageError("--world-size goes with --dry-run; launchers bring their number of ranks, parallel.ranks starts local ones")
     raise typer.Exit(start.train(run_config))
 
 
@@ -209,6 +215,17 @@ def _print_config(run_config: Any, as_json: bool) -> None:
         print_json(resolved(run_config))
     else:
         sys.stdout.write(strict_yaml.dump(resolved(run_config)))
+
+
+def _print_dry_run(run_config: Any, facts: dict[str, Any], as_json: bool) -> None:
+    from crossdock.launch.config import resolved
+    from crossdock.launch.dry_run import comment
+
+    if as_json:
+        print_json({**resolved(run_config), "dry_run": facts})
+    else:
+        _print_config(run_config, as_json=False)
+        sys.stdout.write(comment(facts))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -29,6 +29,14 @@ def check_inputs(config: RunConfig) -> None:
     check_world(config, config.parallel.local_ranks if env is None else env.world_size)
 
 
+def dry_run(config: RunConfig, world_size: int | None) -> dict[str, Any]:
+    """What the run would be on `world_size` ranks, or as many as it would have; see `dry_run.describe`."""
+    from crossdock.launch.dry_run import describe
+
+    env = worker_env()
+    return describe(config, world_size or (config.parallel.local_ranks if env is None else env.world_size))
+
+
 def model_facts(config: RunConfig) -> dict[str, int]:
     """Sizes of the configured model, from its numbers alone."""
     from crossdock.models.counts import flop_per_token, parameter_count

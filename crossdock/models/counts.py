@@ -14,6 +14,7 @@ class ParameterCount:
     active: int  # those that one token may meet: of a layer's routed experts top_k per turn
     routed: int  # in routed experts
     embedding: int  # in embedding and output head
+    routers: int  # in gates
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
         routed = config.num_moe_layers * config.num_experts * one_expert
     total = embedding + blocks * per_block + routers + routed + width  # the last norm
     idle = config.num_moe_layers * max(0, config.num_experts - config.top_k * config.turns_per_layer) * one_expert
-    return ParameterCount(total, total - idle, routed, embedding)
+    return ParameterCount(total, total - idle, routed, embedding, routers)
 
 
 def flop_per_token(config: ModelConfig, sequence_length: int) -> FlopCount:

@@ -1,0 +1,69 @@
+"""`crossdock train --dry-run`: groups, plan and memory of worlds that nobody started."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crossdock import strict_yaml
+from crossdock.launch.cli import run
+from crossdock.placement.plan import Plan
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run(["train", *arguments, "--dry-run", "--json"]) == 0
+    value: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert value["train"]["steps"] == 60
+    return value["dry_run"]
+
+
+def test_groups_of_a_large_world(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = said(capsys, "tiny", "parallel.expert=4", "topology=2x2-ethernet", "train.batch_sequences=64", "--world-size", "64")
+    groups = facts["groups"]
+    assert facts["world_size"] == 64
+    assert len(groups["expert_groups"]) == 16
+    assert groups["expert_groups"][1] == [4, 5, 6, 7]
+    assert groups["copies"][3] == list(range(3, 64, 4))
+    assert groups["node_of_rank"][:8] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert facts["plan"]["experts_per_rank"] == [{"fewest": 1, "most": 1}] * 4
+    assert facts["tokens_per_micro_batch"] == 64
+
+
+def test_memory_falls_with_ranks_and_grows_with_slots_and_tokens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one, four = (said(capsys, "tiny", f"parallel.expert={ranks}", "--world-size", "4")["memory"][0] for ranks in (1, 4))
+    assert four["optimizer"] < one["optimizer"]
+    assert four["activations"] == one["activations"]
+    double = said(capsys, "tiny", "parallel.expert=4", "--world-size", "4", "train.batch_sequences=16")["memory"][0]
+    assert double["activations"] == 2 * four["activations"]
+    split = said(capsys, "tiny", "parallel.expert=4", "--world-size", "4", "train.batch_sequences=16", "train.accumulate=2")["memory"][0]
+    assert split == four
+    uneven = Plan.from_devices([[0, 0, 0, 1]], 2)
+    uneven.save(tmp_path / "plan.json")
+    memory = said(capsys, "tiny", f"plan={tmp_path / 'plan.json'}")["memory"]
+    assert memory[0]["parameters"] == memory[1]["parameters"]
+    assert memory[0]["activations"] > memory[1]["activations"]
+    assert all(row["total"] == sum(size for kind, size in row.items() if kind not in ("total", "expert_rank")) for row in memory)
+
+
+def test_for_people_it_is_yaml_with_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "tiny", "--dry-run", "--world-size", "8"]) == 0
+    out = capsys.readouterr().out
+    assert strict_yaml.parse(out, "out").value["train"]["steps"] == 60
+    lines = [line for line in out.splitlines() if line.startswith("#")]
+    assert lines[0] == "# 8 ranks in 4 expert groups of 2: 0-1, 2-3, 4-5, 6-7"
+    assert "2 experts a rank in each of 1 layers" in lines[1]
+    assert lines[-1].startswith("#   every rank")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["tiny", "--dry-run", "--world-size", "3"], 78, "expert"),
+        (["tiny", "--dry-run", "--world-size", "6"], 78, "8 sequences per step do not divide over 6 ranks"),
+        (["tiny", "--world-size", "4"], 2, "--world-size goes with --dry-run"),
+    ],
+)
+def test_worlds_that_do_not_divide_are_refused(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *arguments]) == code
+    assert message in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""Memory from the configuration, held against what a rank really keeps: every storage that lives when backward begins."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossdock.models.config import ModelConfig
+from crossdock.models.memory import Memory, rank_memory
+from crossdock.models.transformer import Transformer
+from crossdock.placement.plan import Plan
+from crossdock.runtime.context import StepContext
+from crossdock.runtime.engine import Engine
+from crossdock.runtime.optimizer import OptimizerConfig
+from crossdock.runtime.steps import cross_entropy
+from tests.pool import Pool, mesh_for
+
+SEQUENCES, POSITIONS = 4, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+BASE: dict[str, Any] = {"num_layers": 4, "model_width": 64, "num_heads": 4, "num_experts": 8, "vocab_size": 128}
+MODELS: dict[str, dict[str, Any]] = {
+    "scmoe": {},
+    "dense": {"block": "dense", "num_kv_heads": 2, "tied_head": True},
+    "top2": {"block": "top_k", "expert_width": 96},
+    "top1_gelu": {"block": "top_k", "moe_every": 1, "top_k": 1, "gate": {"kind": "switch"}, "activation": "gelu"},
+    "shared": {"block": "shared_expert", "shared_expert_width": 48, "gate": {"kind": "gshard"}},
+    "cg2": {"shortcut": {"coefficient": "cg2"}, "gate": {"kind": "deepseek_v3"}},
+    "dgmoe": {"block": "dgmoe", "top_k": 1},
+    "dgmoe_share": {"block": "dgmoe_share", "top_k": 1},
+    "qwen": {"block": "top_k", "moe_every": 1, "qk_norm": True, "head_dim": 32, "num_kv_heads": 2, "gate": {"kind": "softmax_topk"}},
+    "many_experts": {"block": "top_k", "num_experts": 32, "top_k": 4, "expert_width": 24},
+    "recompute_all": {"block": "top_k", "expert_recompute": "all"},
+    "recompute_some": {"block": "top_k", "expert_recompute": "activation"},
+    "large_vocabulary": {"block": "dense", "vocab_size": 4096, "num_layers": 1},
+    "gathered": {"block": "top_k", "gathered_experts": [1, 2]},
+    "chunks": {"block": "top_k", "schedule": {"forward_chunks": 2, "backward_chunks": 2}},
+}
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that an operation makes, as long as it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._seen[value.untyped_storage()._cdata] = (StorageWeakRef(value.untyped_storage()), value.untyped_storage().nbytes())
+        return out
+
+    def live_bytes(self, known: set[int]) -> int:
+        return sum(size for key, (reference, size) in self._seen.items() if not reference.expired() and key not in known)
+
+
+def bytes_of(tensors: Any) -> tuple[int, set[int]]:
+    """Bytes of distinct storages, and which they are."""
+    storages = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in tensors}
+    return sum(storages.values()), set(storages)
+
+
+def measured(rank: int, world_size: int, options: dict[str, Any], precision: str, plan: Plan | None, dispatch: str) -> Memory:
+    config = ModelConfig.model_validate(options)
+    mesh = mesh_for(rank, world_size, world_size)
+    model = Transformer(config, mesh, plan, DTYPES[precision], dispatch=dispatch)
+    engine = Engine(model, mesh, plan, OptimizerConfig())
+    parameters, known = bytes_of(model.parameters())
+    gradients, of_gradients = bytes_of(bucket.flat for bucket in engine.reducer.buckets)
+    kept, of_optimizer = bytes_of(value for state in engine.states().values() for value in state.values())
+    shared, _ = bytes_of(p for p in model.parameters() if p.untyped_storage()._cdata in of_optimizer)
+    buffers, of_buffers = bytes_of(model.buffers())
+    generator = torch.Generator().manual_seed(rank)
+    token_QP = torch.randint(0, config.vocab_size, (SEQUENCES, POSITIONS), generator=generator)
+    target_QP = torch.randint(0, config.vocab_size, (SEQUENCES, POSITIONS), generator=generator)
+    with Storages() as storages:
+        output = model(token_QP, StepContext(0, 0, True, token_QP.flatten(), rank * token_QP.numel()))
+        total = cross_entropy(output.logits_QPV, target_QP)
+        total = total + sum(loss.to(total.dtype) for loss in output.losses.values())
+        activations = storages.live_bytes(known | of_gradients | of_optimizer | of_buffers)
+        activations += bytes_of((token_QP, target_QP))[0]
+    total.backward()
+    engine.reduce()
+    return Memory(parameters, gradients, kept - shared, activations, buffers)
+
+
+def check(found: Memory, config: ModelConfig, precision: str, slots: int, rows: float) -> None:
+    predicted = rank_memory(config, precision, slots, SEQUENCES * POSITIONS, POSITIONS, [rows] * config.num_moe_layers)
+    assert (predicted.parameters, predicted.gradients, predicted.optimizer) == (found.parameters, found.gradients, found.optimizer)
+    rotations = POSITIONS * config.head_width * (8 if precision == "fp64" else 4)  # kept between models, and no module's
+    assert predicted.buffers - rotations == found.buffers
+    assert predicted.activations == pytest.approx(found.activations, rel=0.05)
+    assert predicted.total == pytest.approx(found.total + rotations, rel=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_rank(name: str, precision: str) -> None:
+    config = ModelConfig.model_validate(BASE | MODELS[name])
+    plan = None if config.block == "dense" else Plan.contiguous(config.num_moe_layers, config.num_experts, 1)
+    found = measured(0, 1, BASE | MODELS[name], precision, plan, "deduplicated")
+    check(found, config, precision, config.num_experts, SEQUENCES * POSITIONS * config.top_k)
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "deduplicated", "hierarchical"])
+def test_two_ranks_and_empty_slots(ranks: Pool, dispatch: str) -> None:
+    config = ModelConfig.model_validate(BASE | {"top_k": 2, "block": "top_k", "gate": {"kind": "softmax_topk"}})
+    plan = Plan.contiguous(config.num_moe_layers, config.num_experts, 2, slots_per_device=6)
+    results = ranks.run(2, measured, config.model_dump(), "fp32", plan, dispatch)
+    mean = Memory(
+        *(
+            sum(getattr(found, kind) for found in results) // 2
+            for kind in ("parameters", "gradients", "optimizer", "activations", "buffers")
+        )
+    )
+    check(mean, config, "fp32", 6, SEQUENCES * POSITIONS * config.top_k)
