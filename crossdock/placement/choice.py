@@ -14,6 +14,7 @@ counts) is added to every candidate alike, by how much of it the candidate asks 
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -185,30 +186,23 @@ def choose(problem: LayerProblem, current: Strategy, min_saving: float = 0.0) ->
 def price_all(problem: LayerProblem) -> Iterable[Priced]:
     """Every candidate with its predicted seconds.
 
-    Degrees forward and backward do not change one another's time. Where nothing overlaps, neither slot nor chunks matter to it.
+    Tokens travel in as many pieces as the least common multiple of both degrees, in either direction. Where nothing overlaps, neither slot
+    nor chunks matter.
     """
     num_slots = len(problem.times.stage_s) + 1
     for traffic in problem.traffics:
         priced = _Block(problem, traffic)
         for overlap, slot in [(False, 0), *((True, slot) for slot in range(num_slots if num_slots > 1 else 0))]:
             chunk_counts = problem.chunk_counts if overlap else (1,)
-            forward_s = {chunks: priced.forward_s(slot, chunks, overlap) for chunks in chunk_counts}
-            backward_s = {chunks: priced.backward_s(slot, chunks, overlap) for chunks in chunk_counts}
             for forward_chunks, backward_chunks in itertools.product(chunk_counts, repeat=2):
-                strategy = Strategy(traffic.dispatch, slot, forward_chunks, backward_chunks, overlap, traffic.gathered)
-                yield Priced(strategy, forward_s[forward_chunks], backward_s[backward_chunks])
+                yield priced.of(Strategy(traffic.dispatch, slot, forward_chunks, backward_chunks, overlap, traffic.gathered))
 
 
 def price(problem: LayerProblem, strategy: Strategy) -> Priced:
     """Predicted seconds of one strategy. Raises `BadData` where the problem does not know its traffic."""
     for traffic in problem.traffics:
         if (traffic.dispatch, traffic.gathered) == (strategy.dispatch, strategy.gathered):
-            block = _Block(problem, traffic)
-            return Priced(
-                strategy,
-                block.forward_s(strategy.expert_slot, strategy.forward_chunks, strategy.overlap),
-                block.backward_s(strategy.expert_slot, strategy.backward_chunks, strategy.overlap),
-            )
+            return _Block(problem, traffic).of(strategy)
     known = ", ".join(f"{traffic.dispatch} with {len(traffic.gathered)} gathered" for traffic in problem.traffics)
     raise BadData(f"layer {problem.layer}: no traffic was counted for {strategy.dispatch} gathering {strategy.gathered}; counted: {known}")
 
@@ -229,23 +223,32 @@ class _Block:
         self._out: dict[int, float] = {}
         self._back: dict[int, float] = {}
 
-    def forward_s(self, slot: int, chunks: int, overlap: bool) -> float:
+    def of(self, strategy: Strategy) -> Priced:
+        """Both directions, in the pieces that the strategy cuts the tokens into."""
+        pieces = math.lcm(strategy.forward_chunks, strategy.backward_chunks)
+        return Priced(
+            strategy,
+            self.forward_s(strategy.expert_slot, strategy.forward_chunks, pieces, strategy.overlap),
+            self.backward_s(strategy.expert_slot, strategy.backward_chunks, pieces, strategy.overlap),
+        )
+
+    def forward_s(self, slot: int, chunks: int, pieces: int, overlap: bool) -> float:
         """Dispatch beside the stages before the slot, combine beside those from it on; weights come first."""
         before_s, after_s = self._sides(slot, 1.0)
         extra_s = 2 * self.packing_s + self.times.exchange_s
-        dispatch_s, combine_s = self._out_s(chunks), self._back_s(chunks)
+        dispatch_s, combine_s = self._out_s(chunks, pieces), self._back_s(chunks, pieces)
         return extra_s + self._seconds(
-            before_s, dispatch_s, self.rows_s, after_s, combine_s, chunks, overlap, self._late_s(self.weights_out_s, 1.0), 0.0
+            before_s, dispatch_s, self.rows_s, after_s, combine_s, chunks, pieces, overlap, self._late_s(self.weights_out_s, 1.0), 0.0
         )
 
-    def backward_s(self, slot: int, chunks: int, overlap: bool) -> float:
+    def backward_s(self, slot: int, chunks: int, pieces: int, overlap: bool) -> float:
         """The combine's gradient travels out beside the later stages, the dispatch's back beside the earlier ones; weights' come last."""
         factor = self.times.backward_over_forward
         before_s, after_s = self._sides(slot, factor)
         expert_s = BACKWARD_FLOP_RATIO * self.rows_s
-        out_s, back_s = self._out_s(chunks), self._back_s(chunks)
+        out_s, back_s = self._out_s(chunks, pieces), self._back_s(chunks, pieces)
         return 2 * self.packing_s + self._seconds(
-            after_s, out_s, expert_s, before_s, back_s, chunks, overlap, 0.0, self._late_s(self.weights_back_s, factor)
+            after_s, out_s, expert_s, before_s, back_s, chunks, pieces, overlap, 0.0, self._late_s(self.weights_back_s, factor)
         )
 
     def _seconds(
@@ -256,6 +259,7 @@ class _Block:
         after_s: float,
         back_s: float,
         chunks: int,
+        pieces: int,
         overlap: bool,
         weights_before_s: float,
         weights_after_s: float,
@@ -271,7 +275,7 @@ class _Block:
             beside_s = min(before_s, out_s) + min(after_s, back_s)
         else:
             beside_s = min(before_s + expert_s + after_s, chunks * (out_s + back_s))
-        mutual_s = 2 * chunks * self.times.interference.handle_s + (self.times.interference.slowdown - 1.0) * beside_s
+        mutual_s = 2 * pieces * self.times.interference.handle_s + (self.times.interference.slowdown - 1.0) * beside_s
         return mutual_s + chunked_makespan(before_s, out_s, one_s, after_s, back_s, chunks, weights_before_s)
 
     def _late_s(self, weights_s: float, factor: float) -> float:
@@ -281,15 +285,15 @@ class _Block:
     def _sides(self, slot: int, factor: float) -> tuple[float, float]:
         return factor * sum(self.times.stage_s[:slot]), factor * sum(self.times.stage_s[slot:])
 
-    def _out_s(self, chunks: int) -> float:
-        if chunks not in self._out:
-            self._out[chunks] = sum(float(transfer_seconds(hop_RR / chunks, self.topology)) for hop_RR in self.bytes_HRR)
-        return self._out[chunks]
+    def _out_s(self, chunks: int, pieces: int) -> float:
+        if pieces not in self._out:
+            self._out[pieces] = sum(float(transfer_seconds(hop_RR / pieces, self.topology)) for hop_RR in self.bytes_HRR)
+        return self._out[pieces] * pieces / chunks
 
-    def _back_s(self, chunks: int) -> float:
-        if chunks not in self._back:
-            self._back[chunks] = sum(float(transfer_seconds(hop_RR.T / chunks, self.topology)) for hop_RR in self.bytes_HRR)
-        return self._back[chunks]
+    def _back_s(self, chunks: int, pieces: int) -> float:
+        if pieces not in self._back:
+            self._back[pieces] = sum(float(transfer_seconds(hop_RR.T / pieces, self.topology)) for hop_RR in self.bytes_HRR)
+        return self._back[pieces] * pieces / chunks
 
 
 def _rank(priced: Priced) -> tuple[float, int, int, bool, int]:

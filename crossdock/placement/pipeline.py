@@ -7,13 +7,15 @@ a direction runs as `runtime.overlap` does:
     compute    stages before k     experts 0  experts 1  experts 2 ..  stages from k on
 
 All outward transfers are queued at the beginning; a chunk's experts wait for its transfer, its way back for its experts. Forward, outward
-is the dispatch; backward it is the gradient of the combine, and the stages change sides. Forward and backward degrees do not touch each
-other's time, so each is chosen alone, for every slot.
+is the dispatch; backward it is the gradient of the combine, and the stages change sides. Tokens travel in pieces, as many as the least
+common multiple of both degrees (`runtime.strand`), one message each: the coarser direction pays for the finer one's start-ups as well.
 
 ScMoE (arXiv 2404.05019, section 3.3) places the experts where the sums of computing before and after them match dispatch and combine best.
 `mismatch_slot` is that rule; `best_pipeline` minimises what a step waits for instead.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +48,7 @@ class BlockTimes:
     stage_s                forward seconds of the stages that may run while tokens travel, in order
     dispatch_s, combine_s  transfer of all tokens in one piece: homes to experts, experts to homes
     expert_s               all rows through the experts, forward
-    message_s              start-up of each transfer: latency, synchronisation
+    message_s              start-up of each message: latency, synchronisation
     chunk_s                what each call of the experts costs beside their rows, in each direction
     backward_over_forward  how much longer computing takes backward; transfers carry the same bytes
     """
@@ -59,23 +61,24 @@ class BlockTimes:
     chunk_s: float = 0.0
     backward_over_forward: float = 2.0
 
-    def forward_s(self, expert_slot: int, chunks: int = 1) -> float:
-        """Makespan of the forward pass."""
+    def forward_s(self, expert_slot: int, chunks: int = 1, pieces: int | None = None) -> float:
+        """Makespan of the forward pass; pieces: messages in which all tokens travel, a multiple of `chunks`, which it is where left out."""
         before_s, after_s = sum(self.stage_s[:expert_slot]), sum(self.stage_s[expert_slot:])
-        return self._direction_s(before_s, after_s, 1.0, chunks)
+        return self._direction_s(before_s, after_s, 1.0, chunks, pieces or chunks)
 
-    def backward_s(self, expert_slot: int, chunks: int = 1) -> float:
+    def backward_s(self, expert_slot: int, chunks: int = 1, pieces: int | None = None) -> float:
         """Makespan of the backward pass: the stages from the slot on come first."""
         before_s, after_s = sum(self.stage_s[expert_slot:]), sum(self.stage_s[:expert_slot])
-        return self._direction_s(before_s, after_s, self.backward_over_forward, chunks)
+        return self._direction_s(before_s, after_s, self.backward_over_forward, chunks, pieces or chunks)
 
-    def _direction_s(self, before_s: float, after_s: float, factor: float, chunks: int) -> float:
+    def _direction_s(self, before_s: float, after_s: float, factor: float, chunks: int, pieces: int) -> float:
+        start_up_s = self.message_s * pieces / chunks
         return chunked_makespan(
             factor * before_s,
-            self.message_s + self.dispatch_s / chunks,
+            start_up_s + self.dispatch_s / chunks,
             self.chunk_s + factor * self.expert_s / chunks,
             factor * after_s,
-            self.message_s + self.combine_s / chunks,
+            start_up_s + self.combine_s / chunks,
             chunks,
         )
 
@@ -106,9 +109,9 @@ def best_pipeline(
         if not counts or min(counts) < 1:
             raise BadConfig(f"{name} degrees of chunking {list(counts)}: give at least one, each 1 or more")
     candidates = []
-    for slot in range(len(times.stage_s) + 1):
-        forward_s, forward_chunks = min((times.forward_s(slot, chunks), chunks) for chunks in forward_counts)
-        backward_s, backward_chunks = min((times.backward_s(slot, chunks), chunks) for chunks in backward_counts)
+    for slot, forward_chunks, backward_chunks in itertools.product(range(len(times.stage_s) + 1), forward_counts, backward_counts):
+        pieces = math.lcm(forward_chunks, backward_chunks)
+        forward_s, backward_s = times.forward_s(slot, forward_chunks, pieces), times.backward_s(slot, backward_chunks, pieces)
         candidates.append(Pipeline(slot, forward_chunks, backward_chunks, forward_s, backward_s))
     return min(candidates, key=lambda found: (found.total_s, found.forward_chunks + found.backward_chunks, found.expert_slot))
 

@@ -87,6 +87,15 @@ def test_no_strategy_is_faster_than_the_chosen_one(seed: int, nodes: int, skew: 
     assert [one.total_s for one in found.alternatives] == sorted(one.total_s for one in found.alternatives)
 
 
+def test_finer_pieces_of_the_other_direction_cost_their_start_ups() -> None:
+    topology = machine(2, 2)
+    asked = problem(topology, routed(topology, skew=1.0), ("deduplicated",), times=LayerTimes((0.0,)))
+    alone, beside = (price(asked, Strategy("deduplicated", 1, 1, backward)).forward_s for backward in (1, 4))
+    latency_s = float(topology.latency_s_RR[0, 3])
+    assert latency_s > 0
+    assert beside - alone > 2 * 3 * latency_s * 0.99  # three messages more there, and three back
+
+
 @pytest.mark.parametrize("slot", range(4))
 @pytest.mark.parametrize("stage_s", [TIMES.stage_s, (30e-3, 2e-3, 90e-3)])
 def test_one_piece_costs_what_the_cost_model_says(slot: int, stage_s: tuple[float, ...]) -> None:

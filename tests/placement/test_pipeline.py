@@ -68,13 +68,15 @@ def test_by_hand() -> None:
 def total_s(times: BlockTimes, slot: int, forward: int, backward: int) -> float:
     """Forward and backward of a block in ticks, of the brute force; sixteenths of a second."""
 
+    pieces = max(forward, backward)  # one divides the other here
+
     def direction(stages: Sequence[float], others: Sequence[float], factor: float, chunks: int) -> int:
         parts = (
             factor * sum(stages),
-            times.message_s + times.dispatch_s / chunks,
+            times.message_s * pieces / chunks + times.dispatch_s / chunks,
             times.chunk_s + factor * times.expert_s / chunks,
             factor * sum(others),
-            times.message_s + times.combine_s / chunks,
+            times.message_s * pieces / chunks + times.combine_s / chunks,
         )
         before, out, expert, after, back = (round(16 * seconds) for seconds in parts)
         return ticked(before, out, expert, after, back, chunks)
@@ -108,6 +110,12 @@ def test_start_up_costs_keep_the_block_in_one_piece() -> None:
     assert best_pipeline(free).backward_chunks == 8
     assert best_pipeline(BlockTimes((), 8.0, 8.0, 8.0, message_s=10.0)).forward_chunks == 1
     assert best_pipeline(BlockTimes((), 8.0, 8.0, 8.0, chunk_s=10.0)).backward_chunks == 1
+
+
+def test_the_coarser_direction_pays_for_the_messages_of_the_finer_one() -> None:
+    times = BlockTimes((), 8.0, 8.0, 8.0, message_s=1.0)
+    assert times.forward_s(0, 1, 4) == times.forward_s(0) + 2 * 3.0
+    assert times.forward_s(0, 2, 4) > times.forward_s(0, 2)
 
 
 def test_equal_schedules_go_to_fewer_chunks_and_the_earlier_slot() -> None:
