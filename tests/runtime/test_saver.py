@@ -226,3 +226,17 @@ def test_a_damaged_newer_one_costs_no_whole_one_its_place(folder: str) -> None:
         one.save(state_of(step))
     assert [path.name for path in checkpoint.finished(Path(folder) / "one")] == ["step-00000009", "step-00000005"]
     assert Manifest.read(Path(folder) / "one" / "step-00000005").step == 5
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_copy_from_a_device_is_pinned_and_done(folder: str) -> None:
+    run = tiny.stepper(0, 1, folder, tiny.random_plan(1, 1), dtype=torch.float32)
+    behind = saver_of(folder, "behind", run, BEHIND)
+    values = torch.randn(4_000_000, device="cuda")
+    wanted = values.cpu()
+    copied = behind._copied({"a": values})["a"]
+    values.zero_()  # training goes on
+    assert copied.is_pinned()
+    assert torch.equal(copied, wanted)
+    assert behind._copied({"a": values})["a"].data_ptr() == copied.data_ptr()
