@@ -139,6 +139,7 @@ def doctor(as_json: AsJson = False) -> None:
 def status(
     directory: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
     otherwise: Annotated[int | None, typer.Option("--otherwise", help="Exit code to give where the run has left no result.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say how a run ended, and end with its exit code: launchers lose it, its result.json does not.
 
@@ -146,9 +147,12 @@ def status(
     """
     from crossdock.launch.launch_commands import status as ending
 
-    line, exit_code = ending(directory, otherwise)
-    print(line)
-    raise typer.Exit(exit_code)
+    line, result = ending(directory, otherwise)
+    if as_json:
+        print_json(result)
+    else:
+        print(line)
+    raise typer.Exit(result["exit_code"])
 
 
 @config_app.command("show")

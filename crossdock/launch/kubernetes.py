@@ -11,9 +11,9 @@ _GRACE_S = 120
 
 # sh is process 1 of the pod and passes SIGTERM on; torchrun ends with 1 whatever happened, so the run's own code is asked for
 _POD_SCRIPT = """\
-{command} &
-trap 'kill -TERM $!' TERM
-wait $! || {{ wait $!; exec crossdock status {directory} --otherwise 76; }}
+trap 'kill -TERM "$child"' TERM
+{command} & child=$!
+wait "$child" || {{ wait "$child"; exec crossdock status {directory} --otherwise 76; }}
 """
 
 

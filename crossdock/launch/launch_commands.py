@@ -1,12 +1,12 @@
 """`crossdock launch`: the same run under every launcher. Scripts and manifests are printed to be read first; Ray is driven from here."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from crossdock import atomic, strict_yaml
 from crossdock.errors import MissingInput, UsageError
 from crossdock.launch import cluster
 
@@ -21,6 +21,9 @@ RanksPerNode = Annotated[int, typer.Option("--ranks-per-node", min=1, help="Rank
 CoresPerRank = Annotated[int, typer.Option("--cores-per-rank", min=1, help="Cores for each rank.")]
 Gpus = Annotated[bool, typer.Option("--gpus/--no-gpus", help="A GPU for each rank.")]
 Restarts = Annotated[int, typer.Option("--restarts", min=0, help="How often a run that lost a rank starts again from its checkpoint.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object: a command as `command`, a script as `script`, a manifest as it is.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Write to this file instead of stdout.")]
 
 
@@ -33,6 +36,7 @@ def print_torchrun(
     head: Annotated[str, typer.Option("--head", help="Address of one of the nodes, for several.")] = "",
     port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Free port of that node.")] = 29_400,
     restarts: Restarts = 3,
+    as_json: AsJson = False,
 ) -> None:
     """Print the torchrun command; for several nodes it is the same on each.
 
@@ -41,7 +45,7 @@ def print_torchrun(
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
     if nodes > 1 and not head:
         raise UsageError(f"{nodes} nodes meet at one of them; name its address by --head")
-    print(cluster.shell(cluster.torchrun(shape, _run(config, overrides, shape), head, port, restarts)))
+    _print_command(cluster.torchrun(shape, _run(config, overrides, shape), head, port, restarts), as_json)
 
 
 @launch_app.command("mpi")
@@ -51,13 +55,14 @@ def print_mpirun(
     nodes: Nodes = 1,
     ranks_per_node: RanksPerNode = 2,
     hosts: Annotated[str, typer.Option("--hosts", help="The nodes, separated by commas, where no scheduler tells MPI.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Print the mpirun command, for Open MPI and MPICH.
 
     Example: crossdock launch mpi configs/small.yaml parallel.expert=4 --nodes 2 --ranks-per-node 2 --hosts node1,node2
     """
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
-    print(cluster.shell(cluster.mpirun(shape, _run(config, overrides, shape), [host for host in hosts.split(",") if host])))
+    _print_command(cluster.mpirun(shape, _run(config, overrides, shape), [host for host in hosts.split(",") if host]), as_json)
 
 
 @launch_app.command("slurm")
@@ -73,6 +78,7 @@ def print_slurm(
     restarts: Restarts = 10,
     options: Annotated[list[str] | None, typer.Option("--sbatch", help="Further options of sbatch, such as --partition=long.")] = None,
     out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print a batch script that requeues itself after a preemption or a lost rank.
 
@@ -81,7 +87,8 @@ def print_slurm(
     from crossdock.launch.slurm import batch_script
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    _write(batch_script(shape, _run(config, overrides, shape), time_limit, grace_s, restarts, tuple(options or ())), out)
+    script = batch_script(shape, _run(config, overrides, shape), time_limit, grace_s, restarts, tuple(options or ()))
+    _write(json.dumps({"script": script}) + "\n" if as_json else script, out)
 
 
 @launch_app.command("kubernetes")
@@ -98,11 +105,13 @@ def print_kubernetes(
     restarts: Restarts = 10,
     ray_version: Annotated[str, typer.Option("--ray-version", help="Ray in the image, for rayjob.")] = "2.60.0",
     out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print a manifest: a JobSet with torchrun in every pod, or a RayJob of KubeRay.
 
     Example: crossdock launch kubernetes configs/small.yaml run.dir=/runs/small parallel.expert=16 --nodes 2 | kubectl apply -f -
     """
+    from crossdock import strict_yaml
     from crossdock.launch.kubernetes import job_set, ray_job
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
@@ -115,7 +124,7 @@ def print_kubernetes(
         manifest = ray_job(shape, run, image, claim, restarts, ray_version)
     else:
         raise UsageError(f"--kind is {kind!r}; it is jobset or rayjob")
-    _write(strict_yaml.dump(manifest), out)
+    _write(json.dumps(manifest) + "\n" if as_json else strict_yaml.dump(manifest), out)
 
 
 @launch_app.command("ray")
@@ -133,6 +142,7 @@ def launch_ray(
     silence_s: Annotated[
         float, typer.Option("--silence-s", min=2.0, help="Seconds without a heartbeat after which a rank is lost.")
     ] = 20.0,
+    as_json: Annotated[bool, typer.Option("--json", help="stdout is one JSON object alone: it always is.")] = False,
 ) -> None:
     """Train on a Ray cluster, one actor per rank, and start again from the newest checkpoint when ranks or nodes are lost.
 
@@ -162,15 +172,21 @@ def _run(config: str, overrides: Sequence[str] | None, shape: cluster.Shape) -> 
     return cluster.Run(cluster.scheduler_name(directory.name), directory, config, tuple(overrides or ()))
 
 
+def _print_command(command: Sequence[str], as_json: bool) -> None:
+    print(json.dumps({"command": list(command)}) if as_json else cluster.shell(command))
+
+
 def _write(text: str, out: Path | None) -> None:
+    from crossdock import atomic
+
     if out is None:
         print(text, end="")
     else:
         atomic.write_text(out, text)
 
 
-def status(directory: Path, otherwise: int | None) -> tuple[str, int]:
-    """One line on how the run in `directory` ended, and its exit code; without a result, `otherwise`.
+def status(directory: Path, otherwise: int | None) -> tuple[str, dict[str, Any]]:
+    """One line on how the run in `directory` ended, and its result; without one, `otherwise` as its `exit_code`.
 
     Raises `MissingInput` where there is neither.
     """
@@ -181,6 +197,6 @@ def status(directory: Path, otherwise: int | None) -> tuple[str, int]:
         missing = f"{directory} holds no result.json: the run has not ended, or rank 0 was killed before it could write one"
         if otherwise is None:
             raise MissingInput(missing)
-        return missing, otherwise
+        return missing, {"status": "unknown", "exit_code": otherwise}
     message = f": {result['message']}" if result.get("message") else ""
-    return f"{result.get('status')} at step {result.get('reached_step')} of {result.get('target_step')}{message}", result["exit_code"]
+    return f"{result.get('status')} at step {result.get('reached_step')} of {result.get('target_step')}{message}", result

@@ -1,5 +1,6 @@
 """Scripts and manifests for other launchers: golden files, and the scripts really run, with stand-ins for the cluster's commands."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -27,6 +28,12 @@ COMMANDS = {
 def test_golden(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["launch", *COMMANDS[name]]) == 0
     assert capfd.readouterr().out == (GOLDEN / name).read_text()
+
+
+def test_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    for name, key in (("torchrun.txt", "command"), ("mpirun.txt", "command"), ("slurm.sh", "script"), ("jobset.yaml", "spec")):
+        assert cli.run(["launch", *COMMANDS[name], "--json"]) == 0
+        assert key in json.loads(capfd.readouterr().out)
 
 
 def test_out_writes_the_same(tmp_path: Path) -> None:
