@@ -6,6 +6,7 @@ every gate, dispatcher and plan, the rest by chance, on four ranks and two nodes
 
 import itertools
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossdock.models import blocks
 from crossdock.models.moe import MoELayer
 from crossdock.runtime import reference
 from crossdock.runtime.assignment import Assignment
 from crossdock.runtime.dispatch import DISPATCHERS
+from crossdock.runtime.overlap import Schedule
 from tests.models.step import Case, Outcome, check_equal, run_step
 from tests.pool import Pool
 
@@ -98,26 +101,19 @@ def name_of(picked: Picked) -> str:
     return "-".join(picked.values())
 
 
-class Here:
-    """A movement that goes nowhere."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def wait(self) -> Any:
-        return self.value
-
-
-def computed_slowly(moe: MoELayer, sent: tuple[Tensor, Assignment]) -> Tensor:
-    """The routed experts of one rank, token by token."""
-    x_TD, assignment = sent
+def run_slowly(
+    _schedule: Schedule, moe: MoELayer, x_TD: Tensor, assignment: Assignment, stages: Sequence[Callable[[Any], Any]], stream: Any
+) -> tuple[Any, Tensor]:
+    """`overlap.run` on one rank with nothing but loops: the stages, then the routed experts, token by token."""
     assert moe.mesh.world_size == 1
+    for stage in stages:
+        stream = stage(stream)
 
     def expert(number: int, x_D: Tensor) -> Tensor:
         gate_D, up_D = (moe.bank.inner[number] @ x_D).chunk(2)
         return (F.silu(gate_D) * up_D) @ moe.bank.outer[number]
 
-    return reference.moe(x_TD, assignment, expert)
+    return stream, reference.moe(x_TD, assignment, expert)
 
 
 ALONE: dict[str, tuple[Outcome, Outcome]] = {}
@@ -129,10 +125,7 @@ def check(ranks: Pool, world_size: int, case: Case) -> None:
     if repr(alone) not in ALONE:
         fast = run_step(0, 1, alone)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MoELayer, "prepare", lambda _, pieces: pieces)
-            patch.setattr(MoELayer, "start", lambda _, assignment, x_TD: Here((x_TD, assignment)))
-            patch.setattr(MoELayer, "compute", computed_slowly)
-            patch.setattr(MoELayer, "combine_start", lambda _, y_TD: Here(y_TD))
+            patch.setattr(blocks, "run", run_slowly)
             slow = run_step(0, 1, alone)
         check_equal([fast], slow, 1)
         ALONE[repr(alone)] = fast, slow
