@@ -224,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.short:
         options.rates, options.repeats, options.share = [500e6], 7, 0.0
         options.tokens, options.model_width, options.mlp_width, options.shares = 512, 128, 256, [0.4]
+        if options.sweep:
+            options.tokens, options.model_width, options.mlp_width = 256, 64, 128
     if options.repeats < 7:
         print(f"{options.repeats} repeats; a median here is over at least 7", file=sys.stderr)
         return 2
