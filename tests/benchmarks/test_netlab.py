@@ -163,8 +163,9 @@ def test_an_exception_takes_the_laboratory_and_its_processes_down() -> None:
 @pytest.mark.parametrize("cause", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_the_end_of_the_owner_takes_the_laboratory_down(cause: signal.Signals) -> None:
     program = """
-import subprocess, time
+import signal, subprocess, time
 from benchmarks.netlab import Lab
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so perhaps these tests, ignore it
 lab = Lab(2).__enter__()
 sleeper = subprocess.Popen(lab.command(1, ["sleep", "600"]))
 print(lab.name, flush=True)
@@ -174,11 +175,14 @@ time.sleep(600)
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     )
     with owner:
-        assert owner.stdout is not None
-        name = owner.stdout.readline().strip()
-        assert len(namespaces_of(name)) == 3
-        os.killpg(owner.pid, cause)  # as Ctrl-C does: everything in the group
-        owner.wait(20)
+        try:
+            assert owner.stdout is not None
+            name = owner.stdout.readline().strip()
+            assert len(namespaces_of(name)) == 3
+            os.killpg(owner.pid, cause)  # as Ctrl-C does: everything in the group
+            owner.wait(20)
+        finally:
+            owner.kill()
     deadline_s = time.monotonic() + 20
     while (namespaces_of(name) or files_of(name)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
