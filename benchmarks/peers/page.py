@@ -31,8 +31,9 @@ tokens whose logits nearly tie choose otherwise).
 to our best way of the same mathematics (in each round the one that is fastest by the median of the other rounds, so that choosing it
 costs what it should), with a 95 % interval from resampled rounds; a star marks it. `link_mb`: what the busier node sent over its link in
 a step, headers included, by the interface's counter (on one host: over the loopback). Bound: the longer of the bytes that any schedule
-must send over the busier direction of the link (a row a token and other node, there and back, twice), and the experts alone on the
-busiest rank.
+must send over the busier direction of the link (a row a token and other node, there and back, twice), and the experts alone with their
+rows spread evenly over the ranks. With experts in equal blocks, as all but the packed rows have them, the busiest rank takes longer by
+its load.
 """
 
 

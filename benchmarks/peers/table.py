@@ -110,10 +110,21 @@ def least_link_bytes(case: Case, num_nodes: int) -> int:
     return 2 * max(sent) * case.sizes.model_width * DTYPES[case.dtype].itemsize
 
 
+def load_max_over_mean(case: Case) -> float:
+    """Rows of the busiest rank over the mean, with experts in equal blocks."""
+    rank_N = (case.expert_RTK // case.sizes.num_slots).flatten()
+    rows_R = torch.bincount(rank_N, minlength=case.sizes.ranks).double()
+    return float(rows_R.max() / rows_R.mean())
+
+
 def bound_of(case: Case, num_nodes: int, rate_bit_per_s: float | None, experts_s: float | None) -> dict[str, float | None]:
-    """Seconds that no layer can do without: its link's least bytes, the busiest rank's experts alone, and the longer of the two."""
+    """Seconds that no layer can do without: its link's least bytes, or its experts' arithmetic, the longer of the two.
+
+    experts_s: of the experts alone on the busiest rank. A planner may place them otherwise, so what counts is their even share.
+    """
     link_s = least_link_bytes(case, num_nodes) * 8 / rate_bit_per_s if rate_bit_per_s else 0.0
-    return {"link_s": link_s, "experts_s": experts_s, "bound_s": max(link_s, experts_s or 0.0)}
+    even_s = None if experts_s is None else experts_s / load_max_over_mean(case)
+    return {"link_s": link_s, "experts_s": even_s, "bound_s": max(link_s, even_s or 0.0)}
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,17 @@ from benchmarks.peers.environments import SYSTEMS, System, torch_requirement
 from benchmarks.peers.page import page
 from benchmarks.peers.rounds import Outcome, Stage, Variant, variants_of
 from benchmarks.peers.scmoe import scmoe_rows
-from benchmarks.peers.table import Place, best_of_others, least_link_bytes, mathematics, paired_interval, rows_of, verdict
+from benchmarks.peers.table import (
+    Place,
+    best_of_others,
+    bound_of,
+    least_link_bytes,
+    load_max_over_mean,
+    mathematics,
+    paired_interval,
+    rows_of,
+    verdict,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = Sizes(tokens=32, model_width=32, expert_width=24, num_experts=8)
@@ -60,6 +70,9 @@ def test_the_least_bytes_worked_by_hand() -> None:
     made = dataclasses.replace(make_case("layer", "fp32", "zipf", sizes), expert_RTK=torch.tensor([[[2, 3]], [[0, 2]], [[2, 3]], [[0, 1]]]))
     assert least_link_bytes(made, 2) == 2 * (2 + 1) * 8 * 4  # dispatch of two and combine of one leave node 0, forward and backward
     assert least_link_bytes(made, 1) == 0
+    assert load_max_over_mean(made) == 3 / 2  # rank 2 has three of eight rows
+    assert bound_of(made, 1, None, 3.0)["bound_s"] == 2.0
+    assert bound_of(made, 2, 8.0, 3.0) == {"link_s": 192.0, "experts_s": 2.0, "bound_s": 192.0}
 
 
 def test_an_interval_holds_its_median_and_is_narrow_where_rounds_agree() -> None:
