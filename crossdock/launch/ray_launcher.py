@@ -27,7 +27,7 @@ from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
 
 _PEERS_S = 5.0  # what the other ranks get to report a death
 _POLL_S = 0.25
-_DEATH_S = 60.0  # Ray goes on listing a dead node for some health checks
+_DEATH_S = 120.0  # Ray goes on listing a dead node for some health checks, which a loaded machine delays
 
 
 @dataclass(frozen=True)
