@@ -6,7 +6,8 @@ from crossdock.errors import UsageError
 from crossdock.launch.cluster import Run, Shape, final_codes, shell, torchrun
 
 _PORT = 29_500
-_MOUNT = "/runs"
+MOUNT = "/runs"
+"""Where pods find the shared volume."""
 _GRACE_S = 120
 
 # sh is process 1 of the pod and passes SIGTERM on; torchrun ends with 1 whatever happened, so the run's own code is asked for
@@ -86,7 +87,7 @@ def _container(shape: Shape, image: str, claim: str) -> dict[str, Any]:
 def _mounts(claim: str) -> dict[str, Any]:
     if not claim:
         raise UsageError("pods forget their files: name a claim of a volume that every node can write (--claim), for runs and checkpoints")
-    shared = {"name": "runs", "mountPath": _MOUNT}
+    shared = {"name": "runs", "mountPath": MOUNT}
     return {"volumeMounts": [shared, {"name": "shm", "mountPath": "/dev/shm"}]}
 
 

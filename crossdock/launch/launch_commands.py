@@ -112,12 +112,14 @@ def print_kubernetes(
     Example: crossdock launch kubernetes configs/small.yaml run.dir=/runs/small parallel.expert=16 --nodes 2 | kubectl apply -f -
     """
     from crossdock import strict_yaml
-    from crossdock.launch.kubernetes import job_set, ray_job
+    from crossdock.launch.kubernetes import MOUNT, job_set, ray_job
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
     run = _run(config, overrides, shape)
-    if not run.directory.is_relative_to("/runs"):
-        raise UsageError(f"run.dir is {run.directory}, which a pod forgets; set run.dir=/runs/{run.name}: the claim is mounted at /runs")
+    if not run.directory.is_relative_to(MOUNT):
+        raise UsageError(
+            f"run.dir is {run.directory}, which a pod forgets; set run.dir={MOUNT}/{run.name}: the claim is mounted at {MOUNT}"
+        )
     if kind == "jobset":
         manifest = job_set(shape, run, image, claim, restarts)
     elif kind == "rayjob":

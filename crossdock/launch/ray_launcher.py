@@ -24,10 +24,11 @@ from crossdock.launch.ray_cluster import Node
 from crossdock.launch.ray_metrics import told_to_ray
 from crossdock.launch.request import Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
+from crossdock.runtime.metrics import RunDirectory
 
 _PEERS_S = 5.0  # what the other ranks get to report a death
 _POLL_S = 0.25
-_DEATH_S = 120.0  # Ray goes on listing a dead node for some health checks, which a loaded machine delays
+_DEATH_S = 60.0  # Ray goes on listing a dead node for some health checks
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Policy:
     silence_s: float = 20.0
     wait_s: float = 60.0
     min_nodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why an incarnation ended that another may follow. `started` says whether its ranks had begun to train."""
+
+    outcome: Outcome
+    started: bool
 
 
 @dataclass
@@ -64,6 +73,7 @@ def launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str 
     missing, `BadConfig` where the run directory cannot be reached, and what reading the configuration raises.
     """
     config = _with_reachable_directory(config)
+    prepare_directory(config)  # an earlier run that has finished moves aside before anything is written of this one
     try:
         return _launch(config, shape, policy, address)
     except CrossdockError as failure:
@@ -85,12 +95,14 @@ def _launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str
 
 class _Supervisor:
     def __init__(self, ray: Any, config: RunConfig, shape: Shape, policy: Policy) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         from crossdock.launch.ray_rank import Monitor
 
         self.ray, self.config, self.shape, self.policy = ray, config, shape, policy
-        self.monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+        beside_us = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only where the driver is
+        self.monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=beside_us).remote()
         self.stopping = False
-        self.started = False
 
     def run(self) -> Result:
         """Start incarnations until the run has ended, for good or bad."""
@@ -102,36 +114,35 @@ class _Supervisor:
                 ending = self._incarnation(number)
                 if isinstance(ending, Result):
                     return ending
-                if self.stopping or ending.exit_code != PeerLost.exit_code:
-                    return self._failed(ending)
+                if self.stopping:
+                    return self._failed(ending.outcome)
                 now_s = time.monotonic()
-                if self.started:
+                if ending.started:
                     checkpoint = _newest_checkpoint(self.config)
                     fruitless = 0 if checkpoint > reached else fruitless + 1
                     reached, failing_since_s = max(reached, checkpoint), float("inf")
                     if fruitless > self.policy.restarts:
-                        return self._failed(ending)
+                        return self._failed(ending.outcome)
                 else:  # on nodes that Ray does not know yet to be dead: no fault of the run's
                     failing_since_s = min(failing_since_s, now_s)
                     if now_s - failing_since_s > _DEATH_S:
-                        return self._failed(ending)
+                        return self._failed(ending.outcome)
                     time.sleep(1.0)
-                _say(f"{ending.message}; starting again from {f'step {reached}' if reached else 'the beginning'}")
+                _say(f"{ending.outcome.message}; starting again from {f'step {reached}' if reached else 'the beginning'}")
 
-    def _incarnation(self, number: int) -> Result | Outcome:
-        """One start of all ranks: the run's result, or what ended it."""
+    def _incarnation(self, number: int) -> Result | Loss:
+        """One start of all ranks: the run's result, good or bad, or what was lost."""
         config, shape, nodes = self._layout(number)
         incarnation = Incarnation(number, config, shape, tuple(nodes))
-        self.started = False
         try:
-            self._start(incarnation)
-            self.started = True
+            try:
+                self._start(incarnation)
+            except self.ray.exceptions.RayError as failure:
+                first_line = (str(failure).splitlines() or ["no reason given"])[0]
+                return Loss(Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({first_line})"), started=False)
+            except PeerLost as failure:
+                return Loss(Outcome(0, PeerLost.exit_code, str(failure)), started=False)
             return self._watch(incarnation)
-        except self.ray.exceptions.RayError as failure:
-            first_line = (str(failure).splitlines() or ["no reason given"])[0]
-            return Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({first_line})")
-        except PeerLost as failure:
-            return Outcome(0, PeerLost.exit_code, str(failure))
         finally:
             self._end(incarnation)
 
@@ -187,7 +198,7 @@ class _Supervisor:
         resume = prepare_directory(config)
         self._check_directory(incarnation, places)
         several = shape.nodes > 1
-        port = ray.get(incarnation.actors[0].open_store.remote(shape.world_size, config.parallel.timeout_s, several))
+        port = ray.get(incarnation.actors[0].open_store.remote(config.parallel.timeout_s, several))
         meeting = Meeting("listen", host=places[0]["address"] if several else "127.0.0.1", port=port)
         for rank, actor in enumerate(incarnation.actors):
             node_number, local_rank = divmod(rank, shape.ranks_per_node)
@@ -197,7 +208,8 @@ class _Supervisor:
     def _wait_for_room(self, incarnation: Incarnation) -> None:
         """Until every group has its node. Raises `Unavailable` where nodes are busy, `PeerLost` where one of them is gone."""
         waiting = [group.ready() for group in incarnation.groups]
-        deadline_s = time.monotonic() + max(self.policy.wait_s, _DEATH_S if incarnation.number > 1 else 0.0)
+        patience_s = self.policy.wait_s if incarnation.number == 1 else max(self.policy.wait_s, _DEATH_S)
+        deadline_s = time.monotonic() + patience_s
         while waiting:
             _, waiting = self.ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
             alive = {node.node_id for node in _nodes(self.ray)}
@@ -208,10 +220,10 @@ class _Supervisor:
                 ranks = incarnation.shape.ranks_per_node
                 raise Unavailable(
                     f"{len(waiting)} of {len(incarnation.nodes)} nodes are busy: {ranks} ranks found no room there "
-                    f"within {self.policy.wait_s:g} s; see `ray status`, or wait longer (--wait-s)"
+                    f"within {patience_s:g} s; see `ray status`, or wait longer (--wait-s)"
                 )
 
-    def _check_places(self, incarnation: Incarnation, places: Sequence[Mapping[str, Any]]) -> None:
+    def _check_places(self, incarnation: Incarnation, places: Sequence[Mapping[str, str]]) -> None:
         """Every actor runs on the node that its rank was given, and the topology agrees. Raises `BadConfig`."""
         from crossdock.launch.worker import nodes_of_ranks
 
@@ -222,7 +234,7 @@ class _Supervisor:
         started = tuple(rank // per_node for rank in range(len(places)))
         nodes_of_ranks(started, read_inputs(config).topology, config.parallel.expert)
 
-    def _check_directory(self, incarnation: Incarnation, places: Sequence[Mapping[str, Any]]) -> None:
+    def _check_directory(self, incarnation: Incarnation, places: Sequence[Mapping[str, str]]) -> None:
         """Every node sees the run directory. Raises `BadConfig`."""
         path = run_directory(incarnation.config)
         mark = path / f".seen-{os.getpid()}-{incarnation.number}"
@@ -231,11 +243,11 @@ class _Supervisor:
             seen = self.ray.get([actor.sees.remote(str(mark)) for actor in incarnation.actors])
         finally:
             mark.unlink()
-        blind = sorted({str(place["address"]) for place, sees in zip(places, seen, strict=True) if not sees})
+        blind = sorted({place["address"] for place, sees in zip(places, seen, strict=True) if not sees})
         if blind:
             raise BadConfig(f"run.dir is {path}, and {', '.join(blind)} cannot see what stands there; name a folder that all nodes share")
 
-    def _watch(self, incarnation: Incarnation) -> Result | Outcome:
+    def _watch(self, incarnation: Incarnation) -> Result | Loss:
         """Wait for the ranks. The first loss gives the others a few seconds to report; then the incarnation is over."""
         outcomes: dict[int, Outcome] = {}
         pending = dict(zip(incarnation.results, range(len(incarnation.results)), strict=True))
@@ -263,9 +275,7 @@ class _Supervisor:
         if all(outcome.exit_code == 0 for outcome in outcomes.values()):
             return Result(0, fields)
         cause = root_cause(list(outcomes.values()), first_dead)
-        if cause.exit_code == PeerLost.exit_code:
-            return cause
-        return self._failed(cause)
+        return Loss(cause, started=True) if cause.exit_code == PeerLost.exit_code else self._failed(cause)
 
     def _outcome(self, reference: Any, rank: int, incarnation: Incarnation) -> tuple[Outcome, Mapping[str, Any]]:
         try:
@@ -319,7 +329,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     except ImportError as failure:
         raise Unavailable("Ray is not installed; run: pip install 'crossdock[ray]'") from failure
     try:
-        ray.init(address=address or os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True, configure_logging=False)
+        ray.init(address=address or "auto", log_to_driver=True, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as failure:
         first_line = (str(failure).splitlines() or ["no reason given"])[0]
         raise Unavailable(f"no Ray cluster answers ({first_line}); start one by `ray start --head`, or name it by --address") from failure
@@ -352,8 +362,10 @@ def _with_reachable_directory(config: RunConfig) -> RunConfig:
 
 def _newest_checkpoint(config: RunConfig) -> int:
     """The step of the newest finished checkpoint, 0 where there is none."""
-    folders = (run_directory(config) / "checkpoints").glob("step-*/manifest.json")
-    return max((int(found.parent.name.removeprefix("step-")) for found in folders), default=0)
+    from crossdock.runtime.checkpoint import finished
+
+    folders = finished(RunDirectory(run_directory(config)).checkpoints)
+    return int(folders[0].name.removeprefix("step-")) if folders else 0
 
 
 def _say(message: str) -> None:

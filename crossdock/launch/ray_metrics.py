@@ -22,6 +22,8 @@ GAUGES = {
 }
 """Keys of `metrics.jsonl` that become `crossdock_KEY`, and what they mean. One label, the run: nothing per rank or expert."""
 
+_LONGEST_ROW_BYTES = 65_536
+
 
 @contextlib.contextmanager
 def told_to_ray(directory: Path, every_s: float = 2.0) -> Iterator[None]:
@@ -51,10 +53,12 @@ def told_to_ray(directory: Path, every_s: float = 2.0) -> Iterator[None]:
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON objects; empty where there is none yet."""
+    """The last line of a growing file of JSON objects, of which only the end is read; empty where it is not there, or half written."""
     try:
-        lines = path.read_text().splitlines()
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
+            lines = file.read().splitlines()
         value = json.loads(lines[-1]) if lines else {}
-    except (OSError, ValueError):  # not there yet, or being written
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -16,6 +16,7 @@ import ray
 
 from crossdock import strict_yaml
 from crossdock.errors import Preempted
+from crossdock.launch.rendezvous import listen
 from crossdock.launch.worker_env import WorkerEnv
 
 BEAT_S = 0.5
@@ -51,24 +52,18 @@ class Rank:
         self.store: Any = None
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, str]:
         """Where this rank runs."""
         context = ray.get_runtime_context()
-        return {"node_id": context.get_node_id(), "address": ray.util.get_node_ip_address(), "pid": os.getpid()}
+        return {"node_id": context.get_node_id(), "address": ray.util.get_node_ip_address()}
 
     def sees(self, path: str) -> bool:
         """Whether this node has that file: run directories are shared by all nodes."""
         return Path(path).exists()
 
-    def open_store(self, world_size: int, timeout_s: float, everywhere: bool) -> int:
-        """Open the store in which the ranks meet, on a port that the system chooses and this rank holds; returns the port."""
-        import datetime
-
-        import torch.distributed as dist
-
-        host = "0.0.0.0" if everywhere else "127.0.0.1"
-        timeout = datetime.timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
+    def open_store(self, timeout_s: float, several_hosts: bool) -> int:
+        """Open the store in which the ranks meet, which this rank holds; returns its port."""
+        self.store = listen(self.rank, several_hosts, timeout_s)
         return int(self.store.port)
 
     def run(self, config: dict[str, Any], arguments: dict[str, Any], env: WorkerEnv) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def open_store(env: WorkerEnv, timeout_s: float) -> "Store | None":
         store.set_timeout(_timedelta(timeout_s))
         return store
     if env.meeting.kind == "listen":
-        return _tcp_store(env.meeting.host, env.meeting.port, env, listening=env.rank == 0, timeout_s=timeout_s)
+        return _tcp_store(env.meeting.host, env.meeting.port, env.rank, listening=env.rank == 0, timeout_s=timeout_s)
     if env.meeting.kind == "mpi":
         return _meet_by_mpi(env, timeout_s)
     return _meet_afresh(env, timeout_s)
@@ -48,12 +48,12 @@ def _meet_by_mpi(env: WorkerEnv, timeout_s: float) -> "Store":
     own = None
     try:
         if env.rank == 0:
-            own = _tcp_store("0.0.0.0" if _spans_hosts(env) else "127.0.0.1", 0, env, listening=True, timeout_s=timeout_s)
+            own = listen(env.rank, _spans_hosts(env), timeout_s)
     finally:
         port = mpi.broadcast_port_and_leave(0 if own is None else own.port)
     if port == 0:
         raise PeerLost(f"rank {env.rank}: rank 0 could not open a store on {env.meeting.host}; see its message")
-    return own or _tcp_store(env.meeting.host, port, env, listening=False, timeout_s=timeout_s)
+    return own or _tcp_store(env.meeting.host, port, env.rank, listening=False, timeout_s=timeout_s)
 
 
 def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
@@ -64,9 +64,9 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
     old announcement leads to a refused connection, to another world size, or to a rank that has arrived before, and is tried again.
     """
     assert env.meeting is not None
-    shared = _tcp_store(env.meeting.host, env.meeting.port, env, listening=False, timeout_s=timeout_s)
+    shared = _tcp_store(env.meeting.host, env.meeting.port, env.rank, listening=False, timeout_s=timeout_s)
     if env.rank == 0:
-        own = _tcp_store("0.0.0.0" if _spans_hosts(env) else "127.0.0.1", 0, env, listening=True, timeout_s=timeout_s)
+        own = listen(env.rank, _spans_hosts(env), timeout_s)
         token = secrets.token_hex(16)
         own.set("token", token)
         own.set("world_size", str(env.world_size))
@@ -82,7 +82,7 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
             socket.create_connection(
                 (host, int(port)), timeout=_CONNECT_S
             ).close()  # the store's client would not take a refusal for an answer
-            own = _tcp_store(host, int(port), env, listening=False, timeout_s=min(_CONNECT_S, timeout_s))
+            own = _tcp_store(host, int(port), env.rank, listening=False, timeout_s=min(_CONNECT_S, timeout_s))
             if (
                 own.get("token").decode() == token
                 and int(own.get("world_size")) == env.world_size
@@ -97,7 +97,12 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
     raise PeerLost(f"rank {env.rank} did not find rank 0 within {timeout_s:g} s ({problem}); see why rank 0 did not start")
 
 
-def _tcp_store(host: str, port: int, env: WorkerEnv, *, listening: bool, timeout_s: float) -> "TCPStore":
+def listen(rank: int, several_hosts: bool, timeout_s: float) -> "TCPStore":
+    """A store of our own, on a port that the system chooses; only this host can reach it unless there are several. Raises `Unavailable`."""
+    return _tcp_store("0.0.0.0" if several_hosts else "127.0.0.1", 0, rank, listening=True, timeout_s=timeout_s)
+
+
+def _tcp_store(host: str, port: int, rank: int, *, listening: bool, timeout_s: float) -> "TCPStore":
     import torch.distributed as dist
 
     try:
@@ -105,7 +110,7 @@ def _tcp_store(host: str, port: int, env: WorkerEnv, *, listening: bool, timeout
     except (RuntimeError, ValueError) as failure:
         doing = "listen on" if listening else "reach"
         first_line = (str(failure).splitlines() or ["no reason given"])[0]
-        raise Unavailable(f"rank {env.rank} cannot {doing} {host}:{port} ({first_line}); check the address and the firewall") from failure
+        raise Unavailable(f"rank {rank} cannot {doing} {host}:{port} ({first_line}); check the address and the firewall") from failure
 
 
 def _spans_hosts(env: WorkerEnv) -> bool:

@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: prints its address, then obeys lines on stdin.
 
-`python ray_host.py NODES CORES`. `remove`: the youngest node goes, as if its power did. `pid N`: pids of actor processes named Rank.
+`python ray_host.py NODES CORES`. `remove`: the youngest node goes, as if its power did.
 End of input ends the cluster.
 """
 
