@@ -41,14 +41,14 @@ from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.choice import Strategy, describe, price
 from crossdock.placement.plan import Plan
-from crossdock.runtime import choice
-from crossdock.runtime.adaptation import Adaptation, StepNumbers
-from crossdock.runtime.choice import AdaptConfig
-from crossdock.runtime.collectives import all_gather_objects, barrier, broadcast_object
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.ledger import bytes_by_class, exposed_s
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
-from crossdock.runtime.replan import topology_of
+from crossdock.runtime.adaptation import choice
+from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
+from crossdock.runtime.adaptation.choice import AdaptConfig
+from crossdock.runtime.adaptation.replan import topology_of
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
+from crossdock.runtime.transport.ledger import bytes_by_class, exposed_s
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 NODES, RANKS_PER_NODE = 2, 2
 RANKS = NODES * RANKS_PER_NODE

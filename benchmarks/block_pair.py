@@ -11,12 +11,12 @@ from torch import Tensor
 from crossdock.models.blocks import MoEBlock
 from crossdock.models.config import ModelConfig
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.all_to_all import Route
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.ledger import Ledger
-from crossdock.runtime.mesh import Group, Mesh
-from crossdock.runtime.overlap import Schedule, Sequential
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.experts.overlap import Schedule, Sequential
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.all_to_all import Route
+from crossdock.runtime.transport.ledger import Ledger
+from crossdock.runtime.transport.mesh import Group, Mesh
 
 VARIANTS = ("top2", "shared_expert", "scmoe_sequential", "scmoe_overlapped")
 

@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.measure import Spread, interleaved, paired_ratio, publish
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.grouped_mlp import Recompute
-from crossdock.runtime.overlap import Chunked, run
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.experts.grouped_mlp import Recompute
+from crossdock.runtime.experts.overlap import Chunked, run
 
 COLUMNS = ["chunks", "recompute", "rows_per_call", "cpu_s", "cpu_over_whole", "cpu_over_whole_low", "cpu_over_whole_high"]
 

@@ -45,10 +45,10 @@ from crossdock.placement.problem import Problem
 from crossdock.placement.solvers import solve
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
-from crossdock.runtime.collectives import all_gather_objects, barrier, broadcast_object
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.ledger import bytes_by_class
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
+from crossdock.runtime.transport.ledger import bytes_by_class
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 RANKS, NODES = 4, 2
 CASES = {"one_of_8": ("uniform", 8, 1), "one_of_32": ("uniform", 32, 1), "all_of_8": ("uniform", 8, 8), "text": ("text", 8, 1)}

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, publish
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.all_to_all import Route, all_to_all_start
-from crossdock.runtime.collectives import barrier
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
+from crossdock.runtime.transport.collectives import barrier
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 VARIANTS = ("floor", "floor_even", "communication", "flat", "deduplicated", "naive")
 COLUMNS = ("variant", "dtype", "cpu_s", "cpu_s_low", "cpu_s_high", "wall_s", "cpu_over_floor", "cpu_over_floor_low", "cpu_over_floor_high")

@@ -56,9 +56,9 @@ from benchmarks.overlap_sweep import SHARES, sweep
 from benchmarks.timeline import Recorded, draw
 from crossdock.atomic import write_json, write_text
 from crossdock.errors import CrossdockError, UsageError
-from crossdock.runtime.collectives import barrier, broadcast_object
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
-from crossdock.runtime.overlap import Overlapped, Sequential, choose_expert_slot
+from crossdock.runtime.experts.overlap import Overlapped, Sequential, choose_expert_slot
+from crossdock.runtime.transport.collectives import barrier, broadcast_object
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 NODES = 2
 COLUMNS = ["variant", "link_bit_per_s", "step_s", "compute_s", "communication_s", "bound_s", "step_over_bound", "hidden", "fits_s"]

@@ -12,11 +12,11 @@ import torch
 
 from benchmarks.block_pair import Halves, Pair, Shape
 from benchmarks.netlab import Lab
-from crossdock.runtime import ledger
-from crossdock.runtime.all_to_all import Route, all_to_all_start
-from crossdock.runtime.collectives import all_gather_objects, barrier
-from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.overlap import Overlapped
+from crossdock.runtime.experts.overlap import Overlapped
+from crossdock.runtime.transport import ledger
+from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier
+from crossdock.runtime.transport.mesh import Mesh
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ import torch
 
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, print_table, publish, timed
 from crossdock.placement.overlap_rule import Interference, beside_s
-from crossdock.runtime.all_to_all import Route, all_to_all_start
-from crossdock.runtime.collectives import all_gather_objects, barrier
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 RANKS, WIDTH = 2, 1024
 MIB_PER_RANK = (0.25, 2.0, 8.0, 32.0)

@@ -35,9 +35,9 @@ from benchmarks.measure import Spread, paired_ratio
 from benchmarks.overlap_bench import Bench, Stages, Timing
 from benchmarks.timeline import record
 from crossdock.placement.pipeline import CHUNK_COUNTS, BlockTimes, best_pipeline
-from crossdock.runtime.all_to_all import Route, all_to_all_start
-from crossdock.runtime.collectives import all_gather_objects, barrier, broadcast_object
-from crossdock.runtime.overlap import Chunked, Overlapped, Schedule, Sequential
+from crossdock.runtime.experts.overlap import Chunked, Overlapped, Schedule, Sequential
+from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
 
 SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 FASTEST_BIT_PER_S, SLOWEST_BIT_PER_S = 2e10, 1e6

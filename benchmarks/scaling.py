@@ -31,11 +31,11 @@ from benchmarks.simulate_layer import Layer
 from crossdock.atomic import write_json
 from crossdock.errors import CrossdockError, UsageError
 from crossdock.models.moe import MoELayer
-from crossdock.runtime import ledger
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import all_gather_objects, barrier
-from crossdock.runtime.dispatch import DISPATCHERS
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
+from crossdock.runtime.transport import ledger
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 TOPOLOGIES = "2x1,2x2,4x1,2x4,4x2,2x8,4x4,8x2"
 SHAPE = Layer(tokens=256, model_width=512, expert_width=8, num_experts=32, top_k=4, element_bytes=4)

@@ -46,15 +46,15 @@ from crossdock.placement.cost import NUM_DIRECTIONS, Workload
 from crossdock.placement.gather import GatherCost, choose_gathered, weight_bytes
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
-from crossdock.runtime.all_to_all import Route, all_to_all_start
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import all_gather_objects, barrier, broadcast_object
-from crossdock.runtime.dispatch import DISPATCHERS
-from crossdock.runtime.experts import ExpertBank
-from crossdock.runtime.gathered import GatheringBank
-from crossdock.runtime.layout import ExpertLayout
-from crossdock.runtime.ledger import bytes_by_class
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
+from crossdock.runtime.dispatch.layout import ExpertLayout
+from crossdock.runtime.experts.expert_bank import ExpertBank
+from crossdock.runtime.experts.gathered import GatheringBank
+from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
+from crossdock.runtime.transport.ledger import bytes_by_class
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 RANKS = 4
 VARIANTS = ("balanced", "skewed", "packed", "gathered", "packed_gathered")

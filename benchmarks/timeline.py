@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.block_pair import Memory, Pair
-from crossdock.runtime.ledger import Flight, Stage
-from crossdock.runtime.mesh import Group
+from crossdock.runtime.transport.ledger import Flight, Stage
+from crossdock.runtime.transport.mesh import Group
 
 COLOURS = {
     "attention": "#1d4ed8",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.transport.mesh import Mesh
 
 
 def train(rank: int, world_size: int, num_steps: int = 20) -> list[float]:

@@ -140,7 +140,7 @@ class Pool:
 @functools.cache
 def mesh_for(rank: int, world_size: int, expert_parallel: int, node_of_rank: tuple[int, ...] | None = None) -> Any:
     """The mesh of this worker, made once for each shape: all ranks must ask for the same ones in the same order."""
-    from crossdock.runtime.mesh import Mesh
+    from crossdock.runtime.transport.mesh import Mesh
 
     if world_size == 1:
         return Mesh.single()
@@ -156,7 +156,7 @@ def _work(rank: int, world_size: int, init_method: str, pipe: multiprocessing.co
     try:
         import torch
 
-        from crossdock.runtime.mesh import initialise
+        from crossdock.runtime.transport.mesh import initialise
 
         torch.set_num_threads(1)
         initialise(rank, world_size, init_method=init_method, timeout_s=START_TIMEOUT_S)

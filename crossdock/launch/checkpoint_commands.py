@@ -10,7 +10,7 @@ import typer
 from crossdock.errors import BadCheckpoint, MissingInput, UsageError
 
 if TYPE_CHECKING:
-    from crossdock.runtime.manifest import Manifest
+    from crossdock.runtime.checkpoints.manifest import Manifest
 
 checkpoint_app = typer.Typer(
     name="checkpoint", help="Look after checkpoints, and exchange models.", no_args_is_help=True, rich_markup_mode=None
@@ -30,7 +30,7 @@ def verify(
 
     Example: crossdock checkpoint verify runs/tiny
     """
-    from crossdock.runtime import checkpoint
+    from crossdock.runtime.checkpoints import checkpoint
 
     problems = [(folder, checkpoint.verify(folder)) for folder in folders_in(path)]
     found = [{"path": str(folder), "ok": problem is None, "finding": problem or "every checksum holds"} for folder, problem in problems]
@@ -72,7 +72,7 @@ def reshard(
 
     Example: crossdock checkpoint reshard runs/tiny/checkpoints/step-00000200 resharded --shards 8
     """
-    from crossdock.runtime.reshard import reshard as rewrite
+    from crossdock.runtime.checkpoints.reshard import reshard as rewrite
 
     folder, manifest = newest(source)
     written = rewrite(folder, manifest, out, shards)
@@ -124,7 +124,7 @@ def import_hf(
     from crossdock import atomic, strict_yaml
     from crossdock.launch.config import RunConfig, save_resolved
     from crossdock.models.hugging_face_files import HuggingFaceFolder
-    from crossdock.runtime.metrics import RunDirectory
+    from crossdock.runtime.training.metrics import RunDirectory
     from crossdock.strict_yaml import Document
 
     model = HuggingFaceFolder(source)
@@ -143,8 +143,8 @@ def import_hf(
 def folders_in(path: Path) -> list[Path]:
     """The checkpoints under `path`, newest first: it may be one, a folder of them, or a run directory. Raises `MissingInput` for none."""
     from crossdock.launch.jobs import checkpoints_in
-    from crossdock.runtime import checkpoint
-    from crossdock.runtime.manifest import MANIFEST
+    from crossdock.runtime.checkpoints import checkpoint
+    from crossdock.runtime.checkpoints.manifest import MANIFEST
 
     folder = checkpoints_in(path)
     if not folder.is_dir():
@@ -157,8 +157,8 @@ def folders_in(path: Path) -> list[Path]:
 
 def newest(path: Path) -> "tuple[Path, Manifest]":
     """The newest whole checkpoint under `path`, every byte checked, and its manifest. Raises `MissingInput` and `BadCheckpoint`."""
-    from crossdock.runtime import checkpoint
-    from crossdock.runtime.mesh import Mesh
+    from crossdock.runtime.checkpoints import checkpoint
+    from crossdock.runtime.transport.mesh import Mesh
 
     folder = folders_in(path)[0]
     folder, manifest, passed_over = checkpoint.latest(folder if folder == path else folder.parent, Mesh.single())
@@ -168,7 +168,7 @@ def newest(path: Path) -> "tuple[Path, Manifest]":
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    from crossdock.runtime.manifest import Manifest
+    from crossdock.runtime.checkpoints.manifest import Manifest
 
     try:
         manifest = Manifest.read(folder)

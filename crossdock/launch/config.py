@@ -13,12 +13,12 @@ from crossdock import atomic, strict_yaml
 from crossdock.errors import BadConfig, UsageError
 from crossdock.models.config import ModelConfig
 from crossdock.placement.cost import Dispatch
-from crossdock.runtime.capture import CaptureConfig
-from crossdock.runtime.checkpoint import CheckpointConfig
-from crossdock.runtime.choice import AdaptConfig
+from crossdock.runtime.adaptation.capture import CaptureConfig
+from crossdock.runtime.adaptation.choice import AdaptConfig
+from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
 from crossdock.runtime.data import DataConfig
 from crossdock.runtime.profiler import ProfileConfig
-from crossdock.runtime.train import ReplanConfig, TrainConfig
+from crossdock.runtime.training.train import ReplanConfig, TrainConfig
 from crossdock.strict_yaml import Document, StrictModel
 
 

@@ -15,7 +15,7 @@ from crossdock.launch import start
 from crossdock.launch.config import read_config
 from crossdock.launch.request import Request
 from crossdock.placement.topology import LINK_CLASSES
-from crossdock.runtime.metrics import RunDirectory, readable_bytes
+from crossdock.runtime.training.metrics import RunDirectory, readable_bytes
 
 
 def run_demo(out: Path, overrides: Sequence[str], as_json: bool) -> int:

@@ -8,7 +8,7 @@ from crossdock.launch.config import RunConfig
 from crossdock.launch.request import check_world, read_inputs
 from crossdock.placement.plan import EMPTY, Plan
 from crossdock.runtime.data import sequences_per_rank
-from crossdock.runtime.metrics import readable_bytes
+from crossdock.runtime.training.metrics import readable_bytes
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "total")
 
@@ -19,7 +19,7 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
     memory has an entry for each rank of an expert group; copies of the group are alike. Bytes hold where tokens spread evenly over experts.
     """
     from crossdock.models.memory import rank_memory
-    from crossdock.runtime.steps import device_shares_LER
+    from crossdock.runtime.training.steps import device_shares_LER
 
     inputs, num_ranks, model = read_inputs(config), config.parallel.expert, config.model
     check_world(config, world_size)

@@ -18,16 +18,17 @@ from crossdock.launch.worker_env import WorkerEnv
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
 from crossdock.placement.trace import concatenate
-from crossdock.runtime import checkpoint, collectives
-from crossdock.runtime.capture import Capture
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.adaptation.capture import Capture
+from crossdock.runtime.adaptation.probe import probe as measure
+from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.data import Corpus, Sampler, load_corpus
-from crossdock.runtime.engine import Engine
-from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.metrics import RunDirectory
-from crossdock.runtime.probe import probe as measure
-from crossdock.runtime.train import Training
-from crossdock.runtime.train import train as run_training
+from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.training.metrics import RunDirectory
+from crossdock.runtime.training.train import Training
+from crossdock.runtime.training.train import train as run_training
+from crossdock.runtime.transport import collectives
+from crossdock.runtime.transport.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 

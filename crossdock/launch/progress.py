@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from crossdock.launch.config import RunConfig
-from crossdock.runtime.metrics import readable_bytes
-from crossdock.runtime.train import Progress as Watcher
-from crossdock.runtime.train import Silent
+from crossdock.runtime.training.metrics import readable_bytes
+from crossdock.runtime.training.train import Progress as Watcher
+from crossdock.runtime.training.train import Silent
 
 
 class Lines:

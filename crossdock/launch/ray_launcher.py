@@ -24,7 +24,7 @@ from crossdock.launch.ray_cluster import Node
 from crossdock.launch.ray_metrics import told_to_ray
 from crossdock.launch.request import Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
-from crossdock.runtime.metrics import RunDirectory
+from crossdock.runtime.training.metrics import RunDirectory
 
 _PEERS_S = 5.0  # what the other ranks get to report a death
 _POLL_S = 0.25
@@ -362,7 +362,7 @@ def _with_reachable_directory(config: RunConfig) -> RunConfig:
 
 def _newest_checkpoint(config: RunConfig) -> int:
     """The step of the newest finished checkpoint, 0 where there is none."""
-    from crossdock.runtime.checkpoint import finished
+    from crossdock.runtime.checkpoints.checkpoint import finished
 
     folders = finished(RunDirectory(run_directory(config)).checkpoints)
     return int(folders[0].name.removeprefix("step-")) if folders else 0

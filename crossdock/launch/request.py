@@ -11,9 +11,9 @@ from crossdock import atomic, strict_yaml
 from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput
 from crossdock.launch.config import RunConfig, resolved
 from crossdock.runtime.data import sequences_per_rank
-from crossdock.runtime.mesh import check_expert_parallel
-from crossdock.runtime.metrics import RunDirectory
-from crossdock.runtime.result import TrainResult
+from crossdock.runtime.training.metrics import RunDirectory
+from crossdock.runtime.training.result import TrainResult
+from crossdock.runtime.transport.mesh import check_expert_parallel
 from crossdock.strict_yaml import Document
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from crossdock.launch.local import run_ranks
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure
 from crossdock.launch.worker import run_job
 from crossdock.launch.worker_env import WorkerEnv, in_ray_job, worker_env
-from crossdock.runtime.metrics import RunDirectory
+from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.strict_yaml import Document
 
 if TYPE_CHECKING:

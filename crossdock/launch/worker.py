@@ -20,8 +20,8 @@ from crossdock.launch.local import tie_to_parent, write_outcome
 from crossdock.launch.rendezvous import exchange, network_interface, open_store
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.worker_env import WorkerEnv, worker_env
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
-from crossdock.runtime.metrics import RunDirectory
+from crossdock.runtime.training.metrics import RunDirectory
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 if TYPE_CHECKING:
     from torch.distributed import Store

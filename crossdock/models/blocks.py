@@ -28,8 +28,8 @@ from crossdock.models.counts import stage_flop_per_token
 from crossdock.models.gates.base import Routing, Turn, wide
 from crossdock.models.kinds import Stage
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.overlap import Chunked, Schedule, balanced_expert_slot, run
+from crossdock.runtime.experts.overlap import Chunked, Schedule, balanced_expert_slot, run
+from crossdock.runtime.training.context import StepContext
 
 
 class Stream(NamedTuple):

@@ -17,10 +17,10 @@ from torch import Tensor
 from crossdock.models.attention import Attention, rotate, rotation
 from crossdock.models.blocks import MoEBlock
 from crossdock.models.gates.base import Routing, wide
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.coherent import Residents, keys_values_start, travel_start
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.dispatch.coherent import Residents, keys_values_start, travel_start
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.mesh import Mesh
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig
 from crossdock.models.kinds import BLOCKS, SHORTCUT_BLOCKS, BlockKind, BlockName, Stage
 from crossdock.placement.gather import check_gathered
-from crossdock.runtime.grouped_mlp import Recompute
+from crossdock.runtime.experts.grouped_mlp import Recompute
 from crossdock.strict_yaml import StrictModel
 
 Coefficient = Literal["direct", "cg1", "cg2"]
@@ -26,7 +26,7 @@ class ShortcutConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """What runs while tokens travel: see `crossdock.runtime.overlap`."""
+    """What runs while tokens travel: see `crossdock.runtime.experts.overlap`."""
 
     overlap: bool = True
     expert_slot: Literal["auto"] | int = "auto"

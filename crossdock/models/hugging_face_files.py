@@ -17,8 +17,8 @@ from crossdock import atomic
 from crossdock.errors import BadCheckpoint, BadData, MissingInput
 from crossdock.models.config import ModelConfig
 from crossdock.models.hugging_face import Source, Target, from_hugging_face, targets, tensors, to_hugging_face
-from crossdock.runtime.manifest import FORMAT_VERSION, Manifest, SavedData
-from crossdock.runtime.shards import Entry, Place, Reader, Shard, dtype_name, parts_of, write_shard
+from crossdock.runtime.checkpoints.manifest import FORMAT_VERSION, Manifest, SavedData
+from crossdock.runtime.checkpoints.shards import Entry, Place, Reader, Shard, dtype_name, parts_of, write_shard
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4_000_000_000

@@ -13,17 +13,17 @@ from crossdock.models.gates.table import AnyGateConfig, build_gate
 from crossdock.models.initial import named_fill
 from crossdock.placement.choice import Strategy
 from crossdock.placement.plan import Plan
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import all_reduce
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.dispatch import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending, Prepared
-from crossdock.runtime.experts import ExpertBank
-from crossdock.runtime.gathered import GatheringBank
-from crossdock.runtime.grouped_mlp import Network, Recompute
-from crossdock.runtime.layout import ExpertLayout
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.dispatch.dispatcher import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending, Prepared
+from crossdock.runtime.dispatch.layout import ExpertLayout
+from crossdock.runtime.experts.expert_bank import ExpertBank
+from crossdock.runtime.experts.gathered import GatheringBank
+from crossdock.runtime.experts.grouped_mlp import Network, Recompute
 from crossdock.runtime.profiler import mark_backward, span, spanned
-from crossdock.runtime.wire import wire_named
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.collectives import all_reduce
+from crossdock.runtime.transport.mesh import Mesh
+from crossdock.runtime.transport.wire import wire_named
 
 
 class MoELayer(nn.Module):

@@ -16,9 +16,9 @@ from crossdock.models.gates.base import Statistics, add_statistics, reduce_stati
 from crossdock.models.initial import named_fill
 from crossdock.models.moe import MoELayer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.overlap import Schedule, check_expert_slot
+from crossdock.runtime.experts.overlap import Schedule, check_expert_slot
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.mesh import Mesh
 
 RESIDUAL_OUTPUTS = ("out.weight", "down.weight")
 """Names of the matrices that write into the residual stream."""

@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from crossdock import atomic
 from crossdock.errors import BadConfig
-from crossdock.runtime.exchange import Pending, T_co
-from crossdock.runtime.ledger import Flight
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.transport.exchange import Pending, T_co
+from crossdock.runtime.transport.ledger import Flight
+from crossdock.runtime.transport.mesh import Mesh
 from crossdock.strict_yaml import StrictModel
 
 SPANS = ("route", "dispatch", "experts", "combine", "attention")

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.adapt import EXPONENT, Run, Shape, fixed_strategies, main
 from benchmarks.netlab import unavailable_reason
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.transport.mesh import Mesh
 
 SHAPE = Shape(tokens=4096, model_width=16, mlp_width=16, expert_width=16)
 

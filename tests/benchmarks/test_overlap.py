@@ -16,8 +16,8 @@ from benchmarks import netlab
 from benchmarks.block_pair import VARIANTS, Pair, Shape
 from benchmarks.overlap import next_width, row
 from benchmarks.overlap_bench import Timing
-from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.overlap import Overlapped, Sequential
+from crossdock.runtime.experts.overlap import Overlapped, Sequential
+from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import Pool, mesh_for
 
 REASON = netlab.unavailable_reason()

@@ -16,7 +16,7 @@ from benchmarks.scaling_report import Fit, fit, load, predictions, with_errors, 
 from benchmarks.simulate import Task, simulate
 from benchmarks.simulate_layer import WAYS, Cluster, Layer, all_to_all_tasks, deduplicated, flat, hierarchical, met, step_s
 from crossdock.errors import BadData, MissingInput
-from crossdock.runtime.dispatch import DISPATCHERS
+from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
 
 REASON = netlab.unavailable_reason()
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.netlab import Lab
 from crossdock.models.moe import MoELayer
-from crossdock.runtime import ledger
-from crossdock.runtime.collectives import all_gather_objects, barrier
-from crossdock.runtime.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport import ledger
+from crossdock.runtime.transport.collectives import all_gather_objects, barrier
+from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 
 
 def main(lab_name: str, dispatch: str, steps: int) -> None:

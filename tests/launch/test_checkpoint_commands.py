@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from crossdock.launch.cli import run
-from crossdock.runtime import checkpoint
+from crossdock.runtime.checkpoints import checkpoint
 
 MOE = [
     "tiny",

@@ -12,9 +12,9 @@ from torch import Tensor
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.collectives import all_reduce
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.collectives import all_reduce
+from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import mesh_for
 
 TOLERANCE = 1e-10

@@ -13,8 +13,8 @@ from crossdock.models.config import ModelConfig
 from crossdock.models.gates.base import Turn
 from crossdock.models.gates.table import GATES
 from crossdock.models.transformer import Transformer
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.training.context import StepContext
 
 NAMES = ["attention_0", "mlp_0", "attention_1", "shared_0"]
 

@@ -16,8 +16,8 @@ from crossdock.models.gates.base import Gate, largest_over_world, reduce_statist
 from crossdock.models.gates.capacity import ORDERS, BatchMax, Fixed, Order, capacity_of, keep_TK, keep_within_capacity, largest_alone
 from crossdock.models.gates.table import GATES, AnyGateConfig, build_gate
 from crossdock.models.initial import named_fill
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import Pool, mesh_for
 
 E, K, D = 5, 3, 6

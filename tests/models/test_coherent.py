@@ -15,9 +15,9 @@ from crossdock.placement.cost import Workload
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.ledger import bytes_by_class
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.ledger import bytes_by_class
 from tests.models.step import Case, check_equal, make_plan, run_step
 from tests.pool import Pool, mesh_for
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from crossdock.models.config import ModelConfig
 from crossdock.models.counts import flop_per_token, parameter_count
 from crossdock.models.transformer import Transformer
-from crossdock.runtime import grouped_mlp
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.experts import grouped_mlp
+from crossdock.runtime.training.context import StepContext
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "dense": {"block": "dense", "num_layers": 3},

@@ -14,8 +14,8 @@ from crossdock.models.gates.noise import GOLDEN, _mix, _mix_integer, _signed, no
 from crossdock.models.gates.noisy_topk import MIN_NOISE
 from crossdock.models.gates.table import GATES, AnyGateConfig, build_gate
 from crossdock.models.initial import named_fill
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.mesh import Mesh
 
 D = 6
 CPU = torch.device("cpu")

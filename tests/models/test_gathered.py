@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crossdock.models.config import ModelConfig
 from crossdock.models.moe import MoELayer
-from crossdock.runtime.ledger import bytes_by_class
+from crossdock.runtime.transport.ledger import bytes_by_class
 from tests.models.step import Case, check_equal, run_step
 from tests.pool import Pool, mesh_for
 

@@ -15,16 +15,16 @@ from crossdock.models.hugging_face import from_hugging_face, targets, tensors, t
 from crossdock.models.hugging_face_files import CONFIG, INDEX, HuggingFaceFolder, export
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
-from crossdock.runtime import checkpoint
-from crossdock.runtime.checkpoint import CheckpointConfig, RunState
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.checkpoints import checkpoint
+from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState
+from crossdock.runtime.checkpoints.manifest import Manifest
+from crossdock.runtime.checkpoints.saver import Saver
+from crossdock.runtime.checkpoints.shards import Reader
 from crossdock.runtime.data import DataState
-from crossdock.runtime.engine import Engine
-from crossdock.runtime.manifest import Manifest
-from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.optimizer import OptimizerConfig
-from crossdock.runtime.saver import Saver
-from crossdock.runtime.shards import Reader
+from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.optimizer import OptimizerConfig
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.mesh import Mesh
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,

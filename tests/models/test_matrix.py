@@ -16,10 +16,10 @@ from torch import Tensor
 
 from crossdock.models import blocks
 from crossdock.models.moe import MoELayer
-from crossdock.runtime import reference
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.dispatch import DISPATCHERS
-from crossdock.runtime.overlap import Schedule
+from crossdock.runtime.dispatch import reference
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
+from crossdock.runtime.experts.overlap import Schedule
 from tests.models.step import Case, Outcome, check_equal, run_step
 from tests.pool import Pool
 

@@ -13,10 +13,10 @@ from crossdock.models.config import ModelConfig
 from crossdock.models.memory import Memory, rank_memory
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.engine import Engine
-from crossdock.runtime.optimizer import OptimizerConfig
-from crossdock.runtime.steps import cross_entropy
+from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.optimizer import OptimizerConfig
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.training.steps import cross_entropy
 from tests.pool import Pool, mesh_for
 
 SEQUENCES, POSITIONS = 4, 64

@@ -8,8 +8,8 @@ from torch import Tensor
 from crossdock.errors import BadConfig, BadData
 from crossdock.models.moe import MoELayer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.layout import ExpertLayout
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.dispatch.layout import ExpertLayout
+from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import Pool, mesh_for
 
 D, F, E = 8, 12, 6

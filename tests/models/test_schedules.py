@@ -15,10 +15,10 @@ from crossdock.placement.evaluate import evaluate
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
-from crossdock.runtime.capture import Capture
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.ledger import bytes_by_class
-from crossdock.runtime.overlap import Overlapped, Schedule, Sequential
+from crossdock.runtime.adaptation.capture import Capture
+from crossdock.runtime.experts.overlap import Overlapped, Schedule, Sequential
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.ledger import bytes_by_class
 from tests.pool import Pool, mesh_for
 
 BLOCKS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from crossdock.errors import BadData
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.training.context import StepContext
 from tests.models.step import Case, Outcome, check_equal, run_step
 from tests.pool import Pool
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crossdock.placement.plan import Plan
-from crossdock.runtime import reference
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.dispatch import DISPATCHERS
-from crossdock.runtime.layout import ExpertLayout
-from crossdock.runtime.ledger import Flight
-from crossdock.runtime.wire import wire_named
+from crossdock.runtime.dispatch import reference
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
+from crossdock.runtime.dispatch.layout import ExpertLayout
+from crossdock.runtime.transport.ledger import Flight
+from crossdock.runtime.transport.wire import wire_named
 from tests.pool import Pool, mesh_for
 
 WIDTH, HIDDEN = 5, 4

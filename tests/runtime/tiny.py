@@ -8,12 +8,12 @@ import torch
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.checkpoint import _wanted
+from crossdock.runtime.checkpoints.checkpoint import _wanted
 from crossdock.runtime.data import DataConfig, DataState
-from crossdock.runtime.engine import Engine
-from crossdock.runtime.mesh import Mesh
-from crossdock.runtime.optimizer import OptimizerConfig
-from crossdock.runtime.steps import Stepper, TrainConfig
+from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.optimizer import OptimizerConfig
+from crossdock.runtime.training.steps import Stepper, TrainConfig
+from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import mesh_for
 
 NUM_EXPERTS = 8

@@ -23,10 +23,10 @@ from crossdock.placement.problem import Problem
 from crossdock.placement.solvers import solve
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
-from crossdock.runtime.collectives import broadcast_object
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh, initialise
-from crossdock.runtime.overlap import Chunked, Schedule, Sequential, run
+from crossdock.runtime.experts.overlap import Chunked, Schedule, Sequential, run
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.collectives import broadcast_object
+from crossdock.runtime.transport.mesh import Mesh, initialise
 
 VARIANTS = {
     "crossdock deduplicated": "one row per (token, device), waited for at once",

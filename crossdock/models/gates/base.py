@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from crossdock.errors import BadConfig
 from crossdock.models.gates.capacity import AnyCapacity, Dropless, Largest, keep_TK, largest_alone
 from crossdock.models.initial import Fill
-from crossdock.runtime.assignment import Assignment
-from crossdock.runtime.collectives import sum_over_world
-from crossdock.runtime.context import StepContext
-from crossdock.runtime.mesh import Mesh
+from crossdock.runtime.dispatch.assignment import Assignment
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.collectives import sum_over_world
+from crossdock.runtime.transport.mesh import Mesh
 from crossdock.strict_yaml import StrictModel
 
 Statistics = dict[str, Tensor]  # name -> [n], sums over tokens; differentiable where a loss needs it

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossdock.errors import BadConfig
 from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, without
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.training.context import StepContext
 
 
 class DeepSeekV3Config(GateConfig):

@@ -8,7 +8,7 @@ from torch import Tensor
 from crossdock.errors import BadConfig
 from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, count_experts, share_loss, without
 from crossdock.models.gates.noise import SECOND_EXPERT, uniform_TC
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.training.context import StepContext
 
 
 class GShardConfig(GateConfig):

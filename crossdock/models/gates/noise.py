@@ -7,7 +7,7 @@ A counter-based generator: the bits of (seed, step, layer, purpose and turn, glo
 import torch
 from torch import Tensor
 
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.training.context import StepContext
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, count_experts, without
 from crossdock.models.gates.noise import LOGIT_NOISE, normal_TC
 from crossdock.models.initial import Fill
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.training.context import StepContext
 
 MIN_NOISE = 1e-2  # floor of the noise's standard deviation, as in tensor2tensor: the load loss divides by it
 

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from crossdock.models.gates.base import Gate, GateConfig, Statistics, Turn, share_loss, without
-from crossdock.runtime.context import StepContext
+from crossdock.runtime.training.context import StepContext
 
 
 class SoftmaxTopKConfig(GateConfig):

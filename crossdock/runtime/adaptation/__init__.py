@@ -1,0 +1,1 @@
+"""Adaptation: what is measured in a live run, and what is decided anew from it between two steps."""

@@ -1,0 +1,149 @@
+"""Calibration: a topology and a workload whose predicted step is the one that was just measured, so that other plans can be predicted."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdock.placement.choice import Strategy
+from crossdock.placement.cost import Window as Windows
+from crossdock.placement.cost import Workload, transfer_seconds
+from crossdock.placement.evaluate import Evaluation
+from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
+from crossdock.placement.traffic import evaluate_strategies
+from crossdock.runtime.adaptation.windows import Measured, RankRecord, transfer_seconds_of
+
+WILD = 4.0
+"""A device whose speed seems this many times the mean, or the mean this many times its, was not measured but missed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """Topology and workload as measured, and what the cost model makes of the measured window itself."""
+
+    topology: Topology
+    workload: Workload
+    evaluation: Evaluation
+
+
+def calibrate(
+    measured: Measured, plan: Plan, topology: Topology, workload: Workload, strategies: Sequence[Strategy], follow_links: bool = False
+) -> Calibrated:
+    """Fit the cost model to a window that ran under `plan`, each layer by its strategy.
+
+    `workload` brings the sizes (tokens, widths, wire, dispatch, micro-batches), `topology` the devices and links. Windows are the ledger's
+    means; experts get a fixed cost and a speed per device by least squares; links that nobody measured are scaled, all alike, to the
+    median transfer, and with `follow_links` measured ones as well, where transfers were waited for; `other_s` is what is left of the
+    median step.
+    """
+    groups = [measured.ranks[first : first + topology.num_devices] for first in range(0, len(measured.ranks), topology.num_devices)]
+    workload = dataclasses.replace(workload, window=_mean_windows(measured.ranks))
+    evaluations = [evaluate_strategies(trace, plan, topology, workload, strategies) for trace in measured.traces]
+    overhead_s, flop_per_s_R = _expert_speed(groups, evaluations, workload, strategies)
+    workload = dataclasses.replace(workload, expert_overhead_s=overhead_s)
+    topology = dataclasses.replace(topology, flop_per_s_R=flop_per_s_R)
+    if topology.num_devices > 1 and (follow_links or not topology.measured):
+        topology = _scaled_links(groups, evaluations, topology, workload, strategies)
+    blocks_s = evaluate_strategies(measured.trace, plan, topology, workload, strategies).step_s  # other_s is still 0
+    workload = dataclasses.replace(workload, other_s=max(0.0, measured.step_s - blocks_s))
+    return Calibrated(topology, workload, evaluate_strategies(measured.trace, plan, topology, workload, strategies))
+
+
+def _mean_windows(ranks: Sequence[RankRecord]) -> Windows:
+    profiles = [profile for rank in ranks for profile in rank.profile_of_layer.values()]
+    return Windows(**{field.name: statistics.fmean(getattr(p, field.name) for p in profiles) for field in dataclasses.fields(Windows)})
+
+
+def _expert_speed(
+    groups: Sequence[Sequence[RankRecord]], evaluations: Sequence[Evaluation], workload: Workload, strategies: Sequence[Strategy]
+) -> tuple[float, NDArray[np.float64]]:
+    """(fixed seconds of a block's experts in one direction, flop/s [R]) from the expert seconds and rows of every rank and layer."""
+    points = []  # (rank, flop, seconds)
+    for ranks, evaluation in zip(groups, evaluations, strict=True):
+        rows_LR = evaluation.rows_LR * _per_micro_batch(evaluation, len(ranks), workload)
+        for rank, record in enumerate(ranks):
+            for layer, profile in record.profile_of_layer.items():
+                flop, strategy = rows_LR[layer, rank] * workload.row_flop, strategies[layer]  # of a chunk, as the profile's times are
+                points.append((rank, flop / strategy.forward_chunks, profile.expert_forward_s))
+                points.append((rank, 2.0 * flop / strategy.backward_chunks, profile.expert_backward_s))
+    rank_P, flop_P, seconds_P = (np.array(column) for column in zip(*points, strict=True))
+    return _fit(rank_P, flop_P, seconds_P, len(groups[0]))
+
+
+def _fit(
+    rank_P: NDArray[np.int64], flop_P: NDArray[np.float64], seconds_P: NDArray[np.float64], num_ranks: int
+) -> tuple[float, NDArray[np.float64]]:
+    """Least squares of seconds = overhead + flop / speed of the rank: (overhead, speed [R]).
+
+    Where noise makes the overhead negative it is left out; where it makes a speed negative or wild, all ranks get the mean speed.
+    """
+    flop_PR = np.where(rank_P[:, None] == np.arange(num_ranks), flop_P[:, None], 0.0)
+    scale = max(float(flop_P.max()), 1.0)  # so that both unknowns are seconds
+    both = np.linalg.lstsq(np.column_stack([np.ones_like(seconds_P), flop_PR / scale]), seconds_P, rcond=None)[0]
+    overhead_s, s_per_flop_R = float(both[0]), both[1:] / scale
+    if overhead_s < 0:
+        overhead_s, s_per_flop_R = 0.0, np.linalg.lstsq(flop_PR / scale, seconds_P, rcond=None)[0] / scale
+    mean_s_per_flop = float(s_per_flop_R.mean())
+    if mean_s_per_flop <= 0:
+        overhead_s, mean_s_per_flop = 0.0, float(seconds_P.sum() / max(flop_P.sum(), 1.0))
+    if not np.all((s_per_flop_R > mean_s_per_flop / WILD) & (s_per_flop_R < mean_s_per_flop * WILD)):
+        s_per_flop_R = np.full(num_ranks, mean_s_per_flop)
+    return overhead_s, 1.0 / np.maximum(s_per_flop_R, 1e-18)
+
+
+def _scaled_links(
+    groups: Sequence[Sequence[RankRecord]],
+    evaluations: Sequence[Evaluation],
+    topology: Topology,
+    workload: Workload,
+    strategies: Sequence[Strategy],
+) -> Topology:
+    """The latency of exchanged counts, and all links' bytes/s times the factor that makes the median transfer take what it took."""
+    latency_s = statistics.median(
+        min(flights) for ranks in groups for flights in zip(*(rank.count_flights_s for rank in ranks), strict=True)
+    )
+    apart_RR = ~np.eye(topology.num_devices, dtype=bool)
+    ideal = dataclasses.replace(topology, latency_s_RR=np.zeros_like(topology.latency_s_RR))
+    factors: dict[bool, list[float]] = {True: [], False: []}
+    for ranks, evaluation in zip(groups, evaluations, strict=True):
+        bytes_HLRR = evaluation.hops_HLRR * (_per_micro_batch(evaluation, len(ranks), workload) * workload.copy_bytes)
+        for (layer, stage, direction), (seconds, is_known) in transfer_seconds_of(_unqueued(ranks, strategies)).items():
+            goes_out = (stage == "dispatch") == (direction == "forward")
+            chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
+            hops_HRR = bytes_HLRR[:, layer] / chunks
+            port_s = sum(float(transfer_seconds(hop_RR if goes_out else hop_RR.T, ideal)) for hop_RR in hops_HRR)
+            if port_s > 0:
+                factors[is_known].append(port_s / max(seconds - latency_s, 0.1 * seconds))
+    bounds = [] if topology.measured else factors[False]  # of a hidden transfer only a bound is known, and a measured link knows better
+    factor = statistics.median(factors[True] or bounds or [1.0])
+    latency_s_RR = topology.latency_s_RR if topology.measured else np.where(apart_RR, latency_s, 0.0)
+    return dataclasses.replace(
+        topology,
+        bytes_per_s_RR=np.where(apart_RR, topology.bytes_per_s_RR * factor, topology.bytes_per_s_RR),
+        latency_s_RR=latency_s_RR,
+        node_bytes_per_s=None if topology.node_bytes_per_s is None else topology.node_bytes_per_s * factor,
+        source=f"{topology.source}; links scaled to a live run's transfers".lstrip("; "),
+    )
+
+
+def _unqueued(ranks: Sequence[RankRecord], strategies: Sequence[Strategy]) -> list[RankRecord]:
+    """The records with those transfers alone that had the link for themselves: of chunks, which queue, the first one away from home."""
+    records = []
+    for rank in ranks:
+        transfers = {}
+        for (layer, stage, direction), found in rank.transfers.items():
+            goes_out = (stage == "dispatch") == (direction == "forward")
+            chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
+            if chunks == 1 or goes_out:
+                transfers[layer, stage, direction] = found[::chunks]
+        records.append(dataclasses.replace(rank, transfers=transfers))
+    return records
+
+
+def _per_micro_batch(evaluation: Evaluation, num_devices: int, workload: Workload) -> float:
+    """What turns an evaluation's counts into those of one micro-batch."""
+    return workload.tokens_per_rank * num_devices / evaluation.num_tokens

@@ -1,0 +1,115 @@
+"""Migration: from plan A to plan B between two steps; weights and optimizer state travel, keyed by logical expert, bit by bit.
+
+Every new slot takes its expert from the nearest rank that holds it under A (`choose_replica`; often from itself). Each expert group moves
+its own copies; all ranks know both plans, so nobody has to be asked what to send. Tensors go one by one, so that little is in flight.
+All ranks of the world call `migrate` together, between two steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crossdock.placement.plan import EMPTY, Plan, choose_replica
+from crossdock.runtime.dispatch.dispatcher import Dispatcher
+from crossdock.runtime.dispatch.layout import ExpertLayout
+from crossdock.runtime.experts.expert_bank import ExpertBank
+from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.transport import collectives
+from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
+from crossdock.runtime.transport.mesh import Mesh
+
+
+class RoutedLayer(Protocol):
+    """What migration and re-planning need of a MoE layer; `turns`: how often a forward pass routes each token in it."""
+
+    bank: ExpertBank
+    dispatcher: Dispatcher
+    turns: int
+
+    def set_layout(self, layout: ExpertLayout, tensors: dict[str, Tensor]) -> None:
+        """Adopt a new placement and this rank's tensors under it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """One rank's part in moving one layer.
+
+    send_slot_A and send_count_R: local slots under the old plan, grouped by receiving rank, and how many go to each.
+    receive_slot_A and receive_count_R: local slots under the new plan that the arriving rows fill, grouped by sending rank.
+    Rows between one pair of ranks travel in ascending order of the receiver's slot. Slots that no row fills are empty.
+    """
+
+    send_slot_A: NDArray[np.int64]
+    send_count_R: NDArray[np.int64]
+    receive_slot_A: NDArray[np.int64]
+    receive_count_R: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What a migration did: experts that changed device (per expert group), and bytes that left a rank, over the whole world."""
+
+    moves: int
+    bytes: int
+
+
+def exchange_of(before: Plan, after: Plan, layer: int, rank: int, node_of_R: Sequence[int]) -> Exchange:
+    """What device `rank` of an expert group sends and receives when `layer` goes from plan `before` to plan `after`."""
+    after.check_model(before.num_layers, before.num_experts, before.num_devices)
+    source_RE = choose_replica(before, node_of_R)[layer]
+    device_H, slot_H = np.nonzero(after.slots_LRS[layer] != EMPTY)  # every filled place, by device and then slot
+    expert_H = after.slots_LRS[layer][device_H, slot_H]
+    source_device_H, source_slot_H = np.divmod(source_RE[device_H, expert_H].astype(np.int64), before.slots_per_device)
+    sends = source_device_H == rank
+    receives = device_H == rank
+    by_source = np.argsort(source_device_H[receives], kind="stable")
+    return Exchange(
+        send_slot_A=source_slot_H[sends],
+        send_count_R=np.bincount(device_H[sends], minlength=before.num_devices),
+        receive_slot_A=slot_H[receives][by_source],
+        receive_count_R=np.bincount(source_device_H[receives], minlength=before.num_devices),
+    )
+
+
+@torch.no_grad()
+def migrate(engine: Engine, layers: Sequence[RoutedLayer], after: Plan, mesh: Mesh) -> Migration:
+    """Move experts and their optimizer state from `engine.plan` to `after`, and hand layers and engine their new layouts.
+
+    Values stay bitwise what they were. Raises `BadData` where `after` is for another model.
+    """
+    before = engine.plan
+    assert before is not None
+    after.check_model(before.num_layers, before.num_experts, before.num_devices)
+    sent_bytes = 0
+    new_states: dict[str, dict[str, Tensor]] = {}
+    bank_names = {bank: name for name, bank in engine.banks.items()}
+    states = engine.states()
+    for layer in layers:
+        number = layer.bank.layout.layer
+        exchange = exchange_of(before, after, number, mesh.expert_rank, mesh.node_of_expert_rank)
+        moved = int(exchange.send_count_R.sum() - exchange.send_count_R[mesh.expert_rank])
+        weights = {}
+        for tensor in layer.bank.expert_tensors():
+            name = f"{bank_names[layer.bank]}.{tensor}"
+            new_states[name] = {key: _moved(values, exchange, number, after.slots_per_device, mesh) for key, values in states[name].items()}
+            weights[tensor] = new_states[name]["weight"]
+            sent_bytes += moved * sum(values[0].numel() * values.element_size() for values in states[name].values())
+        layer.set_layout(ExpertLayout.from_plan(after, number, mesh), weights)
+    engine.replace_experts(after, new_states)
+    return Migration(len(before.moves_to(after)), sum(collectives.all_gather_objects(sent_bytes, mesh)))
+
+
+def _moved(values_S: Tensor, exchange: Exchange, layer: int, num_slots: int, mesh: Mesh) -> Tensor:
+    """One tensor [S, ...] under the old plan -> the same under the new one; empty slots hold zeros."""
+    send_A = values_S[torch.as_tensor(exchange.send_slot_A, device=values_S.device)]
+    send_R, receive_R = tuple(exchange.send_count_R.tolist()), tuple(exchange.receive_count_R.tolist())
+    # the token group is idle between steps, and "metadata" keeps these bytes apart from the tokens' in the ledger
+    route = Route(mesh, mesh.token_group, send_R, receive_R, layer, "dispatch", "metadata", 0)
+    receive_A = all_to_all_start(send_A, route).wait()
+    moved_S = values_S.new_zeros((num_slots, *values_S.shape[1:]))
+    return moved_S.index_copy_(0, torch.as_tensor(exchange.receive_slot_A, device=values_S.device), receive_A)

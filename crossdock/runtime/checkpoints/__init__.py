@@ -1,0 +1,1 @@
+"""Checkpoints: shards, manifest, saving beside training, and loading into any world."""

@@ -1,0 +1,1 @@
+"""Dispatch: tokens to the devices of their experts and back, over one or two levels of links."""

@@ -1,0 +1,177 @@
+"""The optimizer step: gradients of all ranks summed while backward runs, the true global norm, one shared decision, the update.
+
+Loss of the global batch is the mean over ranks. Dense parameters sum their gradients over the world. The backward all-to-all brings an
+expert the gradient of its whole expert group, so experts sum over the ranks that hold the same slots in other groups, and over the other
+copies in their own group where the plan has copies. Both are then divided by the world size, never by the number of ranks that share the
+parameter.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from crossdock.errors import NonFiniteLoss
+from crossdock.placement.plan import EMPTY, Plan
+from crossdock.runtime.experts.expert_bank import ExpertBank
+from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig
+from crossdock.runtime.optimization.reduction import GradientReducer
+from crossdock.runtime.transport import collectives
+from crossdock.runtime.transport.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What all ranks agree on: the global norm before clipping, and the sum over ranks of each scalar given to `Engine.step`."""
+
+    grad_norm: float
+    sums: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Copies:
+    """The slots of a bank whose expert has several copies in the group: local slot numbers, and places among the layer's copied experts."""
+
+    bank_name: str
+    num_copied: int
+    slots: Tensor
+    places: Tensor
+
+
+class Engine:
+    """Owns the gradients and the optimizer state of `model` under `plan`; mutable, one per run.
+
+    A step is: `backward(loss / n, last=False)` n - 1 times, `backward(loss / n, last=True)`, then `step`.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan | None, config: OptimizerConfig) -> None:
+        self.model, self.mesh, self.config = model, mesh, config
+        self.banks: dict[str, ExpertBank] = {name: module for name, module in model.named_modules() if isinstance(module, ExpertBank)}
+        self.optimizer = MasterAdamW(config)
+        self.expert_names: dict[str, tuple[str, ...]] = {
+            name: tuple(f"{name}.{tensor}" for tensor in bank.expert_tensors()) for name, bank in self.banks.items()
+        }
+        self._attach(plan, {})
+
+    # ---- parameters ------------------------------------------------------------------------------------------
+
+    def _attach(self, plan: Plan | None, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Make buckets for the parameters as they are now; parameters named in `states` continue from there, others are new or stay."""
+        assert plan is not None or not self.banks, "experts live where a plan says"
+        self.plan = plan
+        bank_of = {name: bank for bank, names in self.expert_names.items() for name in names}
+        named = dict(self.model.named_parameters())
+        experts, dense = self.mesh.expert_replica_group, self.mesh.dense_group
+        self.reducer = GradientReducer([(parameter, experts if name in bank_of else dense) for name, parameter in named.items()])
+        for name, parameter in named.items():
+            # matrices decay; norms, biases and scalars do not. An expert tensor has its slots in front
+            decays = parameter.ndim - (name in bank_of) >= 2
+            self.optimizer.add(name, parameter, self.reducer.gradient_of[parameter], decays, states.get(name))
+        gradient_of = {name: self.reducer.gradient_of[parameter] for name, parameter in named.items()}
+        self._dense_gradients = [gradient for name, gradient in gradient_of.items() if name not in bank_of]
+        self._expert_gradients = [(gradient, bank_of[name]) for name, gradient in gradient_of.items() if name in bank_of]
+        self._weight_of: dict[str, Tensor] = {}
+        self._copies: list[_Copies] = []
+        for name, bank in self.banks.items():
+            assert plan is not None
+            copies_E = (plan.slot_LRE[bank.layout.layer] != EMPTY).sum(axis=0)
+            weights = [0.0 if expert == EMPTY else 1.0 / copies_E[expert] for expert in bank.layout.local_experts]
+            self._weight_of[name] = torch.tensor(weights, dtype=torch.float64, device=self.mesh.device)
+            if (copies_E > 1).any():
+                self._copies.append(self._copies_of(name, bank, (copies_E > 1).nonzero()[0].tolist()))
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """The live optimizer state of every parameter by name; see `optimizer.STATES`."""
+        return {name: self.optimizer.state_of(name) for name, _ in self.model.named_parameters()}
+
+    def replace_experts(self, plan: Plan, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over banks that now have the layout of `plan`, with the migrated state of their parameters; dense state stays."""
+        kept = {name: state for name, state in self.states().items() if name not in states}
+        self.reducer.close()
+        self.optimizer.remove([*kept, *states])
+        self._attach(plan, {**kept, **states})
+
+    # ---- the step --------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; on the `last` micro-batch of a step their reduction starts as they come."""
+        if last:
+            self.reducer.arm()
+        loss.backward()
+
+    def reduce(self) -> None:
+        """Wait until every gradient is the sum over all ranks and copies that share the parameter."""
+        self.reducer.finish()
+        if self._copies:
+            self._sum_copies()
+
+    @torch.no_grad()
+    def step(self, step: int, lr: float, scalars: Mapping[str, Tensor | float]) -> StepReport:
+        """Agree, clip, update and clear: the second half of a step, after `reduce`.
+
+        `scalars` (the same keys on every rank; `loss` among them) come back as sums over ranks. Raises `NonFiniteLoss` on every rank,
+        before the update, where a loss or the norm of any rank is not finite.
+        """
+        dense_sq, expert_sq = self._squared_norms()
+        values = [torch.as_tensor(value, dtype=torch.float64, device=self.mesh.device).detach().reshape(()) for value in scalars.values()]
+        *mine, dense, experts = torch.stack([*values, dense_sq, expert_sq]).tolist()  # the one moment in a step when the host waits
+        # ill ranks are named by number: the sum of their losses would say nothing
+        message = torch.zeros(len(mine) + 1 + self.mesh.world_size, dtype=torch.float64)
+        if all(map(math.isfinite, (*mine, dense, experts))):
+            message[: len(mine) + 1] = torch.tensor([*mine, experts], dtype=torch.float64)
+        else:
+            message[len(mine) + 1 + self.mesh.rank] = 1.0
+        collectives.all_reduce(message, self.mesh.control_group)
+        *sums, expert_sum = message[: len(mine) + 1].tolist()
+        ill_ranks = message[len(mine) + 1 :].nonzero().flatten().tolist()
+        if ill_ranks:
+            self.reducer.zero()
+            loss = dict(zip(scalars, mine, strict=True)).get("loss", math.nan)
+            raise NonFiniteLoss(
+                f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ill_ranks[:8]))} of {self.mesh.world_size} "
+                f"(loss of rank {self.mesh.rank}: {loss:.6g}); nothing was updated. "
+                "Lower train.optimizer.lr, lengthen its warm-up, or look at the data"
+            )
+        scale = 1.0 / self.mesh.world_size
+        grad_norm = scale * (dense + expert_sum / self.mesh.num_replicas) ** 0.5
+        clip = min(1.0, self.config.clip_norm / (grad_norm + 1e-12))
+        if scale * clip != 1.0:
+            torch._foreach_mul_([bucket.flat for bucket in self.reducer.buckets], scale * clip)
+        self.optimizer.update(lr)
+        self.reducer.zero()
+        return StepReport(grad_norm, dict(zip(scalars, sums, strict=True)))
+
+    def _squared_norms(self) -> tuple[Tensor, Tensor]:
+        """Squared norms of the summed gradients: of all dense parameters, and of this rank's experts, each copy counted by its share."""
+        dense_sq = expert_sq = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self._dense_gradients:
+            dense_sq = torch.stack(torch._foreach_norm(self._dense_gradients)).double().square().sum()
+        for gradient, bank in self._expert_gradients:
+            norm_S = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+            expert_sq = expert_sq + norm_S.double().square() @ self._weight_of[bank]
+        return dense_sq, expert_sq
+
+    # ---- copies of an expert inside a group ------------------------------------------------------------------
+
+    def _copies_of(self, name: str, bank: ExpertBank, copied: list[int]) -> _Copies:
+        here = [(slot, copied.index(expert)) for slot, expert in enumerate(bank.layout.local_experts) if expert in copied]
+        slots, places = (torch.tensor([pair[side] for pair in here], dtype=torch.int64, device=self.mesh.device) for side in (0, 1))
+        return _Copies(name, len(copied), slots, places)
+
+    @torch.no_grad()
+    def _sum_copies(self) -> None:
+        """Every copy of an expert gets the sum of all copies' gradients: one all-reduce per precision for all layers together."""
+        named = dict(self.model.named_parameters())
+        parts = [(copies, self.reducer.gradient_of[named[name]]) for copies in self._copies for name in self.expert_names[copies.bank_name]]
+        for dtype in sorted({gradient.dtype for _, gradient in parts}, key=str):
+            chosen = [(copies, gradient) for copies, gradient in parts if gradient.dtype == dtype]
+            sizes = [copies.num_copied * gradient[0].numel() for copies, gradient in chosen]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=self.mesh.device)
+            tables = [part.view(copies.num_copied, -1) for (copies, _), part in zip(chosen, flat.split(sizes), strict=True)]
+            for table, (copies, gradient) in zip(tables, chosen, strict=True):
+                table.index_copy_(0, copies.places, gradient.flatten(1)[copies.slots])
+            collectives.all_reduce(flat, self.mesh.token_group)  # idle by now: the backward pass is over
+            for table, (copies, gradient) in zip(tables, chosen, strict=True):
+                gradient.flatten(1).index_copy_(0, copies.slots, table[copies.places])

@@ -1,0 +1,1 @@
+"""Transport: process groups, exchanges between ranks, the format of rows on the wire, and the ledger of what travelled."""

@@ -1,0 +1,122 @@
+"""Reductions, broadcasts and control records between ranks. Beside `exchange` the only module that moves data through `torch.distributed`.
+
+Every rank of a group must make the same calls in the same order.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossdock.runtime.transport.exchange import Pending, naming_lost_peers
+from crossdock.runtime.transport.mesh import Group, Mesh
+
+
+class _SumOverWorld(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, mesh: Mesh) -> Tensor:
+        ctx.world_size = mesh.world_size
+        return all_reduce(value.detach().clone(), mesh.dense_group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.world_size, None
+
+
+def sum_over_world(value: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `value` over all ranks, for losses of the global batch (balance, z-loss).
+
+    Every rank computes the same loss from the sum, and gradients are averaged over the ranks: the gradient of a rank's own `value` is
+    therefore the sum's gradient times the world size, without communication.
+    """
+    if mesh.dense_group is None:
+        return value
+    return _SumOverWorld.apply(value, mesh)
+
+
+def all_reduce(value: Tensor, group: Group) -> Tensor:
+    """Sum `value` over the group, in place, and return it; in a group of one it is left as it is."""
+    if group is not None:
+        with naming_lost_peers():
+            dist.all_reduce(value, group=group)
+    return value
+
+
+def all_reduce_start(value: Tensor, group: Group) -> Pending[Tensor]:
+    """Start summing `value` over the group, in place; `wait()` gives it back."""
+    return _PendingReduction(value, None if group is None else dist.all_reduce(value, group=group, async_op=True))
+
+
+class _PendingReduction:
+    def __init__(self, value: Tensor, work: Any) -> None:
+        self.value, self.work = value, work
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            with naming_lost_peers():
+                self.work.wait()
+        return self.value
+
+
+def broadcast(value: Tensor, source_rank: int, group: Group) -> Tensor:
+    """Overwrite `value` with that of world rank `source_rank`, in place, and return it."""
+    if group is not None:
+        with naming_lost_peers():
+            dist.broadcast(value, src=source_rank, group=group)
+    return value
+
+
+def all_gather_rows(rows: Tensor, group: Group) -> list[Tensor]:
+    """`rows` of every rank of the group, in rank order; only the first dimension may differ between ranks. Not differentiable."""
+    if group is None:
+        return [rows]
+    with naming_lost_peers():
+        count = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, count, group=group)
+        sizes = [int(n) for n in torch.cat(counts).tolist()]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows.detach()
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=group)
+    return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+
+def gather_objects(value: Any, mesh: Mesh) -> list[Any] | None:
+    """Every rank's picklable `value`, in rank order, on rank 0; None elsewhere. For control records, between ranks of one run."""
+    if mesh.control_group is None:
+        return [value]
+    gathered = [None] * mesh.world_size if mesh.rank == 0 else None
+    with naming_lost_peers():
+        dist.gather_object(value, gathered, dst=0, group=mesh.control_group)
+    return gathered
+
+
+def all_gather_objects(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    if mesh.control_group is None:
+        return [value]
+    gathered: list[Any] = [None] * mesh.world_size
+    with naming_lost_peers():
+        dist.all_gather_object(gathered, value, group=mesh.control_group)
+    return gathered
+
+
+def broadcast_object(value: Any, mesh: Mesh, source_rank: int = 0) -> Any:
+    """World rank `source_rank`'s picklable `value`, on every rank: how a decision taken on one rank becomes everybody's."""
+    if mesh.control_group is None:
+        return value
+    box = [value]
+    with naming_lost_peers():
+        dist.broadcast_object_list(box, src=source_rank, group=mesh.control_group)
+    return box[0]
+
+
+def barrier(mesh: Mesh) -> None:
+    """Return when every rank of the world has come here."""
+    if mesh.control_group is not None:
+        with naming_lost_peers():
+            dist.barrier(group=mesh.control_group)
