@@ -18,15 +18,15 @@ names. Dense gradient reduction and the optimizer are no part of the step.
 """
 
 import argparse
+import functools
 import gc
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Spread, paired_ratio, publish
+from benchmarks import on_ranks
+from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
+from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell
 from crossdock.errors import CrossdockError
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
@@ -48,10 +50,9 @@ from crossdock.runtime.adaptation.replan import topology_of
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
 from crossdock.runtime.transport.ledger import bytes_by_class, exposed_s
-from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.mesh import Mesh
 
 NODES, RANKS_PER_NODE = 2, 2
-RANKS = NODES * RANKS_PER_NODE
 EXPONENT = 1.2
 ADAPT = AdaptConfig(mode="continuous", window=3, every=1000)
 MOST_STEPS = 12  # of a phase, for the adaptive run to look and choose
@@ -177,19 +178,15 @@ def phase(run: Run, adaptation: Adaptation, skewed: bool, rate: float, repeats: 
     problems = broadcast_object(adaptation.problems, run.mesh)
     hot = max((traffic.gathered for traffic in problems[0].traffics), key=len)
     strategies = {**fixed_strategies(hot), "adaptive": found.strategy}
-    samples: dict[str, list[float]] = {name: [] for name in strategies}
+
+    def timed_under(strategy: Strategy) -> float:
+        choice.apply(run.model, [strategy])
+        return run.step()
+
     names = list(strategies)
-    for round_number in range(-1, repeats):
-        turn = round_number % len(names)
-        for name in names[turn:] + names[:turn]:
-            choice.apply(run.model, [strategies[name]])
-            seconds = run.step()
-            if round_number >= 0:
-                samples[name].append(seconds)
+    samples = in_turns({name: functools.partial(timed_under, strategy) for name, strategy in strategies.items()}, repeats, warmup=1)
     choice.apply(run.model, [found.strategy])
-    steps = {
-        name: [max(repeat) for repeat in zip(*all_gather_objects(seconds, run.mesh), strict=True)] for name, seconds in samples.items()
-    }
+    steps = {name: slowest(run.mesh, seconds) for name, seconds in samples.items()}
     medians = {name: statistics.median(seconds) for name, seconds in steps.items()}
     best = min((name for name in names if name != "adaptive"), key=lambda name: medians[name])
     block_s = {name: price(problems[0], strategy).total_s for name, strategy in strategies.items()}
@@ -215,59 +212,39 @@ def phase(run: Run, adaptation: Adaptation, skewed: bool, rate: float, repeats: 
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One rank: measure; rank 0 prints rows as JSON."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    initialise(rank, RANKS, timeout_s=120)
-    mesh = Mesh.create(rank, RANKS, RANKS, tuple(other // RANKS_PER_NODE for other in range(RANKS)), timeout_s=120)
-    lab, shape, rows = Lab.attach(options.lab), Shape(**json.loads(options.shape)), []
-    for rate in options.rates:
-        barrier(mesh)
-        if rank == 0:
-            lab.set_rate(rate)
-        barrier(mesh)
-        run = Run(shape, mesh)
-        with tempfile.TemporaryDirectory() as folder:
-            adaptation = Adaptation(
-                ADAPT,
-                run.model,
-                mesh,
-                topology_of(mesh, None),
-                shape.tokens,
-                shape.sequence,
-                1,
-                Path(folder) / "choices.jsonl",
-                event=lambda *_, **__: None,
-                table=lambda _: None,
-            )
-            for skewed in (False, True):
-                rows += phase(run, adaptation, skewed, rate, options.repeats)
-    if rank == 0:
-        print(json.dumps(rows))
-    barrier(mesh)
-    shutdown()
+    """One rank: measure, and tell the rows."""
+    with meeting(options) as (mesh, lab):
+        shape, rows = Shape(**json.loads(options.shape)), []
+        for rate in options.rates:
+            set_rate(mesh, lab, rate)
+            run = Run(shape, mesh)
+            with tempfile.TemporaryDirectory() as folder:
+                adaptation = Adaptation(
+                    ADAPT,
+                    run.model,
+                    mesh,
+                    topology_of(mesh, None),
+                    shape.tokens,
+                    shape.sequence,
+                    1,
+                    Path(folder) / "choices.jsonl",
+                    event=lambda *_, **__: None,
+                    table=lambda _: None,
+                )
+                for skewed in (False, True):
+                    rows += phase(run, adaptation, skewed, rate, options.repeats)
+        tell(mesh, rows)
 
 
 # ---- the command
 
 
-def _rates(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapt", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rates", type=_rates, default=[1e9, 500e6, 250e6], help="bit/s of each node's link, each direction")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = on_ranks.parser("benchmarks.adapt", __doc__, repeats=7)
     parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
     parser.add_argument("--mlp-width", type=int, default=Shape.mlp_width, help="of MLP and shared expert")
     parser.add_argument("--expert-width", type=int, default=Shape.expert_width)
-    parser.add_argument("--short", action="store_true", help="one rate, 3 repeats, small shapes: shows that it runs")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--lab", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
     return parser
 
 
@@ -282,9 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = Shape(options.tokens, Shape.sequence, options.model_width, options.mlp_width, options.expert_width)
     try:
         with Lab(NODES, options.rates[0]) as lab:
-            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats)]
-            passed += ["--lab", lab.name, "--shape", json.dumps(asdict(shape))]
-            rows = json.loads(lab.ranks(["-m", "benchmarks.adapt", *passed], RANKS_PER_NODE, timeout_s=1800)[0])
+            rows = started("benchmarks.adapt", lab, RANKS_PER_NODE, shape, options)
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code

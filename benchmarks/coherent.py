@@ -19,11 +19,11 @@ those predicted); dense_load, residents of the busiest rank over the mean; exper
 """
 
 import argparse
+import functools
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import Spread, paired_ratio, publish
+from benchmarks import on_ranks
+from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
-from benchmarks.skew import slowest, timed
+from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
 from crossdock.errors import CrossdockError
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
@@ -46,9 +47,9 @@ from crossdock.placement.solvers import solve
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 from crossdock.runtime.training.context import StepContext
-from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
+from crossdock.runtime.transport.collectives import all_gather_objects, broadcast_object
 from crossdock.runtime.transport.ledger import bytes_by_class
-from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.mesh import Mesh
 
 RANKS, NODES = 4, 2
 CASES = {"one_of_8": ("uniform", 8, 1), "one_of_32": ("uniform", 32, 1), "all_of_8": ("uniform", 8, 8), "text": ("text", 8, 1)}
@@ -151,14 +152,7 @@ def measure(mesh: Mesh, shape: Shape, case: str, rate_bit_per_s: float, repeats:
         "coherent": Step(shape, mesh, case, "coherent", blocks),
         "coherent_planned": Step(shape, mesh, case, "coherent", planned),
     }
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for round_number in range(-2, repeats):
-        turn = round_number % len(names)
-        for name in names[turn:] + names[:turn]:
-            seconds = timed(mesh, steps[name])
-            if round_number >= 0:
-                samples[name].append(seconds)
+    samples = in_turns({name: functools.partial(timed, mesh, step) for name, step in steps.items()}, repeats, warmup=2)
     step_s = {name: slowest(mesh, seconds) for name, seconds in samples.items()}
     context = Context(2 * home.model.config.kv_heads * home.model.config.head_width * 4)
     rows = []
@@ -195,38 +189,25 @@ def _expert_load(found: CoherentEvaluation) -> float:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One rank: measure; rank 0 prints rows as JSON."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    initialise(rank, RANKS, timeout_s=120)
-    mesh = Mesh.create(rank, RANKS, RANKS, tuple(other * NODES // RANKS for other in range(RANKS)), timeout_s=120)
-    lab, rows = Lab.attach(options.lab), []
-    for rate in options.rates:
-        barrier(mesh)
-        if rank == 0:
-            lab.set_rate(rate)
-        barrier(mesh)
-        for case in options.cases:
-            rows += measure(mesh, Shape(**json.loads(options.shape)), case, rate, options.repeats)
-    if rank == 0:
-        print(json.dumps(rows))
-    barrier(mesh)
-    shutdown()
+    """One rank: measure, and tell the rows."""
+    with meeting(options) as (mesh, lab):
+        rows = []
+        for rate in options.rates:
+            set_rate(mesh, lab, rate)
+            for case in options.cases:
+                rows += measure(mesh, Shape(**json.loads(options.shape)), case, rate, options.repeats)
+        tell(mesh, rows)
+
+
+# ---- the command
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coherent", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[1e9, 500e6, 250e6])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = on_ranks.parser("benchmarks.coherent", __doc__, repeats=9)
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), help="of " + ", ".join(CASES))
     parser.add_argument("--layers", type=int, default=Shape.num_layers)
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
     parser.add_argument("--expert-width", type=int, default=Shape.expert_width)
-    parser.add_argument("--short", action="store_true", help="one rate, 3 repeats, small shapes: shows that it runs")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--lab", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
     return parser
 
 
@@ -244,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape = Shape(num_layers=2, model_width=64, expert_width=64, sequences=4, positions=32)
     try:
         with Lab(NODES, options.rates[0]) as lab:
-            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats), "--cases", ",".join(options.cases)]
-            passed += ["--lab", lab.name, "--shape", json.dumps(asdict(shape))]
-            rows = json.loads(lab.ranks(["-m", "benchmarks.coherent", *passed], RANKS // NODES, timeout_s=1800)[0])
+            rows = started("benchmarks.coherent", lab, RANKS // NODES, shape, options, "--cases", ",".join(options.cases))
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code

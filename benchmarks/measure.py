@@ -7,6 +7,7 @@ Timing on a shared machine: wall time says what a user waits for, CPU-seconds (t
 and hold when others load the machine. Compare only what ran interleaved in one run: A B C, A B C, ..., never AAA BBB.
 """
 
+import functools
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from rich.table import Table
 from crossdock.atomic import write_json
 
 Row = Mapping[str, Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,26 @@ def timed(call: Callable[[], object]) -> Sample:
     return Sample(wall_s, time.process_time() - cpu_begin_s)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[Sample]]:
-    """Time every variant `repeats` times, taking turns, after `warmup` untimed rounds: whatever disturbs the machine disturbs all alike.
+def in_turns(calls: Mapping[str, Callable[[], Result]], repeats: int, warmup: int) -> dict[str, list[Result]]:
+    """What each call returns, `repeats` times, taking turns, after `warmup` rounds that do not count: what disturbs one disturbs all alike.
 
-    The order within a round rotates by one each round, so that no variant always runs after the same neighbour.
-    Returns the samples of each variant in the order of the rounds: sample i of all variants belongs to one round (paired).
+    The order within a round rotates by one each round, so that no call always runs after the same neighbour.
+    Result i of all calls belongs to one round (paired).
     """
-    names = list(variants)
-    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    names = list(calls)
+    results: dict[str, list[Result]] = {name: [] for name in names}
     for round_number in range(-warmup, repeats):
         turn = round_number % len(names)
         for name in names[turn:] + names[:turn]:
-            sample = timed(variants[name])
+            result = calls[name]()
             if round_number >= 0:
-                samples[name].append(sample)
-    return samples
+                results[name].append(result)
+    return results
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[Sample]]:
+    """Time every variant `repeats` times in turns: see `in_turns`."""
+    return in_turns({name: functools.partial(timed, call) for name, call in variants.items()}, repeats, warmup)
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:

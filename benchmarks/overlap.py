@@ -37,18 +37,17 @@ expert slot from measured stage times (`runtime.overlap.choose_expert_slot`) for
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import on_ranks
 from benchmarks.block_pair import VARIANTS, Pair, Shape
 from benchmarks.measure import Spread, paired_ratio, publish
 from benchmarks.netlab import Lab
+from benchmarks.on_ranks import meeting, started, tell
 from benchmarks.overlap_bench import Bench, Stages, Timing
 from benchmarks.overlap_page import merged, write_page
 from benchmarks.overlap_sweep import COLUMNS as SWEEP_COLUMNS
@@ -57,8 +56,8 @@ from benchmarks.timeline import Recorded, draw
 from crossdock.atomic import write_json, write_text
 from crossdock.errors import CrossdockError, UsageError
 from crossdock.runtime.experts.overlap import Overlapped, Sequential, choose_expert_slot
-from crossdock.runtime.transport.collectives import barrier, broadcast_object
-from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.collectives import broadcast_object
+from crossdock.runtime.transport.mesh import Mesh
 
 NODES = 2
 COLUMNS = ["variant", "link_bit_per_s", "step_s", "compute_s", "communication_s", "bound_s", "step_over_bound", "hidden", "fits_s"]
@@ -155,49 +154,33 @@ def row(variant: str, rate: float, steps: Sequence[Timing], computes: Sequence[T
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One rank: measure everything; rank 0 prints the document's body as JSON."""
-    torch.set_num_threads(1)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    initialise(rank, world_size, timeout_s=120)
-    mesh = Mesh.create(rank, world_size, world_size, tuple(other * NODES // world_size for other in range(world_size)), timeout_s=120)
-    bench = Bench(mesh, Lab.attach(options.lab), options.repeats)
+    """One rank: measure everything, and tell the document's body."""
     shape = Shape(**json.loads(options.shape))
-    if options.sweep:
-        document = sweep(bench, shape, options.shares, with_timeline=options.timeline is not None)
-        if rank == 0:
-            print(json.dumps(document))
-        barrier(mesh)
-        shutdown()
-        return
-    middle = sorted(options.rates)[len(options.rates) // 2]
-    if options.share:
-        bench.set_rate(middle)
-        shape = broadcast_object(fit_width(bench, shape, options.share), mesh)
-    stages = bench.stages(shape)
-    rows = [line for rate in options.rates for line in measure_rate(bench, shape, rate, stages)]
-    if rank == 0:
-        print(json.dumps({"shape": dataclasses.asdict(shape), "scmoe_forward": dataclasses.asdict(stages), "rows": rows}))
-    barrier(mesh)
-    shutdown()
+    with meeting(options) as (mesh, lab):
+        bench = Bench(mesh, lab, options.repeats)
+        if options.sweep:
+            tell(mesh, sweep(bench, shape, options.shares, with_timeline=options.timeline is not None))
+            return
+        middle = sorted(options.rates)[len(options.rates) // 2]
+        if options.share:
+            bench.set_rate(middle)
+            shape = broadcast_object(fit_width(bench, shape, options.share), mesh)
+        stages = bench.stages(shape)
+        rows = [line for rate in options.rates for line in measure_rate(bench, shape, rate, stages)]
+        tell(mesh, {"shape": dataclasses.asdict(shape), "scmoe_forward": dataclasses.asdict(stages), "rows": rows})
 
 
 # ---- the command
 
 
-def _rates(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rates", type=_rates, default=[1e9, 500e6, 250e6], help="bit/s of each node's link, each direction")
-    parser.add_argument("--repeats", type=int, default=15, help="at least 7")
+    parser = on_ranks.parser("benchmarks.overlap", __doc__, repeats=15)
     parser.add_argument(
         "--share", type=float, default=0.365, help="communication in the shared-expert step at the middle rate; 0: keep the width"
     )
     parser.add_argument("--ranks-per-node", type=int, help="default 2; with --sweep 1: a core more for each rank")
     parser.add_argument("--sweep", action="store_true", help="vary the share of communication through the link rate")
-    parser.add_argument("--shares", type=_rates, default=SHARES, help="of the sequential shared-expert step, with --sweep")
+    parser.add_argument("--shares", type=on_ranks.rates, default=SHARES, help="of the sequential shared-expert step, with --sweep")
     parser.add_argument("--timeline", type=Path, help="with --sweep: an SVG of one step under the schedule chosen at the last share")
     parser.add_argument("--merge", type=Path, nargs="+", help="with --sweep: no measurement, one page of these files (--out FILE.md)")
     parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
@@ -208,11 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, default=Shape.num_heads)
     parser.add_argument("--kv-heads", type=int, default=Shape.num_kv_heads)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=Shape.dtype, help="of weights, activations and wire")
-    parser.add_argument("--short", action="store_true", help="one rate, 7 repeats, small shapes, no calibration: for CI")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--lab", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
     return parser
 
 
@@ -236,10 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks_per_node = options.ranks_per_node or (1 if options.sweep else 2)
     try:
         with Lab(NODES, options.rates[0]) as lab:
-            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats), "--share", str(options.share)]
-            passed += ["--shares", ",".join(map(str, options.shares)), "--lab", lab.name, "--shape", json.dumps(dataclasses.asdict(shape))]
-            passed += ["--sweep"] * options.sweep + (["--timeline", str(options.timeline)] if options.timeline else [])
-            measured = json.loads(lab.ranks(["-m", "benchmarks.overlap", *passed], ranks_per_node, timeout_s=1800)[0])
+            more = ["--share", str(options.share), "--shares", ",".join(map(str, options.shares))] + ["--sweep"] * options.sweep
+            more += ["--timeline", str(options.timeline)] if options.timeline else []
+            measured = started("benchmarks.overlap", lab, ranks_per_node, shape, options, *more)
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,5 +1,6 @@
 """What the overlap benchmarks share: calls timed on all ranks together, and the stages of a block taken apart."""
 
+import functools
 import gc
 import itertools
 import statistics
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.block_pair import Halves, Pair, Shape
+from benchmarks.measure import in_turns
 from benchmarks.netlab import Lab
+from benchmarks.on_ranks import set_rate
 from crossdock.runtime.experts.overlap import Overlapped
 from crossdock.runtime.transport import ledger
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
@@ -82,10 +85,7 @@ class Bench:
         gc.freeze()  # what the imports made need not be looked through before every call
 
     def set_rate(self, rate_bit_per_s: float | None) -> None:
-        barrier(self.mesh)
-        if self.mesh.rank == 0:
-            self.lab.set_rate(rate_bit_per_s)
-        barrier(self.mesh)
+        set_rate(self.mesh, self.lab, rate_bit_per_s)
 
     def time(self, call: Callable[[], object]) -> Timing:
         """One call, begun by all ranks together; agreed later, so that nothing but the barrier stands between calls."""
@@ -106,14 +106,8 @@ class Bench:
         return [_slowest(repeat) for repeat in zip(*all_gather_objects(list(timings), self.mesh), strict=True)]
 
     def interleaved(self, calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[Timing]]:
-        """Every call `repeats` times, taking turns, the order rotating from round to round, the same on every rank."""
-        names, samples = list(calls), {name: [] for name in calls}  # type: tuple[list[str], dict[str, list[Timing]]]
-        for round_number in range(-warmup, repeats):
-            turn = round_number % len(names)
-            for name in names[turn:] + names[:turn]:
-                timing = self.time(calls[name])
-                if round_number >= 0:
-                    samples[name].append(timing)
+        """Every call `repeats` times in turns; equal on every rank."""
+        samples = in_turns({name: functools.partial(self.time, call) for name, call in calls.items()}, repeats, warmup)
         return {name: self.agreed(timings) for name, timings in samples.items()}
 
     def communicate(self, route: Route, shape: Shape) -> Callable[[], None]:

@@ -14,18 +14,20 @@ A step is the slowest rank's; medians over repeats in which the strategies take 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Spread, publish
+from benchmarks import on_ranks
+from benchmarks.measure import Spread, in_turns, publish
 from benchmarks.netlab import Lab
+from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
 from benchmarks.scaling_report import write_report
 from benchmarks.simulate_layer import Layer
 from crossdock.atomic import write_json
@@ -34,8 +36,8 @@ from crossdock.models.moe import MoELayer
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
 from crossdock.runtime.transport import ledger
-from crossdock.runtime.transport.collectives import all_gather_objects, barrier
-from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.collectives import all_gather_objects
+from crossdock.runtime.transport.mesh import Mesh
 
 TOPOLOGIES = "2x1,2x2,4x1,2x4,4x2,2x8,4x4,8x2"
 SHAPE = Layer(tokens=256, model_width=512, expert_width=8, num_experts=32, top_k=4, element_bytes=4)
@@ -69,29 +71,21 @@ class Step:
         y_TD.backward(self.gradient_TD, retain_graph=False, inputs=[self.x_TD, *self.moe.bank.parameters()])
 
 
+def timed_and_sent(mesh: Mesh, step: Step) -> tuple[float, int]:
+    """Seconds of one step on this rank, and the bytes that it sent to other nodes."""
+    mesh.ledger.take()
+    step_s = timed(mesh, step)
+    flights = mesh.ledger.take()
+    return step_s, sum(ledger.bytes_by_class(flights, kind)[2] for kind in MOVED)
+
+
 def measured(lab: Lab, mesh: Mesh, shape: Layer, strategies: Sequence[str], rates: Sequence[float], repeats: int) -> list[dict[str, Any]]:
     """One row for each rate and strategy; equal on every rank."""
-    steps: dict[str, Callable[[], None]] = {name: Step(shape, name, mesh) for name in strategies}
+    steps = {name: Step(shape, name, mesh) for name in strategies}
     rows = []
     for rate in rates:
-        barrier(mesh)
-        if mesh.rank == 0:
-            lab.set_rate(rate)
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        sent: dict[str, int] = {}
-        for round_number in range(-1, repeats):
-            turn = round_number % len(steps)
-            for name in (*list(steps)[turn:], *list(steps)[:turn]):
-                barrier(mesh)
-                mesh.ledger.take()
-                begin_s = time.perf_counter()
-                steps[name]()
-                step_s = time.perf_counter() - begin_s
-                flights = mesh.ledger.take()
-                sent[name] = sum(ledger.bytes_by_class(flights, kind)[2] for kind in MOVED)
-                if round_number >= 0:
-                    seconds[name].append(step_s)
-        everybody = all_gather_objects((seconds, sent), mesh)
+        set_rate(mesh, lab, rate)
+        found = in_turns({name: functools.partial(timed_and_sent, mesh, step) for name, step in steps.items()}, repeats, warmup=1)
         rows += [
             {
                 "nodes": lab.nodes,
@@ -99,27 +93,19 @@ def measured(lab: Lab, mesh: Mesh, shape: Layer, strategies: Sequence[str], rate
                 "link_bit_per_s": rate,
                 "latency_s": lab.latencies_s[0],
                 "strategy": name,
-                **Spread.of(max(repeat) for repeat in zip(*(of_rank[name] for of_rank, _ in everybody), strict=True)).row("step_s"),
-                "other_node_bytes": sum(of_rank[name] for _, of_rank in everybody),
+                **Spread.of(slowest(mesh, [step_s for step_s, _ in samples])).row("step_s"),
+                "other_node_bytes": sum(all_gather_objects(samples[-1][1], mesh)),
                 "repeats": repeats,
             }
-            for name in steps
+            for name, samples in found.items()
         ]
     return rows
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One rank; rank 0 prints the rows."""
-    torch.set_num_threads(1)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    lab = Lab.attach(options.lab)
-    initialise(rank, world_size, timeout_s=120)
-    mesh = Mesh.create(rank, world_size, world_size, tuple(other * lab.nodes // world_size for other in range(world_size)), timeout_s=120)
-    rows = measured(lab, mesh, Layer(**json.loads(options.shape)), options.strategies, options.rates, options.repeats)
-    if rank == 0:
-        print(json.dumps(rows))
-    barrier(mesh)
-    shutdown()
+    """One rank: measure, and tell the rows."""
+    with meeting(options) as (mesh, lab):
+        tell(mesh, measured(lab, mesh, Layer(**json.loads(options.shape)), options.strategies, options.rates, options.repeats))
 
 
 # ---- the commands
@@ -134,10 +120,8 @@ def measure(options: argparse.Namespace) -> None:
     extra = {"shape": dataclasses.asdict(shape), "cores": os.cpu_count()}
     for nodes, ranks_per_node in options.topologies:
         with Lab(nodes, options.rates[0], latency_s=options.latency) as lab:
-            passed = ["--rates", ",".join(map(str, options.rates)), "--repeats", str(options.repeats)]
-            passed += ["--strategies", ",".join(options.strategies)]
-            passed += ["--lab", lab.name, "--shape", json.dumps(dataclasses.asdict(shape))]
-            rows += json.loads(lab.ranks(["-m", "benchmarks.scaling", "measure", *passed], ranks_per_node, timeout_s=600)[0])
+            strategies = ["--strategies", ",".join(options.strategies)]
+            rows += started("benchmarks.scaling measure", lab, ranks_per_node, shape, options, *strategies)
         if options.out is not None:  # a long run that is cut short keeps what it has
             write_json(options.out, {"rows": rows, **extra})
         if not options.json:
@@ -163,16 +147,12 @@ def _strategies(text: str) -> list[str]:
     return names
 
 
-def _rates(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("measure", help="time the layer on emulated nodes (root)")
     command.add_argument("--topologies", type=_topologies, default=_topologies(TOPOLOGIES), help="nodes x ranks, separated by commas")
-    command.add_argument("--rates", type=_rates, default=[1e8, 4e8], help="bit/s of each node's link, each direction")
+    command.add_argument("--rates", type=on_ranks.rates, default=[1e8, 4e8], help="bit/s of each node's link, each direction")
     command.add_argument("--strategies", type=_strategies, default=list(STRATEGIES), help=f"of {', '.join(STRATEGIES)}")
     command.add_argument("--latency", type=float, default=0.0, help="s of each link, one way")
     command.add_argument("--repeats", type=int, default=7)

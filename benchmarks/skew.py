@@ -25,22 +25,21 @@ Columns, medians over paired repeats in one process group (a repeat's time is th
 """
 
 import argparse
-import gc
+import functools
 import json
-import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.measure import Spread, paired_ratio, publish
+from benchmarks import on_ranks
+from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
+from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
 from crossdock.errors import CrossdockError
 from crossdock.placement.cost import NUM_DIRECTIONS, Workload
 from crossdock.placement.gather import GatherCost, choose_gathered, weight_bytes
@@ -52,9 +51,9 @@ from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.experts.gathered import GatheringBank
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
-from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object
+from crossdock.runtime.transport.collectives import all_gather_objects, broadcast_object
 from crossdock.runtime.transport.ledger import bytes_by_class
-from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.mesh import Mesh
 
 RANKS = 4
 VARIANTS = ("balanced", "skewed", "packed", "gathered", "packed_gathered")
@@ -144,20 +143,6 @@ class Layer:
 # ---- on every rank
 
 
-def timed(mesh: Mesh, call: Callable[[], object]) -> float:
-    """Seconds of one call that all ranks begin together, on this rank."""
-    gc.collect()
-    barrier(mesh)
-    begin_s = time.perf_counter()
-    call()
-    return time.perf_counter() - begin_s
-
-
-def slowest(mesh: Mesh, seconds: Sequence[float]) -> list[float]:
-    """For each repeat the slowest rank's seconds; equal on every rank."""
-    return [max(repeat) for repeat in zip(*all_gather_objects(list(seconds), mesh), strict=True)]
-
-
 def measured_topology(mesh: Mesh, shape: Shape, rate_bit_per_s: float | None, repeats: int) -> Topology:
     """Nodes and ranks as they are, with the speed of experts and of messages inside a node as measured now."""
     balanced = Layer(shape, mesh, False, Plan.contiguous(1, shape.num_experts, RANKS), ())
@@ -198,13 +183,7 @@ def measure(mesh: Mesh, shape: Shape, rate_bit_per_s: float | None, repeats: int
         costs[variant] = GatherCost(load_RE, plan, 0, topology, shape.workload, weight_element_bytes=4)
         experts = choose_gathered(costs[variant]).experts if variant.endswith("gathered") else ()
         layers[variant] = Layer(shape, mesh, skewed, plan, experts)
-    samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for round_number in range(-2, repeats):
-        turn = round_number % len(VARIANTS)
-        for variant in VARIANTS[turn:] + VARIANTS[:turn]:
-            seconds = timed(mesh, layers[variant].step)
-            if round_number >= 0:
-                samples[variant].append(seconds)
+    samples = in_turns({variant: functools.partial(timed, mesh, layer.step) for variant, layer in layers.items()}, repeats, warmup=2)
     steps = {variant: slowest(mesh, seconds) for variant, seconds in samples.items()}
     return [row(variant, layers[variant], costs[variant], steps, rate_bit_per_s) for variant in VARIANTS]
 
@@ -257,43 +236,24 @@ def _node_bytes(layer: Layer, weight_bytes_between_nodes: int) -> float:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One rank: measure; rank 0 prints rows as JSON."""
-    torch.set_num_threads(1)
-    rank, local_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    initialise(rank, RANKS, timeout_s=120)
-    mesh = Mesh.create(rank, RANKS, RANKS, tuple(other // local_size for other in range(RANKS)), timeout_s=120)
-    lab, rows = Lab.attach(options.lab), []
-    for rate in options.rates:
-        barrier(mesh)
-        if rank == 0:
-            lab.set_rate(rate)
-        barrier(mesh)
-        rows += measure(mesh, Shape(**json.loads(options.shape)), rate, options.repeats)
-    if rank == 0:
-        print(json.dumps(rows))
-    barrier(mesh)
-    shutdown()
+    """One rank: measure, and tell the rows."""
+    with meeting(options) as (mesh, lab):
+        rows = []
+        for rate in options.rates:
+            set_rate(mesh, lab, rate)
+            rows += measure(mesh, Shape(**json.loads(options.shape)), rate, options.repeats)
+        tell(mesh, rows)
 
 
 # ---- the command
 
 
-def _rates(text: str) -> list[float | None]:
-    return [None if part == "none" else float(part) for part in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.skew", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rates", type=_rates, default=[None, 1e9, 500e6], help="none: one host; else bit/s of each of two nodes' links")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser = on_ranks.parser("benchmarks.skew", __doc__, repeats=11)
+    parser.set_defaults(rates=[None, 1e9, 500e6])
     parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
     parser.add_argument("--expert-width", type=int, default=Shape.expert_width)
-    parser.add_argument("--short", action="store_true", help="one rate, 3 repeats, small shapes: shows that it runs")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--lab", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
     return parser
 
 
@@ -312,9 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not rates:
                 continue
             with Lab(nodes, rates[0]) as lab:
-                passed = ["--rates", ",".join("none" if rate is None else str(rate) for rate in rates), "--lab", lab.name]
-                passed += ["--repeats", str(options.repeats), "--shape", json.dumps(asdict(shape))]
-                rows += json.loads(lab.ranks(["-m", "benchmarks.skew", *passed], RANKS // nodes, timeout_s=1800)[0])
+                rows += started("benchmarks.skew", lab, RANKS // nodes, shape, argparse.Namespace(rates=rates, repeats=options.repeats))
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code
