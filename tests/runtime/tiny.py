@@ -8,9 +8,10 @@ import torch
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
-from crossdock.runtime.checkpoints.checkpoint import _wanted
+from crossdock.runtime.checkpoints.checkpoint import persistent_buffers, pieces
 from crossdock.runtime.data import DataConfig, DataState
 from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.engines import AnyEngine
 from crossdock.runtime.optimization.optimizer import OptimizerConfig
 from crossdock.runtime.training.steps import Stepper, TrainConfig
 from crossdock.runtime.transport.mesh import Mesh
@@ -89,9 +90,13 @@ def run_steps(steps: Stepper, first: int, last: int) -> list[tuple[float, float]
     return seen
 
 
-def census(engine: Engine) -> dict[str, np.ndarray]:
-    """All states that this rank holds, by logical key."""
-    return {key: values.detach().cpu().clone().numpy() for key, values in _wanted(engine)}
+def census(engine: AnyEngine) -> dict[str, np.ndarray]:
+    """All states of what this rank's model holds, by logical key; every rank calls it."""
+    named = list(pieces(engine))
+    states = engine.collect([piece for _, piece in named])
+    whole = {f"{key}/{state}": values for key, piece in named for state, values in states[piece].items()}
+    whole |= {f"buffer/{name}": values for name, values in persistent_buffers(engine.model).items()}
+    return {key: values.detach().cpu().clone().numpy() for key, values in whole.items()}
 
 
 def merged(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -10,8 +10,9 @@ Written aside and renamed last (`saver.py`), so that a folder of that name is co
 checkpoint that is whole. All functions are called by every rank; ranks share the file system. `docs/checkpoints.md` is the guide.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pydantic
@@ -23,7 +24,8 @@ from crossdock.placement.plan import EMPTY, Plan
 from crossdock.runtime.checkpoints.manifest import MANIFEST, STEP, Manifest, checked
 from crossdock.runtime.checkpoints.shards import Place, Reader
 from crossdock.runtime.data import DataState
-from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.engines import AnyEngine, Piece
+from crossdock.runtime.optimization.optimizer import STATES
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
 from crossdock.strict_yaml import StrictModel
@@ -64,22 +66,37 @@ class Loaded:
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
 
-def owned(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+def pieces(engine: AnyEngine) -> Iterator[tuple[str, Piece]]:
+    """(key without the state's name, piece) of everything that an optimizer step updates on this rank, in the order of the model."""
+    expert_names = {name for names in engine.expert_names.values() for name in names}
+    for name, _ in engine.model.named_parameters():
+        if name not in expert_names:
+            yield f"dense/{name}", Piece(name, None)
+    for bank_name, bank in engine.banks.items():
+        for slot, expert in enumerate(bank.layout.local_experts):
+            for tensor in bank.expert_tensors() if expert != EMPTY else ():
+                yield f"expert/{bank.layout.layer}/{expert}/{tensor}", Piece(f"{bank_name}.{tensor}", slot)
+
+
+def owned(engine: AnyEngine, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
     """The tensors that this rank writes: every key of the model belongs to exactly one rank."""
-    states, expert_names = engine.states(), {name for names in engine.expert_names.values() for name in names}
-    dense = [name for name in states if name not in expert_names]
-    for name in dense[mesh.rank :: mesh.world_size]:
-        for key, values in states[name].items():
-            yield f"dense/{name}/{key}", values
+    everything = list(pieces(engine))
+    dense = [name for name in everything if name[1].slot is None]
+    mine = dense[mesh.rank :: mesh.world_size]
     for bank_name, bank in engine.banks.items():
         assert engine.plan is not None
         first_holder_E = (engine.plan.slot_LRE[bank.layout.layer] != EMPTY).argmax(axis=0)
-        for slot, expert in enumerate(bank.layout.local_experts):
-            if expert == EMPTY or first_holder_E[expert] != mesh.expert_rank or slot % mesh.num_replicas != mesh.replica:
+        names = engine.expert_names[bank_name]
+        for key, piece in everything:
+            if piece.slot is None or piece.parameter not in names:
                 continue
-            for tensor in bank.expert_tensors():
-                for key, values in states[f"{bank_name}.{tensor}"].items():
-                    yield f"expert/{bank.layout.layer}/{expert}/{tensor}/{key}", values[slot]
+            first_holder = first_holder_E[bank.layout.local_experts[piece.slot]]
+            if first_holder == mesh.expert_rank and piece.slot % mesh.num_replicas == mesh.replica:
+                mine.append((key, piece))
+    states = engine.collect([piece for _, piece in mine])
+    for key, piece in mine:
+        for state, values in states[piece].items():
+            yield f"{key}/{state}", values
     if mesh.rank == 0:
         for name, values in persistent_buffers(engine.model).items():
             yield f"buffer/{name}", values
@@ -91,21 +108,24 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: values for name, values in model.named_buffers() if name in saved}
 
 
-def _wanted(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Every key that this rank needs, with the live tensor that takes its values."""
-    states, expert_names = engine.states(), {name for names in engine.expert_names.values() for name in names}
-    for name in states:
-        if name not in expert_names:
-            for key, values in states[name].items():
-                yield f"dense/{name}/{key}", values
-    for bank_name, bank in engine.banks.items():
-        for slot, expert in enumerate(bank.layout.local_experts):
-            if expert != EMPTY:
-                for tensor in bank.expert_tensors():
-                    for key, values in states[f"{bank_name}.{tensor}"].items():
-                        yield f"expert/{bank.layout.layer}/{expert}/{tensor}/{key}", values[slot]
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """One key that this rank's model needs: its shape, and what takes its values."""
+
+    shape: torch.Size
+    take: Callable[[Tensor], object]
+    is_here: bool
+    """Whether this rank keeps any of it."""
+
+
+def _wanted(engine: AnyEngine) -> Iterator[tuple[str, _Wanted]]:
+    named = dict(engine.model.named_parameters())
+    for key, piece in pieces(engine):
+        shape = named[piece.parameter].shape[0 if piece.slot is None else 1 :]
+        for state in STATES:
+            yield f"{key}/{state}", _Wanted(shape, partial(engine.fill, piece, state), engine.wants(piece))
     for name, values in persistent_buffers(engine.model).items():
-        yield f"buffer/{name}", values
+        yield f"buffer/{name}", _Wanted(values.shape, values.copy_, True)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------------
@@ -138,7 +158,7 @@ def verify(folder: Path) -> str | None:
 
 
 @torch.no_grad()
-def restore(folder: Path, manifest: Manifest, engine: Engine, passed_over: tuple[str, ...] = ()) -> Loaded:
+def restore(folder: Path, manifest: Manifest, engine: AnyEngine, passed_over: tuple[str, ...] = ()) -> Loaded:
     """Fill `engine` (under whatever plan it has) and its model's buffers from a checked checkpoint.
 
     Where no update has been made, the optimizer's moments may be missing (an imported model has none): they are zeros.
@@ -146,30 +166,27 @@ def restore(folder: Path, manifest: Manifest, engine: Engine, passed_over: tuple
     """
     wanted, places = dict(_wanted(engine)), manifest.tensors
     fresh = [key for key in wanted if key not in places and manifest.num_updates == 0 and key.endswith(("/exp_avg", "/exp_avg_sq"))]
-    for key, values in wanted.items():
+    for key, want in wanted.items():
         if key in fresh:
             continue
         if key not in places:
             raise BadCheckpoint(f"{folder} has no {key}: it is of another model; resume with the config it was made with")
-        if list(values.shape) != places[key].shape:
+        if list(want.shape) != places[key].shape:
             raise BadCheckpoint(
-                f"{folder} holds {key} of shape {places[key].shape}, the model has {list(values.shape)}; "
+                f"{folder} holds {key} of shape {places[key].shape}, the model has {list(want.shape)}; "
                 "resume with the config it was made with"
             )
     _check_nothing_is_left(folder, places, wanted, engine)
     reader = Reader(folder, places)
-    for key, values in wanted.items():
-        if key in places:
-            values.copy_(reader.read(key))
-        else:
-            values.zero_()
-    engine.optimizer.refresh()
-    engine.optimizer.set_num_updates(manifest.num_updates)
+    for key, want in wanted.items():
+        if want.is_here:
+            want.take(reader.read(key) if key in places else torch.zeros(want.shape))
+    engine.filled(manifest.num_updates)
     state = RunState(manifest.step, DataState(manifest.data.epoch, manifest.data.position), manifest.seed, manifest.corpus_digest)
     return Loaded(state, manifest.placement(), folder, passed_over)
 
 
-def _check_nothing_is_left(folder: Path, places: Mapping[str, Place], wanted: Mapping[str, Tensor], engine: Engine) -> None:
+def _check_nothing_is_left(folder: Path, places: Mapping[str, Place], wanted: Mapping[str, _Wanted], engine: AnyEngine) -> None:
     """Raise `BadCheckpoint` where the checkpoint holds a tensor that no rank asks for."""
     layers = {str(bank.layout.layer) for bank in engine.banks.values()}
     experts = set() if engine.plan is None else {str(expert) for expert in range(engine.plan.num_experts)}

@@ -19,7 +19,7 @@ from crossdock.errors import IoFailure
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState, finished, owned
 from crossdock.runtime.checkpoints.manifest import FORMAT_VERSION, Manifest, SavedData, SavedPlan
 from crossdock.runtime.checkpoints.shards import Entry, Place, Shard, fsync, write_shard
-from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.engines import AnyEngine
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
 
@@ -47,7 +47,7 @@ class Saver:
     stay as they were, and a process that is killed at any moment leaves no folder that looks complete.
     """
 
-    def __init__(self, directory: Path, engine: Engine, mesh: Mesh, config: CheckpointConfig) -> None:
+    def __init__(self, directory: Path, engine: AnyEngine, mesh: Mesh, config: CheckpointConfig) -> None:
         self.directory, self.engine, self.mesh, self.config = directory, engine, mesh, config
         self._host: dict[str, Tensor] = {}  # taken again by the next save: new pages, and pinning them, cost more than the copy
         self._writing: _Writing | None = None
@@ -143,7 +143,7 @@ class Saver:
             "data": SavedData(**asdict(state.data)),
             "seed": state.seed,
             "corpus_digest": state.corpus_digest,
-            "num_updates": self.engine.optimizer.num_updates,
+            "num_updates": self.engine.num_updates,
             "world_size": self.mesh.world_size,
             "expert_parallel": self.mesh.expert_parallel,
             "plan_hash": None if plan is None else plan.digest,

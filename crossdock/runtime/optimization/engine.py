@@ -6,8 +6,7 @@ copies in their own group where the plan has copies. Both are then divided by th
 parameter.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +15,12 @@ from torch import Tensor, nn
 from crossdock.errors import NonFiniteLoss
 from crossdock.placement.plan import EMPTY, Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
+from crossdock.runtime.optimization.agreement import StepReport, agree, clip_factor
+from crossdock.runtime.optimization.engines import Piece
 from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig
 from crossdock.runtime.optimization.reduction import GradientReducer
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What all ranks agree on: the global norm before clipping, and the sum over ranks of each scalar given to `Engine.step`."""
-
-    grad_norm: float
-    sums: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +34,7 @@ class _Copies:
 
 
 class Engine:
-    """Owns the gradients and the optimizer state of `model` under `plan`; mutable, one per run.
-
-    A step is: `backward(loss / n, last=False)` n - 1 times, `backward(loss / n, last=True)`, then `step`.
-    """
+    """The native engine, in plain torch: see `engines.AnyEngine` for what a step is. Its state is whole on every rank, and can migrate."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan | None, config: OptimizerConfig) -> None:
         self.model, self.mesh, self.config = model, mesh, config
@@ -86,6 +76,32 @@ class Engine:
         """The live optimizer state of every parameter by name; see `optimizer.STATES`."""
         return {name: self.optimizer.state_of(name) for name, _ in self.model.named_parameters()}
 
+    @property
+    def num_updates(self) -> int:
+        """Updates made so far."""
+        return self.optimizer.num_updates
+
+    def _piece(self, piece: Piece) -> dict[str, Tensor]:
+        state = self.optimizer.state_of(piece.parameter)
+        return state if piece.slot is None else {key: values[piece.slot] for key, values in state.items()}
+
+    def collect(self, pieces: Collection[Piece]) -> dict[Piece, dict[str, Tensor]]:
+        """The live state of `pieces`; nothing travels."""
+        return {piece: self._piece(piece) for piece in pieces}
+
+    def wants(self, piece: Piece) -> bool:
+        """All of it is kept here."""
+        return True
+
+    def fill(self, piece: Piece, state: str, values: Tensor) -> None:
+        """Overwrite one state of `piece`."""
+        self._piece(piece)[state].copy_(values)
+
+    def filled(self, num_updates: int) -> None:
+        """Parameters follow their masters; updates are counted from `num_updates`."""
+        self.optimizer.refresh()
+        self.optimizer.set_num_updates(num_updates)
+
     def replace_experts(self, plan: Plan, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over banks that now have the layout of `plan`, with the migrated state of their parameters; dense state stays."""
         kept = {name: state for name, state in self.states().items() if name not in states}
@@ -115,33 +131,19 @@ class Engine:
         before the update, where a loss or the norm of any rank is not finite.
         """
         dense_sq, expert_sq = self._squared_norms()
-        values = [torch.as_tensor(value, dtype=torch.float64, device=self.mesh.device).detach().reshape(()) for value in scalars.values()]
-        *mine, dense, experts = torch.stack([*values, dense_sq, expert_sq]).tolist()  # the one moment in a step when the host waits
-        # ill ranks are named by number: the sum of their losses would say nothing
-        message = torch.zeros(len(mine) + 1 + self.mesh.world_size, dtype=torch.float64)
-        if all(map(math.isfinite, (*mine, dense, experts))):
-            message[: len(mine) + 1] = torch.tensor([*mine, experts], dtype=torch.float64)
-        else:
-            message[len(mine) + 1 + self.mesh.rank] = 1.0
-        collectives.all_reduce(message, self.mesh.control_group)
-        *sums, expert_sum = message[: len(mine) + 1].tolist()
-        ill_ranks = message[len(mine) + 1 :].nonzero().flatten().tolist()
-        if ill_ranks:
+        try:
+            sums, squared = agree(step, scalars, dense_sq, expert_sq / self.mesh.num_replicas, self.mesh)
+        except NonFiniteLoss:
             self.reducer.zero()
-            loss = dict(zip(scalars, mine, strict=True)).get("loss", math.nan)
-            raise NonFiniteLoss(
-                f"step {step}: loss or gradient is not finite on rank {', '.join(map(str, ill_ranks[:8]))} of {self.mesh.world_size} "
-                f"(loss of rank {self.mesh.rank}: {loss:.6g}); nothing was updated. "
-                "Lower train.optimizer.lr, lengthen its warm-up, or look at the data"
-            )
+            raise
         scale = 1.0 / self.mesh.world_size
-        grad_norm = scale * (dense + expert_sum / self.mesh.num_replicas) ** 0.5
-        clip = min(1.0, self.config.clip_norm / (grad_norm + 1e-12))
+        grad_norm = scale * squared**0.5
+        clip = clip_factor(grad_norm, self.config.clip_norm)
         if scale * clip != 1.0:
             torch._foreach_mul_([bucket.flat for bucket in self.reducer.buckets], scale * clip)
         self.optimizer.update(lr)
         self.reducer.zero()
-        return StepReport(grad_norm, dict(zip(scalars, sums, strict=True)))
+        return StepReport(grad_norm, sums)
 
     def _squared_norms(self) -> tuple[Tensor, Tensor]:
         """Squared norms of the summed gradients: of all dense parameters, and of this rank's experts, each copy counted by its share."""

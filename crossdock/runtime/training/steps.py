@@ -14,7 +14,7 @@ from crossdock.placement.plan import Plan, choose_replica
 from crossdock.placement.topology import LINK_CLASSES
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.data import Batch, Corpus, DataState, Sampler, sequences_per_rank
-from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.engines import AnyEngine
 from crossdock.runtime.optimization.optimizer import OptimizerConfig, learning_rate
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.training.stopwatch import Stopwatch, peak_memory_bytes
@@ -67,7 +67,7 @@ class Step:
 class Stepper:
     """Runs steps of one model on one rank; holds no position in the data."""
 
-    def __init__(self, model: nn.Module, engine: Engine, corpus: Corpus, seq_len: int, config: TrainConfig, mesh: Mesh) -> None:
+    def __init__(self, model: nn.Module, engine: AnyEngine, corpus: Corpus, seq_len: int, config: TrainConfig, mesh: Mesh) -> None:
         self.model, self.engine, self.seq_len, self.config, self.mesh = model, engine, seq_len, config, mesh
         self.sequences_per_rank = sequences_per_rank(config.batch_sequences, mesh.world_size, config.accumulate)
         self.sampler = Sampler(corpus.train, seq_len, corpus.vocab_size, config.seed, corpus.source)
