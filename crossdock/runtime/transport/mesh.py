@@ -234,6 +234,13 @@ def initialise(
         raise PeerLost(f"rank {rank} of {world_size} could not join the others within {timeout_s:g} s: {_first_line(error)}") from error
 
 
+def group_of_one(mesh: Mesh) -> Group:
+    """A process group of this rank alone, for a library that takes no None for it; a world of one is made real for that."""
+    if not dist.is_initialized():
+        initialise(0, 1, device=mesh.device, store=dist.HashStore(), timeout_s=mesh.timeout_s)
+    return dist.new_group([mesh.rank], timeout=timedelta(seconds=mesh.timeout_s), use_local_synchronization=True)
+
+
 def shutdown(timeout_s: float = SHUTDOWN_S) -> None:
     """Leave the world, if joined; gives up after `timeout_s`, because a lost peer can block the regular way for ever."""
     if not dist.is_initialized():
