@@ -17,6 +17,8 @@ from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.choice import AdaptConfig
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
 from crossdock.runtime.data import DataConfig
+from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig
+from crossdock.runtime.optimization.engines import EngineName
 from crossdock.runtime.profiler import ProfileConfig
 from crossdock.runtime.training.train import ReplanConfig, TrainConfig
 from crossdock.strict_yaml import Document, StrictModel
@@ -68,6 +70,9 @@ class RunConfig(StrictModel):
     """A topology.yaml or a preset's name: the nodes of the ranks are declared by it, and predictions use its speeds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: PrecisionConfig = PrecisionConfig()
+    engine: EngineName = "native"
+    """What reduces gradients and updates: Crossdock itself, or ZeRO by DeepSpeed (`docs/engines.md`)."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     dispatch: Dispatch = "deduplicated"
     capture: CaptureConfig = CaptureConfig()
     replan: ReplanConfig = ReplanConfig()
@@ -103,9 +108,21 @@ class RunConfig(StrictModel):
                 f"precision.wire {self.precision.wire} would round the residual stream, which travels with model.traffic coherent; "
                 "leave precision.wire out, or set model.traffic: home"
             )
+        if self.engine == "deepspeed":
+            self._check_deepspeed()
         if self.precision.compute == "fp64" and self.precision.wire is not None:
             raise BadConfig(f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out")
         return self
+
+    def _check_deepspeed(self) -> None:
+        """All that ZeRO cannot do, in one message."""
+        refused = []
+        if self.replan.at_step is not None:
+            refused.append(f"move experts and their partitioned state in the run (replan.at_step {self.replan.at_step}; leave it out)")
+        if self.precision.compute == "fp64":
+            refused.append("keep float64 masters (precision.compute fp64; choose fp32 or bf16)")
+        if refused:
+            raise BadConfig(f"engine deepspeed cannot {', nor '.join(refused)}; or set engine: native")
 
 
 def _divisors(number: int) -> str:

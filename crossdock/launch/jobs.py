@@ -75,6 +75,8 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
                 seq_len=config.data.seq_len,
                 directory=directory,
                 config=config.train,
+                engine=config.engine,
+                deepspeed=config.deepspeed,
                 capture=config.capture,
                 replan=config.replan,
                 adapt=config.adapt,

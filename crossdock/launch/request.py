@@ -83,6 +83,11 @@ def read_inputs(config: RunConfig) -> Inputs:
             plan.check_model(config.model.num_moe_layers, config.model.num_experts, ranks)
         except BadData as failure:
             raise BadData(f"{config.plan}: {failure}") from failure
+        if config.engine == "deepspeed" and plan.has_replicas:
+            raise BadConfig(
+                f"plan {config.plan} holds several copies of an expert, whose gradients engine deepspeed cannot sum inside a group; "
+                "solve a plan without spare slots, or set engine: native"
+            )
     return Inputs(topology, plan)
 
 

@@ -33,7 +33,9 @@ from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState
 from crossdock.runtime.checkpoints.saver import Saved, Saver
 from crossdock.runtime.data import Corpus, DataState
+from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
 from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.engines import AnyEngine, EngineName
 from crossdock.runtime.profiler import ProfileConfig, Profiler
 from crossdock.runtime.training.metrics import RunDirectory, console_line
 from crossdock.runtime.training.result import Speeds, TrainResult, WindowReport, median, report_window
@@ -81,6 +83,9 @@ class Training:
     seq_len: int
     directory: RunDirectory
     config: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineName = "native"
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """Of `engine` deepspeed, with which experts stay where `plan` puts them."""
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     replan: ReplanConfig = field(default_factory=ReplanConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -123,7 +128,7 @@ class _Run:
         if training.replan.at_step is not None and not self.layers:
             raise BadConfig("replan.at_step is set, and the model has no experts to move; choose a block with experts")
         self.topology = topology_of(mesh, training.topology) if self.layers else None
-        self.engine = Engine(training.model, mesh, training.plan, config.optimizer)
+        self.engine = _engine(training)
         self.saver = Saver(training.directory.checkpoints, self.engine, mesh, training.checkpoint)
         self.stepper = Stepper(training.model, self.engine, training.corpus, training.seq_len, config, mesh)
         self.state, self.step, self.stop_asked = DataState(), 0, False
@@ -318,6 +323,7 @@ class _Run:
 
     def _apply(self, plan: Plan) -> None:
         begin_s = time.perf_counter()
+        assert isinstance(self.engine, Engine), "experts move under the native engine alone"
         done = migrate(self.engine, self.layers, plan, self.mesh)
         self.mesh.ledger.take()
         self.moves = done.moves
@@ -370,7 +376,8 @@ class _Run:
         is_replanned = at_step is not None and manifest.step >= at_step  # then the checkpoint's plan is the one that was solved on the way
         if saved_plan is not None and plan is not None and (is_replanned or not self.training.keep_plan):
             same_devices = saved_plan.slots_LRS.shape[:2] == plan.slots_LRS.shape[:2] and saved_plan.num_experts == plan.num_experts
-            if same_devices and saved_plan.digest != plan.digest:
+            can_move = isinstance(self.engine, Engine)  # under another engine the run's own plan goes on: checkpoints fit any
+            if same_devices and saved_plan.digest != plan.digest and can_move:
                 self._apply(saved_plan)
                 self.moves = None
         state = checkpoint.restore(folder, manifest, self.engine).state
@@ -389,6 +396,14 @@ class _Run:
 
     def _ask_to_stop(self) -> None:
         self.stop_asked = True
+
+
+def _engine(training: Training) -> AnyEngine:
+    """The engine that `training` asks for."""
+    model, mesh, plan, config = training.model, training.mesh, training.plan, training.config.optimizer
+    if training.engine == "deepspeed":
+        return DeepSpeedEngine(model, mesh, plan, config, training.deepspeed)
+    return Engine(model, mesh, plan, config)
 
 
 @contextlib.contextmanager
