@@ -13,6 +13,7 @@ many back. In backward the gradient of the combine travels from h to d and the g
 two times: `dispatch_s` (h to d) and `combine_s` (d to h). Hierarchical dispatch takes two hops, one after the other (`placement.hops`).
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -85,6 +86,7 @@ class Workload:
     micro_batches               forward and backward passes in a step
     expert_overhead_s           fixed cost of a block's experts in one direction, whatever their rows
     state_bytes_per_parameter   memory for weight, gradient, master copy and optimizer state of one expert parameter
+    gradient_bytes              bytes of one parameter's gradient, master weight and each of two moments: 4, or 8 in double precision
     """
 
     tokens_per_rank: int = 4096
@@ -98,9 +100,10 @@ class Workload:
     micro_batches: int = 1
     expert_overhead_s: float = 0.0
     state_bytes_per_parameter: float = 18.0
+    gradient_bytes: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("tokens_per_rank", "model_width", "expert_width", "expert_matrices", "micro_batches"):
+        for name in ("tokens_per_rank", "model_width", "expert_width", "expert_matrices", "micro_batches", "gradient_bytes"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise BadConfig(f"{name} is {value!r}; give an integer")
@@ -130,6 +133,11 @@ class Workload:
     def expert_state_bytes(self) -> float:
         """Memory of one expert of one layer with its optimizer state."""
         return self.expert_parameters * self.state_bytes_per_parameter
+
+    @property
+    def expert_moved_bytes(self) -> int:
+        """What a migration carries of one expert of one layer: its master weights and both moments."""
+        return self.expert_parameters * 3 * self.gradient_bytes
 
     @classmethod
     def load(cls, path: Path | str) -> "Workload":
@@ -185,16 +193,40 @@ def transfer_seconds(bytes_RR: ArrayLike, topology: Topology) -> Any:
     """
     sent_RR = np.asarray(bytes_RR, dtype=np.float64)
     busiest_s = np.zeros(sent_RR.shape[:-2])
+    for link in _links(topology):
+        port_s_RR = sent_RR * link.s_per_byte_RR
+        port_s = np.maximum(port_s_RR.sum(axis=-1).max(axis=-1), port_s_RR.sum(axis=-2).max(axis=-1))
+        if link.card_NR is not None:
+            port_s = np.maximum(port_s, _shared_card_seconds(sent_RR * link.card_s_per_byte_RR, link.card_NR))
+        busiest_s = np.maximum(busiest_s, port_s + link.latency_s)
+    return busiest_s
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """One link class of a topology: seconds per byte on each of its links and 0 elsewhere; the same of network cards that nodes share."""
+
+    s_per_byte_RR: Float
+    latency_s: float
+    card_s_per_byte_RR: Float
+    card_NR: NDArray[np.bool_] | None
+
+
+@functools.lru_cache(maxsize=16)
+def _links(topology: Topology) -> tuple[_Link, ...]:
+    """What every transfer on a topology asks again: searches price millions of them."""
+    found = []
     for link_class in range(len(LINK_CLASSES)):
         of_class_RR = topology.link_class_RR == link_class
         if not of_class_RR.any():
             continue
-        port_s_RR = sent_RR * np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)
-        port_s = np.maximum(port_s_RR.sum(axis=-1).max(axis=-1), port_s_RR.sum(axis=-2).max(axis=-1))
+        card_NR = None
         if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
-            port_s = np.maximum(port_s, _shared_card_seconds(sent_RR, topology, topology.node_bytes_per_s))
-        busiest_s = np.maximum(busiest_s, port_s + topology.latency_s_RR[of_class_RR].max())
-    return busiest_s
+            card_NR = np.arange(topology.num_nodes)[:, None] == np.array(topology.node_of_R)[None, :]
+        card_s_per_byte_RR = of_class_RR / (topology.node_bytes_per_s or 1.0)
+        latency_s = float(topology.latency_s_RR[of_class_RR].max())
+        found.append(_Link(np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0), latency_s, card_s_per_byte_RR, card_NR))
+    return tuple(found)
 
 
 def block_cost(
@@ -253,11 +285,10 @@ class _WorkloadFile(StrictModel):
     micro_batches: int = Field(default=Workload.micro_batches, ge=1)
     expert_overhead_s: float = Field(default=Workload.expert_overhead_s, ge=0)
     state_bytes_per_parameter: float = Field(default=Workload.state_bytes_per_parameter, ge=0)
+    gradient_bytes: int = Field(default=Workload.gradient_bytes, ge=1)
 
 
-def _shared_card_seconds(sent_RR: Float, topology: Topology, node_bytes_per_s: float) -> Float:
-    member_NR = np.arange(topology.num_nodes)[:, None] == np.array(topology.node_of_R)[None, :]
-    between_nodes_RR = np.where(topology.link_class_RR == OTHER_NODE, sent_RR, 0.0)
-    leaving_N = between_nodes_RR.sum(axis=-1) @ member_NR.T
-    arriving_N = between_nodes_RR.sum(axis=-2) @ member_NR.T
-    return np.asarray(np.maximum(leaving_N.max(axis=-1), arriving_N.max(axis=-1)) / node_bytes_per_s)
+def _shared_card_seconds(card_s_RR: Float, card_NR: NDArray[np.bool_]) -> Float:
+    leaving_N = card_s_RR.sum(axis=-1) @ card_NR.T
+    arriving_N = card_s_RR.sum(axis=-2) @ card_NR.T
+    return np.asarray(np.maximum(leaving_N.max(axis=-1), arriving_N.max(axis=-1)))

@@ -7,7 +7,6 @@ parameter.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +15,11 @@ from crossdock.errors import NonFiniteLoss
 from crossdock.placement.plan import EMPTY, Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.agreement import StepReport, agree, clip_factor
+from crossdock.runtime.optimization.copies import CopySums
 from crossdock.runtime.optimization.engines import Piece
 from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig
 from crossdock.runtime.optimization.reduction import GradientReducer
-from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
-
-
-@dataclass(frozen=True, eq=False)
-class _Copies:
-    """The slots of a bank whose expert has several copies in the group: local slot numbers, and places among the layer's copied experts."""
-
-    bank_name: str
-    num_copied: int
-    slots: Tensor
-    places: Tensor
 
 
 class Engine:
@@ -63,14 +52,15 @@ class Engine:
         self._dense_gradients = [gradient for name, gradient in gradient_of.items() if name not in bank_of]
         self._expert_gradients = [(gradient, bank_of[name]) for name, gradient in gradient_of.items() if name in bank_of]
         self._weight_of: dict[str, Tensor] = {}
-        self._copies: list[_Copies] = []
         for name, bank in self.banks.items():
             assert plan is not None
             copies_E = (plan.slot_LRE[bank.layout.layer] != EMPTY).sum(axis=0)
             weights = [0.0 if expert == EMPTY else 1.0 / copies_E[expert] for expert in bank.layout.local_experts]
             self._weight_of[name] = torch.tensor(weights, dtype=torch.float64, device=self.mesh.device)
-            if (copies_E > 1).any():
-                self._copies.append(self._copies_of(name, bank, (copies_E > 1).nonzero()[0].tolist()))
+        self._sum_copies: CopySums | None = None
+        if plan is not None and plan.has_replicas:
+            of_bank = [(bank, [gradient_of[tensor] for tensor in self.expert_names[name]]) for name, bank in self.banks.items()]
+            self._sum_copies = CopySums(plan, of_bank, self.mesh)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The live optimizer state of every parameter by name; see `optimizer.STATES`."""
@@ -120,7 +110,7 @@ class Engine:
     def reduce(self) -> None:
         """Wait until every gradient is the sum over all ranks and copies that share the parameter."""
         self.reducer.finish()
-        if self._copies:
+        if self._sum_copies is not None:
             self._sum_copies()
 
     @torch.no_grad()
@@ -154,26 +144,3 @@ class Engine:
             norm_S = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
             expert_sq = expert_sq + norm_S.double().square() @ self._weight_of[bank]
         return dense_sq, expert_sq
-
-    # ---- copies of an expert inside a group ------------------------------------------------------------------
-
-    def _copies_of(self, name: str, bank: ExpertBank, copied: list[int]) -> _Copies:
-        here = [(slot, copied.index(expert)) for slot, expert in enumerate(bank.layout.local_experts) if expert in copied]
-        slots, places = (torch.tensor([pair[side] for pair in here], dtype=torch.int64, device=self.mesh.device) for side in (0, 1))
-        return _Copies(name, len(copied), slots, places)
-
-    @torch.no_grad()
-    def _sum_copies(self) -> None:
-        """Every copy of an expert gets the sum of all copies' gradients: one all-reduce per precision for all layers together."""
-        named = dict(self.model.named_parameters())
-        parts = [(copies, self.reducer.gradient_of[named[name]]) for copies in self._copies for name in self.expert_names[copies.bank_name]]
-        for dtype in sorted({gradient.dtype for _, gradient in parts}, key=str):
-            chosen = [(copies, gradient) for copies, gradient in parts if gradient.dtype == dtype]
-            sizes = [copies.num_copied * gradient[0].numel() for copies, gradient in chosen]
-            flat = torch.zeros(sum(sizes), dtype=dtype, device=self.mesh.device)
-            tables = [part.view(copies.num_copied, -1) for (copies, _), part in zip(chosen, flat.split(sizes), strict=True)]
-            for table, (copies, gradient) in zip(tables, chosen, strict=True):
-                table.index_copy_(0, copies.places, gradient.flatten(1)[copies.slots])
-            collectives.all_reduce(flat, self.mesh.token_group)  # idle by now: the backward pass is over
-            for table, (copies, gradient) in zip(tables, chosen, strict=True):
-                gradient.flatten(1).index_copy_(0, copies.slots, table[copies.places])

@@ -15,7 +15,7 @@ import torch
 
 Stage = Literal["dispatch", "combine"]
 Direction = Literal["forward", "backward"]
-Kind = Literal["tokens", "metadata", "counts", "weights", "keys_values"]
+Kind = Literal["tokens", "metadata", "counts", "weights", "keys_values", "gradients"]
 Bytes = tuple[int, int, int]
 """Bytes by link class, in the order of `placement.topology.LINK_CLASSES`: same device, same node, other node."""
 
@@ -157,7 +157,7 @@ def profile(flights: Iterable[Flight]) -> dict[int, LayerProfile]:
     tokens = {(f.layer, f.movement, f.stage, f.direction): f for f in flights if f.kind == "tokens"}
     movements: dict[int, set[int]] = defaultdict(set)
     for flight in flights:
-        if flight.kind not in ("weights", "keys_values"):  # they belong to no movement of tokens
+        if flight.kind not in ("weights", "keys_values", "gradients"):  # they belong to no movement of tokens
             movements[flight.layer].add(flight.movement)
     return {layer: _profile_layer(layer, movements[layer], tokens, flights) for layer in sorted(movements)}
 
