@@ -5,11 +5,17 @@ Raise one of these for bad input; the message names what is wrong, the numbers, 
 
 from typing import ClassVar
 
+MAX_MESSAGE = 1200
+"""Characters of an error's message; what the user wrote may be quoted in it, and may be of any length."""
+
 
 class CrossdockError(ValueError):
     """Base of every error whose message is meant for the user; never shown with a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(presentable(message))
 
 
 class UsageError(CrossdockError):
@@ -82,3 +88,10 @@ class OutOfMemory(CrossdockError):
     """A device or the host ran out of memory."""
 
     exit_code = 80
+
+
+def presentable(message: str) -> str:
+    """A message as one line that a terminal can show: characters that steer terminals are spelled out, and a long middle is left out."""
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE * 2 // 3]} [...] {message[-MAX_MESSAGE // 3 :]}"
+    return "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else ascii(letter)[1:-1] for letter in message)

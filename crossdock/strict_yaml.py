@@ -18,7 +18,8 @@ from typing import Any, TypeVar, get_args
 import pydantic
 import yaml
 
-from crossdock.errors import BadConfig, CrossdockError, MissingInput
+from crossdock.bounded import read_bytes
+from crossdock.errors import BadConfig, CrossdockError
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 32
@@ -73,16 +74,7 @@ def load(path: Path, error: type[CrossdockError] = BadConfig) -> Document:
     Raises `MissingInput` where there is no readable file, `error` where its content is malformed.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            what = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-            raise MissingInput(f"{path} {what}; give the path of a YAML file")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as failure:
-        raise MissingInput(f"cannot read {path}: {failure.strerror}; check the path and its permissions") from failure
-    if len(data) > MAX_BYTES:
-        raise error(f"{path}: larger than {MAX_BYTES} bytes, the most that is read as YAML; is this the right file?")
+    data = read_bytes(path, MAX_BYTES, "a YAML file", error)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crossdock.errors import CrossdockError, OutOfMemory, Unavailable, UsageError
+from crossdock.errors import CrossdockError, OutOfMemory, Unavailable, UsageError, presentable
 from crossdock.launch.checkpoint_commands import checkpoint_app
 from crossdock.launch.launch_commands import launch_app
 from crossdock.launch.trace_commands import trace_app
@@ -281,7 +281,7 @@ def _help(arguments: Sequence[str]) -> str | None:
 
 
 def _complain(message: str, exit_code: int) -> int:
-    print(f"crossdock: error: {message}", file=sys.stderr)
+    print(f"crossdock: error: {presentable(message)}", file=sys.stderr)
     return exit_code
 
 

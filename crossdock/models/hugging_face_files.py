@@ -3,7 +3,6 @@
 Tensors pass one at a time, so that a model need not fit in memory.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crossdock import atomic
+from crossdock.bounded import is_plain_name, json_value, read_bytes
 from crossdock.errors import BadCheckpoint, BadData, MissingInput
 from crossdock.models.config import ModelConfig
 from crossdock.models.hugging_face import Source, Target, from_hugging_face, targets, tensors, to_hugging_face
@@ -22,6 +22,7 @@ from crossdock.runtime.checkpoints.shards import Entry, Place, Reader, Shard, dt
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 4_000_000_000
+MAX_JSON_BYTES = 1 << 28
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -79,7 +80,7 @@ class HuggingFaceFolder:
     def _files(self) -> dict[str, str]:
         if (self.folder / INDEX).exists():
             weights = _read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weights, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weights.values()):
+            if not isinstance(weights, dict) or not all(isinstance(file, str) and is_plain_name(file) for file in weights.values()):
                 raise BadData(f"{self.folder / INDEX}: weight_map does not name files of this folder; download it again")
             return {str(key): file for key, file in weights.items()}
         if not (self.folder / SINGLE).exists():
@@ -163,12 +164,7 @@ def _opened(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise MissingInput(f"{path}: {error.strerror}; name a folder that transformers saved") from error
-    except (ValueError, RecursionError) as error:
-        raise BadData(f"{path} is no JSON ({error})") from error
+    value = json_value(read_bytes(path, MAX_JSON_BYTES, "a file of a folder that transformers saved"), str(path))
     if not isinstance(value, dict):
         raise BadData(f"{path} holds no JSON object")
     return value

@@ -32,11 +32,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from crossdock import atomic
-from crossdock.errors import BadData, MissingInput
+from crossdock.bounded import json_value, read_bytes
+from crossdock.errors import BadData
 from crossdock.strict_yaml import Document, StrictModel, validated
 
 FORMAT_VERSION = 1
 EMPTY = -1
+MAX_BYTES = 1 << 28
+"""The most that is read as a plan: a hundred layers of half a million slots."""
 
 Mode = Literal["home", "coherent"]
 
@@ -195,20 +198,7 @@ class Plan:
     def load(cls, path: Path | str) -> "Plan":
         """Read a plan file. Raises `MissingInput` where it cannot be read and `BadData`, with the file's name, where it is malformed."""
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadData(
-                f"{path}: not a plan: byte {error.start} is not UTF-8 text; give the JSON that `crossdock plan solve` wrote"
-            ) from error
-        except OSError as error:
-            raise MissingInput(
-                f"{path}: cannot read the plan: {error.strerror}; give the JSON that `crossdock plan solve` wrote"
-            ) from error
-        try:
-            value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise BadData(f"{path}: not a plan: {error}; give the JSON that `crossdock plan solve` wrote") from error
+        value = json_value(read_bytes(path, MAX_BYTES, "a plan, the JSON that `crossdock plan solve` wrote"), str(path))
         file = validated(_PlanFile, Document(value=value, name=str(path), line_of={}), error=BadData)
         try:
             if file.format_version != FORMAT_VERSION:
@@ -327,16 +317,3 @@ def _array_of(slots: list[list[list[int]]]) -> NDArray[np.int64]:
         return np.array(slots, dtype=np.int64)
     except OverflowError as error:
         raise BadData(f"slots holds a number beyond 64 bits: {error}; experts are small integers") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number that JSON knows")

@@ -1,17 +1,17 @@
 """A run directory as data, and the parts of its report: loss, step time, exposed communication, predictions beside counts."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crossdock import strict_yaml
-from crossdock.errors import BadData, MissingInput
+from crossdock.errors import MissingInput
 from crossdock.placement.charts import Marker, Series, bar_chart, line_chart
 from crossdock.placement.cost import Workload
 from crossdock.placement.plan import Plan
 from crossdock.placement.report import Figure, Section, Table, Tile, seconds
+from crossdock.placement.run_files import is_number, read_lines, read_result
 from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace
 from crossdock.placement.workload_file import load_workload
@@ -46,12 +46,14 @@ class Run:
     @property
     def markers(self) -> list[Marker]:
         """The steps at which a plan took effect, but for the one that the run began with."""
-        applied = [event for event in self.events if event.get("event") == "plan_applied" and event.get("step")]
+        applied = [
+            event for event in self.events if event.get("event") == "plan_applied" and event.get("step") and is_number(event["step"])
+        ]
         return [Marker(float(event["step"]), f"{event.get('method') or 'plan'}, {event.get('moves', 0)} moves") for event in applied]
 
     def series(self, key: str, name: str, *, points: bool = False) -> Series:
         """One metric over the steps that have it."""
-        pairs = [(row["step"], row[key]) for row in self.metrics if _is_number(row.get(key)) and _is_number(row.get("step"))]
+        pairs = [(row["step"], row[key]) for row in self.metrics if is_number(row.get(key)) and is_number(row.get("step"))]
         return Series(name, [float(x) for x, _ in pairs], [float(y) for _, y in pairs], points)
 
 
@@ -59,8 +61,8 @@ def read_run(path: Path) -> Run:
     """Read a run directory. Raises `MissingInput` where it is none, `BadData` where a file of it is damaged."""
     if not path.is_dir():
         raise MissingInput(f"{path}: no such run directory; give the run.dir of a training run")
-    result = _json(path / "result.json")
-    metrics, events = _lines(path / "metrics.jsonl"), _lines(path / "events.jsonl")
+    result = read_result(path / "result.json")
+    metrics, events = read_lines(path / "metrics.jsonl"), read_lines(path / "events.jsonl")
     if not result and not metrics:
         raise MissingInput(f"{path}: holds neither result.json nor metrics.jsonl; give the run.dir of a training run")
     config_path = path / "config.resolved.yaml"
@@ -86,11 +88,11 @@ def run_tiles(run: Run) -> list[Tile]:
         ("held-out loss", "eval_loss", "{:.4f}"),
         ("tokens/s, median", "tokens_per_s", "{:,.0f}"),
     ):
-        if _is_number(result.get(key)):
+        if is_number(result.get(key)):
             tiles.append(Tile(label, form.format(result[key])))
-    if _is_number(result.get("step_s")):
+    if is_number(result.get("step_s")):
         tiles.append(Tile("step, median", seconds(result["step_s"])))
-    if _is_number(result.get("exposed_s")):
+    if is_number(result.get("exposed_s")):
         share = f" ({result['exposed_s'] / result['step_s']:.0%})" if result.get("step_s") else ""
         tiles.append(Tile("exposed communication", f"{seconds(result['exposed_s'])}{share}"))
     counted, predicted = _bytes(result, "counted"), _bytes(result, "predicted")
@@ -172,7 +174,7 @@ def _times(windows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, 
     for name, window in windows:
         times = window.get("step_time") or {}
         kinds = (("measured", "measured_s"), ("predicted", "predicted_s"))
-        bars = [(label, times[key] * 1e3) for label, key in kinds if _is_number(times.get(key))]
+        bars = [(label, times[key] * 1e3) for label, key in kinds if is_number(times.get(key))]
         if bars:
             method = (window.get("plan") or {}).get("method") or "plan"
             groups.append((f"{name}, {method}" if name else method, bars))
@@ -180,7 +182,7 @@ def _times(windows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, 
 
 
 def _off(forecast: Any, counted: Any) -> str:
-    return f"{forecast / counted - 1.0:+.1%}" if _is_number(forecast) and _is_number(counted) and counted else "-"
+    return f"{forecast / counted - 1.0:+.1%}" if is_number(forecast) and is_number(counted) and counted else "-"
 
 
 def _bytes(window: Mapping[str, Any], kind: str) -> Mapping[str, int]:
@@ -199,37 +201,3 @@ def _topology(path: Path, config_path: Path, plan: Plan | None) -> Topology | No
         except MissingInput:  # a file that stood elsewhere when the run began
             pass
     return Topology.local(plan.num_devices) if plan is not None else None
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise BadData(f"{path}: not JSON: {error}; was the file edited?") from error
-    if not isinstance(value, Mapping):
-        raise BadData(f"{path}: holds a {type(value).__name__}, not an object; was the file edited?")
-    return value
-
-
-def _lines(path: Path) -> list[Mapping[str, Any]]:
-    """The objects of a JSON-lines file; a torn last line, as a killed run leaves it, is passed over."""
-    if not path.exists():
-        return []
-    values = []
-    lines = path.read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise BadData(f"{path}:{number}: not JSON: {error}; was the file edited?") from error
-        if isinstance(value, Mapping):
-            values.append(value)
-    return values
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

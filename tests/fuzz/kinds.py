@@ -16,63 +16,9 @@ import numpy as np
 import yaml
 
 from tests.fuzz.mutations import NUMBERS, TEXTS, json_text, mutated_bytes, mutated_text, mutated_value
+from tests.fuzz.seeds import CHECKPOINT_TENSORS, CONFIG, HUGGING_FACE, PLAN, RESULT, SHARD, TOPOLOGY_LONG, TOPOLOGY_SHORT, WORKLOAD
 
 Files = dict[str, bytes]
-
-CONFIG: dict[str, Any] = {
-    "run": {"dir": "runs/x", "resume": "auto"},
-    "train": {"steps": 3, "seed": 1, "batch_sequences": 8, "accumulate": 1, "eval_every": 2, "optimizer": {"lr": 0.001}},
-    "parallel": {"expert": 2, "ranks": 2, "timeout_s": 30.0},
-    "model": {
-        **{"num_layers": 4, "model_width": 32, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 64, "vocab_size": 256, "block": "scmoe"},
-        **{"moe_every": 2, "num_experts": 4, "top_k": 1, "expert_width": 32, "activation": "swiglu", "shortcut": {"position": 2}},
-        "gate": {"kind": "noisy_topk"},
-    },
-    "data": {"seq_len": 16, "kind": "stdlib"},
-    "topology": "good.yaml",
-    "plan": "good.json",
-    "device": "cpu",
-    "precision": {"compute": "fp32", "wire": "bf16"},
-    "dispatch": "deduplicated",
-    "capture": {"steps": 2},
-    "replan": {"at_step": 2},
-    "adapt": {"mode": "off"},
-    "checkpoint": {"every": 2, "keep": 1, "at_end": True},
-}
-TOPOLOGY_SHORT: dict[str, Any] = {
-    "name": "x",
-    "nodes": 2,
-    "devices_per_node": 1,
-    "device": {"flop_per_s": 1e12, "memory_bytes": 1e9},
-    "links": {"same_node": {"bytes_per_s": 1e9, "latency_s": 1e-5}, "other_node": {"bytes_per_s": 1e9, "latency_s": 1e-5, "shared_by_node": True}},
-}
-TOPOLOGY_LONG: dict[str, Any] = {
-    "name": "y",
-    "devices": [{"node": 0, "flop_per_s": 1e12, "memory_bytes": 1e9}, {"node": 1, "flop_per_s": 2e12, "memory_bytes": 1e9}],
-    "bytes_per_s": [[None, 1e9], [2e9, None]],
-    "latency_s": [[0.0, 1e-5], [1e-5, 0.0]],
-    "node_bytes_per_s": 1e9,
-}
-WORKLOAD: dict[str, Any] = {
-    **{"tokens_per_rank": 512, "model_width": 64, "expert_width": 128, "wire": "bf16", "expert_matrices": 3, "dispatch": "flat"},
-    **{"micro_batches": 1, "window_s": 0.001, "other_s": 0.01},
-}
-PLAN: dict[str, Any] = {
-    **{"format_version": 1, "num_layers": 2, "num_experts": 4, "topology_hash": "", "trace_hash": "", "mode": "home", "objective": "seconds"},
-    **{"method": "hand", "seed": 0, "cost": 0.5, "bound": 0.25, "slots": [[[0, 1], [2, 3]], [[3, 1], [0, 2]]]},
-}
-SHARD = "shard-00000.safetensors"
-HUGGING_FACE: dict[str, Any] = {
-    **{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 16, "rms_norm_eps": 1e-5},
-    **{"rope_theta": 10000.0, "max_position_embeddings": 32, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "float32"},
-}
-RESULT: dict[str, Any] = {
-    **{"status": "done", "exit_code": 0, "reached_step": 3, "target_step": 3, "loss": 2.5, "eval_loss": 2.6, "tokens_per_s": 100.0, "step_s": 0.1},
-    **{"exposed_s": 0.01, "bytes": {"steps": 2, "counted": {"same_device": 1, "same_node": 2, "other_node": 3}, "predicted": None}},
-    **{"step_time": {"measured_s": 0.1, "predicted_s": 0.2}, "load_max_over_mean": 1.2, "plan": {"hash": "x", "method": "hand"}, "world_size": 2},
-}
-HOSTFILE = b"# hosts\nnode1 slots=2\nnode2 slots=2\n"
 
 
 @dataclass(frozen=True)
@@ -140,7 +86,11 @@ def _override(rng: Random) -> tuple[str, ...]:
     inside = CONFIG[section]
     key = section if not isinstance(inside, dict) or rng.random() < 0.1 else f"{section}.{rng.choice(list(inside))}"
     value = rng.choice((str(rng.choice(NUMBERS)), rng.choice(TEXTS), "[1, 2]", "{a: 1}", "[" * 40))
-    text = mutated_text(f"{key}={value}".encode("utf-8", "surrogatepass"), rng) if rng.random() < 0.3 else f"{key}={value}".encode("utf-8", "ignore")
+    text = (
+        mutated_text(f"{key}={value}".encode("utf-8", "surrogatepass"), rng)
+        if rng.random() < 0.3
+        else f"{key}={value}".encode("utf-8", "ignore")
+    )
     return (text.replace(b"\x00", b"").decode("utf-8", "surrogateescape"),)
 
 
@@ -183,7 +133,9 @@ def _change_array(found: dict[str, Any], rng: Random) -> None:
             case 2:
                 changed = np.array(array)
                 if changed.size and changed.dtype.kind in "iufb":
-                    changed.reshape(-1)[rng.randrange(changed.size)] = rng.choice((0, 1, 3, 4, 100, 65534, 65535 if changed.dtype != np.float16 else 1))
+                    changed.reshape(-1)[rng.randrange(changed.size)] = rng.choice(
+                        (0, 1, 3, 4, 100, 65534, 65535 if changed.dtype != np.float16 else 1)
+                    )
                 found[name] = changed
             case 3:
                 found[rng.choice(("expert", "experts2", "../experts", "/etc/x", "a\x1bb", "weights", name.upper()))] = array
@@ -192,7 +144,7 @@ def _change_array(found: dict[str, Any], rng: Random) -> None:
             case 5:
                 found[name] = np.array(rng.choice([text for text in TEXTS if "\ud800" not in text]))
             case 6:
-                found[name] = np.asfortranarray(array) if rng.random() < 0.5 else np.asarray(array)[::-1]
+                found[name] = np.asfortranarray(array) if rng.random() < 0.5 else np.atleast_1d(array)[::-1]
             case _:
                 pass  # left out
 
@@ -202,7 +154,7 @@ def _npy_bytes(array: Any, rng: Random | None = None) -> bytes:
     file = io.BytesIO()
     np.save(file, np.asarray(array), allow_pickle=True)
     data = file.getvalue()
-    if rng is None or rng.random() > 0.3:
+    if rng is None or rng.random() > 0.05:
         return data
     (length,) = struct.unpack("<H", data[8:10])
     header = data[10 : 10 + length].rstrip()
@@ -281,19 +233,20 @@ def _bad_safetensors(tensors: Mapping[str, np.ndarray], rng: Random) -> bytes:
             return whole
 
 
-CHECKPOINT_TENSORS = {
-    **{"dense/norm.weight/weight": np.ones(8, np.float32), "expert/0/0/up/weight": np.ones((4, 8), np.float32)},
-    **{"expert/0/1/up/weight": np.zeros((4, 8), np.float32), "buffer/steps": np.zeros((), np.float32)},
-}
-
-
 def _manifest(shard: bytes) -> dict[str, Any]:
     from crossdock.placement.plan import Plan
 
     plan = Plan(np.array([[[0], [1]]]), 2, method="hand")
     return {
-        **{"format_version": 1, "step": 2, "data": {"epoch": 0, "position": 16}, "seed": 1, "corpus_digest": "x", "num_updates": 2},
-        **{"world_size": 2, "expert_parallel": 2, "plan_hash": plan.digest},
+        "format_version": 1,
+        "step": 2,
+        "data": {"epoch": 0, "position": 16},
+        "seed": 1,
+        "corpus_digest": "x",
+        "num_updates": 2,
+        "world_size": 2,
+        "expert_parallel": 2,
+        "plan_hash": plan.digest,
         "plan": {"num_experts": 2, "method": "hand", "slots": [[[0], [1]]]},
         "shards": [{"file": SHARD, "bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}],
         "tensors": {key: {"shard": SHARD, "shape": list(array.shape), "dtype": "float32"} for key, array in CHECKPOINT_TENSORS.items()},
@@ -301,7 +254,7 @@ def _manifest(shard: bytes) -> dict[str, Any]:
 
 
 def _checkpoint(rng: Random) -> Files:
-    """A manifest that is broken before it signs itself (so that its checks are reached), or after; or a shard that is, with its checksum."""
+    """A manifest that is broken before it signs itself (so that its checks are reached), or after; or a broken shard."""
     header, data = safetensors(CHECKPOINT_TENSORS)
     shard = _packed(json.dumps(header).encode(), data)
     which = rng.random()
@@ -328,7 +281,14 @@ def _hugging_face_tensors() -> dict[str, np.ndarray]:
     heads = {f"{layer}.self_attn.{name}_proj.weight": np.ones((4 if name in "kv" else 8, 8), np.float32) for name in "qkvo"}
     norms = {f"{layer}.{name}_layernorm.weight": np.ones(8, np.float32) for name in ("input", "post_attention")}
     ends = {"model.embed_tokens.weight": np.ones((16, 8), np.float32), "lm_head.weight": np.ones((16, 8), np.float32)}
-    return {**ones, **heads, **norms, **ends, "model.norm.weight": np.ones(8, np.float32), f"{expert}.gate.weight": np.ones((2, 8), np.float32)}
+    return {
+        **ones,
+        **heads,
+        **norms,
+        **ends,
+        "model.norm.weight": np.ones(8, np.float32),
+        f"{expert}.gate.weight": np.ones((2, 8), np.float32),
+    }
 
 
 def _hugging_face(rng: Random) -> Files:
@@ -368,7 +328,12 @@ def _run(rng: Random) -> Files:
 KINDS: dict[str, Kind] = {
     "config": Kind(
         _yaml_of(CONFIG, {**CONFIG, "plan": None, "topology": None}),
-        (("config", "check", "bad.yaml"), ("config", "show", "bad.yaml"), ("train", "bad.yaml", "--dry-run"), ("launch", "slurm", "bad.yaml")),
+        (
+            ("config", "check", "bad.yaml"),
+            ("config", "show", "bad.yaml"),
+            ("train", "bad.yaml", "--dry-run"),
+            ("launch", "slurm", "bad.yaml"),
+        ),
     ),
     "override": Kind(lambda rng: {}, (("config", "check", "run.yaml"), ("train", "run.yaml", "--dry-run")), _override),
     "trace": Kind(_trace, (("trace", "show", "bad.npz"), ("trace", "import", "bad.npz", "out.npz", "--num-experts", "4"))),
@@ -382,7 +347,22 @@ KINDS: dict[str, Kind] = {
     ),
     "workload": Kind(
         _yaml_of(WORKLOAD, CONFIG),
-        (("plan", "solve", "--trace", "good.npz", "--topology", "2x1-local", "--method", "contiguous", "--workload", "bad.yaml", "--out", "out.json"),),
+        (
+            (
+                "plan",
+                "solve",
+                "--trace",
+                "good.npz",
+                "--topology",
+                "2x1-local",
+                "--method",
+                "contiguous",
+                "--workload",
+                "bad.yaml",
+                "--out",
+                "out.json",
+            ),
+        ),
     ),
     "plan": Kind(
         _json_of("bad.json", PLAN),

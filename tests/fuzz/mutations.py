@@ -14,12 +14,64 @@ NUMBERS: tuple[Any, ...] = (
 TEXTS = (
     *("", " ", "0", "-1", "1e400", "0x10", "0o17", "12:30", "nan", ".nan", ".inf", "null", "true", "no", "~", "a" * 5000, "9" * 5000),
     *("..", "../../etc/passwd", "/dev/zero", "/proc/self/mem", "a/b", "\x00", "a\x00b", "\n", "\r\n", "\t", "\x1b[31mred", "\x7f", "\\"),
-    *("\u00e9", "e\u0301", "\u202e", "\u2028", "\ufeff", "\U0001f600", "\ud800", "\uffff", "%s%n", "{0}", "{self}", "[red]", "[/]", "${HOME}"),
+    *(
+        "\u00e9",
+        "e\u0301",
+        "\u202e",
+        "\u2028",
+        "\ufeff",
+        "\U0001f600",
+        "\ud800",
+        "\uffff",
+        "%s%n",
+        "{0}",
+        "{self}",
+        "[red]",
+        "[/]",
+        "${HOME}",
+    ),
     *("home", "coherent", "seconds", "auto", "cpu", "float32", "bool", "manifest.json", "2x8-nvlink-ib", "kind", "experts"),
 )
 WORDS = (
-    *("&a", "*a", "!!python/object/apply:os.system", "!!binary", "---", "...", "%YAML 1.1", "? ", ": ", "- ", "- - ", "[", "]", "{", "}", "|"),
-    *(">-", "'", '"', "#", ",", "@", "`", "\t", "\n", "\x00", "\x1b", "\u0085", "\u2028", "\ufeff", "<<: ", "true", "null", ".nan", "-.inf"),
+    *(
+        "&a",
+        "*a",
+        "!!python/object/apply:os.system",
+        "!!binary",
+        "---",
+        "...",
+        "%YAML 1.1",
+        "? ",
+        ": ",
+        "- ",
+        "- - ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "|",
+    ),
+    *(
+        ">-",
+        "'",
+        '"',
+        "#",
+        ",",
+        "@",
+        "`",
+        "\t",
+        "\n",
+        "\x00",
+        "\x1b",
+        "\u0085",
+        "\u2028",
+        "\ufeff",
+        "<<: ",
+        "true",
+        "null",
+        ".nan",
+        "-.inf",
+    ),
     *("1e400", "10000000000000000000000", "1_000", "0x", "0b1", "1:2:3", "2026-01-01", "NaN", "Infinity", "1e-400"),
 )
 _TOKEN = re.compile(rb"[A-Za-z_][A-Za-z_0-9]*|[-+]?[0-9][0-9.eE+-]*|\s+|[^\sA-Za-z0-9_]")
@@ -251,4 +303,14 @@ def _exchange(holder: Any, key: Any, rng: Random) -> None:
     holder[key], holder[other] = holder[other], holder[key]
 
 
-_VALUE_CHANGES: tuple[Callable[[Any, Any, Random], None], ...] = (_replace, _replace, _nudge, _nudge, _delete, _rename, _wrap, _grow, _exchange)
+_VALUE_CHANGES: tuple[Callable[[Any, Any, Random], None], ...] = (
+    _replace,
+    _replace,
+    _nudge,
+    _nudge,
+    _delete,
+    _rename,
+    _wrap,
+    _grow,
+    _exchange,
+)

@@ -199,11 +199,11 @@ def edited(**changes: Any) -> str:
 
 
 MALFORMED: dict[str, tuple[str, str]] = {
-    "empty": ("", "not a plan"),
-    "truncated": (edited()[:-4], "not a plan"),
+    "empty": ("", "not JSON"),
+    "truncated": (edited()[:-4], "not JSON"),
     "a list": ("[]", "mapping"),
     "a number": ("3", "mapping"),
-    "deep nesting": ("[" * 100_000, "not a plan"),
+    "deep nesting": ("[" * 100_000, "nested deeper than 64 levels"),
     "NaN": (edited()[:-1] + ', "cost": NaN}', "NaN is no number"),
     "duplicate key": (edited()[:-1] + ', "num_layers": 1}', "'num_layers' stands twice"),
     "unknown key": (edited(slot=1), "slot"),
@@ -238,7 +238,7 @@ def test_the_unedited_file_is_fine(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(MissingInput, match=r"nowhere\.json: cannot read the plan: No such file"):
+    with pytest.raises(MissingInput, match=r"nowhere\.json does not exist; give the path of a plan"):
         Plan.load(tmp_path / "nowhere.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadData, match="is not UTF-8 text"):

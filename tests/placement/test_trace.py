@@ -154,7 +154,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "no experts": (npz(routing=EXPERTS), "no array named experts among routing"),
     "object array": (npz(experts=np.array([[[0, None]]], dtype=object)), "holding pickled objects"),
     "object npy": (npy(np.array([[0, None]], dtype=object)), "holding pickled objects"),
-    "member that is no array": (zipped("experts", b"not numpy"), "the member experts is no numpy array"),
+    "member that is no array": (zipped("experts", b"not numpy"), "the member experts is no numpy array, or damaged"),
     "more claimed than there is": (zipped("experts.npy", claiming((4, 1, 2))), "damaged, truncated"),
     "absurdly much claimed": (zipped("experts.npy", claiming((10**15, 1, 2))), "damaged, truncated"),
     "rank 1": (npz(experts=np.arange(4)), r"shape \(4,\)"),

@@ -13,7 +13,8 @@ import numpy as np
 import pydantic
 
 from crossdock import atomic
-from crossdock.errors import BadCheckpoint, BadData
+from crossdock.bounded import is_plain_name, json_value, read_bytes
+from crossdock.errors import BadCheckpoint, BadData, MissingInput
 from crossdock.placement.plan import Plan
 from crossdock.runtime.checkpoints.shards import Place, Shard, problem_of
 from crossdock.strict_yaml import StrictModel
@@ -63,7 +64,7 @@ class Manifest(StrictModel):
     @pydantic.model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         files = [shard.file for shard in self.shards]
-        if len(set(files)) != len(files) or any(Path(file).name != file or file == MANIFEST for file in files):
+        if len(set(files)) != len(files) or not all(is_plain_name(file) and file != MANIFEST for file in files):
             raise ValueError("names of shards stand twice or are no plain names")
         if stray := {place.shard for place in self.tensors.values()} - set(files):
             raise ValueError(f"tensors lie in {sorted(stray)[0]!r}, which is not among its shards")
@@ -94,19 +95,15 @@ class Manifest(StrictModel):
     def read(cls, folder: Path) -> "Manifest":
         """Read and check the manifest of `folder`, its shards not. Raises `BadCheckpoint` whose message begins with the file's name."""
         try:
-            with (folder / MANIFEST).open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise BadCheckpoint(f"{MANIFEST} is larger than {MAX_BYTES} bytes")
-            value = json.loads(data)
+            value = json_value(read_bytes(folder / MANIFEST, MAX_BYTES, "a manifest", BadCheckpoint), MANIFEST, BadCheckpoint)
             claimed = value.pop("sha256")
             if digest_of(value) != claimed:
                 raise BadCheckpoint(f"{MANIFEST} does not match its own checksum")
             if value["format_version"] != FORMAT_VERSION:
                 raise BadCheckpoint(f"{MANIFEST} has format version {value['format_version']}, and {FORMAT_VERSION} is understood")
             manifest = cls.model_validate(value)
-        except OSError as error:
-            raise BadCheckpoint(f"{MANIFEST}: {error.strerror}") from error
+        except MissingInput as error:
+            raise BadCheckpoint(f"{MANIFEST}: {error}") from error
         except pydantic.ValidationError as error:
             detail = error.errors()[0]
             raise BadCheckpoint(f"{MANIFEST} is malformed ({'.'.join(map(str, detail['loc']))[:80]}: {detail['msg']})") from error

@@ -267,7 +267,7 @@ def test_swapped_places_and_bombs_are_noticed(bench: Bench, forge: Callable[[byt
     assert "no tensor is of type 'manual_seed'" in forged(
         tensors={key: {**place, "dtype": "manual_seed"} for key, place in value["tensors"].items()}
     )
-    assert "RecursionError" in (checked(forge(b"[" * 200_000))[0] or "")
+    assert "nested deeper than 64 levels" in (checked(forge(b"[" * 200_000))[0] or "")
     first, second = sorted(key for key, place in value["tensors"].items() if "norm.weight/exp_avg" in key)[:2]
     swapped = {**value["tensors"], first: {**value["tensors"][first], "shape": [1]}}
     changed = {**value, "tensors": swapped}
