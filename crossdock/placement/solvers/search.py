@@ -66,12 +66,24 @@ class Placed:
 
 
 class LayerSearch:
-    """The assignment of one layer's items to devices, with the price of every swap. Changed by `swap` alone."""
+    """The assignment of one layer's items to devices, with the price of every swap. Changed by `swap` alone.
 
-    def __init__(self, layer: Layer, sets: TokenSets, price: Price, node_R: IntArray, device_I: IntArray) -> None:
+    Where the homes of the sets are known, `home_costs` says what a copy from each home counts to each device and to each node.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        sets: TokenSets,
+        price: Price,
+        node_R: IntArray,
+        device_I: IntArray,
+        home_costs: tuple[FloatArray | None, FloatArray | None] = (None, None),
+    ) -> None:
         self.layer, self.price, self.node_R = layer, price, node_R
-        self.copies = CopyState(sets, device_I, len(node_R))
-        self.nodes = CopyState(sets, node_R[device_I], int(node_R.max()) + 1) if price.needs_nodes else None
+        to_device, to_node = home_costs
+        self.copies = CopyState(sets, device_I, len(node_R), to_device)
+        self.nodes = CopyState(sets, node_R[device_I], int(node_R.max()) + 1, to_node) if price.needs_nodes else None
         self.load_R: FloatArray = np.bincount(device_I, layer.load_I, len(node_R)).astype(np.float64)
         free = np.flatnonzero(layer.pinned_I < 0)
         first, second = np.triu_indices(len(free), 1)

@@ -7,6 +7,8 @@ de-duplicated dispatch sends one copy to every distinct place that its experts s
     copies entering p = tokens that use b and nothing on p so far                              absent_IP[b, p]
 
 so that two tables give the change of every swap at once, and a swap changes only the terms of the token sets that hold a or b.
+
+Where the homes of tokens are known (sequence homing), a copy counts what the way from its home to its place costs: 0 on the home itself.
 """
 
 import numpy as np
@@ -20,13 +22,15 @@ _CHUNK = 1 << 16  # sets whose K x K pairs are held in memory at once
 class TokenSets:
     """The distinct expert sets of one layer's tokens, with an index from item to sets; never changed after construction.
 
-    member_UK int64 [U, K] holds items, `num_items` where a set has fewer than K; count_U is the number of tokens with that set.
+    member_UK int64 [U, K] holds items, `num_items` where a set has fewer than K; count_U is the number of tokens with that set. home_U is
+    the home of those tokens, where homes are known: then a row stands for a set and a home.
     """
 
-    def __init__(self, member_UK: IntArray, count_U: NDArray[np.generic], num_items: int) -> None:
+    def __init__(self, member_UK: IntArray, count_U: NDArray[np.generic], num_items: int, home_U: IntArray | None = None) -> None:
         self.member_UK = np.ascontiguousarray(member_UK, dtype=np.int64)
         self.count_U = np.asarray(count_U, dtype=np.float64)
         self.num_items = num_items
+        self.home_U = home_U
         flat = self.member_UK.ravel()
         order = np.argsort(flat, kind="stable")
         self._set_of_entry = order // max(1, self.member_UK.shape[1])
@@ -41,11 +45,14 @@ class CopyState:
     """Copies per place under an assignment of items to places, and the tables that price every swap. Changed by `swap` alone.
 
     copies_P [P]: token copies sent to each place. alone_II, absent_IP: see the module. The last row and column of the tables
-    belong to the padding of short sets and are ignored.
+    belong to the padding of short sets and are ignored. Where the homes of the sets are known, cost_HP [homes, P] is what a copy from each
+    home to each place counts, and copies_P are such costs.
     """
 
-    def __init__(self, sets: TokenSets, place_I: NDArray[np.generic], num_places: int) -> None:
+    def __init__(self, sets: TokenSets, place_I: NDArray[np.generic], num_places: int, cost_HP: FloatArray | None = None) -> None:
+        assert (cost_HP is None) == (sets.home_U is None), "costs by home and homes come together"
         self.sets, self.num_places = sets, num_places
+        self._cost_HP = None if cost_HP is None else np.pad(cost_HP, ((0, 0), (0, 1)))  # padding is nowhere and costs nothing
         num_items = sets.num_items
         member_UK, count_U = sets.member_UK, sets.count_U
         self._place_of_item = np.append(np.asarray(place_I, dtype=np.int64), num_places)
@@ -56,15 +63,16 @@ class CopyState:
         ).reshape(num_sets, num_places + 1)
         here_UP[:, num_places] = 0  # padding is nowhere
         self._here_UP = here_UP.astype(np.int16)
-        self.copies_P = count_U @ (here_UP[:, :num_places] > 0)
-        alone_UK = count_U[:, None] * (np.take_along_axis(here_UP, place_UK, axis=1) == 1)
+        everywhere = np.arange(num_sets)
+        self.copies_P = np.array([self._weight(everywhere, place) @ (here_UP[:, place] > 0) for place in range(num_places)])
+        alone_UK = self._weight(everywhere, place_UK) * (np.take_along_axis(here_UP, place_UK, axis=1) == 1)
         self._alone = np.zeros((num_items + 1, num_items + 1))
         for start in range(0, num_sets, _CHUNK):
             part = slice(start, start + _CHUNK)
             self._alone += self._pairs(member_UK[part], member_UK[part], alone_UK[part])
         self._absent = np.empty((num_items + 1, num_places))
         for place in range(num_places):
-            absent_U = count_U * (here_UP[:, place] == 0)
+            absent_U = self._weight(everywhere, place) * (here_UP[:, place] == 0)
             self._absent[:, place] = np.bincount(member_UK.ravel(), np.repeat(absent_U, member_UK.shape[1]), num_items + 1)
         self._marked_U = np.zeros(num_sets, dtype=bool)
 
@@ -98,26 +106,39 @@ class CopyState:
         if p == q:
             return
         touched, num_a, num_b = self._touched(a, b)
-        member_VK, count_V = self.sets.member_UK[touched], self.sets.count_U[touched]
+        member_VK = self.sets.member_UK[touched]
         before_VP = self._here_UP[touched]
         after_VP = before_VP.copy()
         after_VP[:num_a, p] -= 1
         after_VP[:num_a, q] += 1
         after_VP[num_a : num_a + num_b, q] -= 1
         after_VP[num_a : num_a + num_b, p] += 1
-        alone_before_VK = np.take_along_axis(before_VP, self._place_of_item[member_VK], axis=1) == 1
+        alone_before_VK = self._alone_weight(touched, before_VP, self._place_of_item[member_VK])
         self._place_of_item[a], self._place_of_item[b] = q, p
-        alone_after_VK = np.take_along_axis(after_VP, self._place_of_item[member_VK], axis=1) == 1
+        change_VK = self._alone_weight(touched, after_VP, self._place_of_item[member_VK]) - alone_before_VK
         self._here_UP[touched] = after_VP
-        changed_V, changed_K = np.nonzero(alone_before_VK != alone_after_VK)
-        change = np.where(alone_after_VK[changed_V, changed_K], count_V[changed_V], -count_V[changed_V])
+        changed_V, changed_K = np.nonzero(change_VK)
+        change = change_VK[changed_V, changed_K]
         self._alone += self._pairs(member_VK[changed_V, changed_K][:, None], member_VK[changed_V], change[:, None])
         for place in (p, q):
-            absent_change_V = np.subtract(after_VP[:, place] == 0, before_VP[:, place] == 0, dtype=np.int64) * count_V
+            absent_change_V = np.subtract(after_VP[:, place] == 0, before_VP[:, place] == 0, dtype=np.int64) * self._weight(touched, place)
             changed_V = np.flatnonzero(absent_change_V)
             weight = np.repeat(absent_change_V[changed_V], member_VK.shape[1])
             self._absent[:, place] += np.bincount(member_VK[changed_V].ravel(), weight, self.sets.num_items + 1)
             self.copies_P[place] -= absent_change_V.sum()
+
+    def _weight(self, sets_V: IntArray, place: IntArray | int) -> FloatArray:
+        """What a copy of each set `sets_V` [V] on a place counts, times its tokens: [V] for one place, [V, K] for `place` [V, K]."""
+        many = np.ndim(place) == 2
+        count_V = self.sets.count_U[sets_V]
+        if self._cost_HP is None or self.sets.home_U is None:
+            return count_V[:, None] if many else count_V
+        home_V = self.sets.home_U[sets_V]
+        return np.asarray((count_V[:, None] if many else count_V) * self._cost_HP[home_V[:, None] if many else home_V, place])
+
+    def _alone_weight(self, sets_V: IntArray, here_VP: NDArray[np.generic], place_VK: IntArray) -> FloatArray:
+        """[V, K]: weight of each item's copy where the item is the only one of its set there, else 0."""
+        return np.asarray(self._weight(sets_V, place_VK) * (np.take_along_axis(here_VP, place_VK, axis=1) == 1))
 
     def _touched(self, a: int, b: int) -> tuple[IntArray, int, int]:
         """Sets that hold a and not b, then b and not a, then both; and how many of the first two kinds."""
