@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from crossdock import atomic
+from crossdock.authentication import Secret
 from crossdock.errors import PeerLost, Preempted, Unavailable
 from crossdock.launch.worker_env import local_environment
 
@@ -60,13 +61,15 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> Outcome:
     """
     threads_per_rank = max(1, available_cores() // num_ranks)
     with tempfile.TemporaryDirectory(prefix="crossdock-") as scratch:
+        secret_path = Path(scratch) / "secret"
+        Secret.fresh().write(secret_path)
         outcome_paths = [Path(scratch) / f"rank-{rank}.json" for rank in range(num_ranks)]
         children: list[subprocess.Popen[bytes]] = []
         with _signals_caught() as caught:
             try:
                 for rank, outcome_path in enumerate(outcome_paths):
                     command = [sys.executable, *arguments, str(outcome_path)]
-                    environment = local_environment(rank, num_ranks, f"{scratch}/store", threads_per_rank)
+                    environment = local_environment(rank, num_ranks, f"{scratch}/store", threads_per_rank, str(secret_path))
                     children.append(_start(command, environment))
                 stopped_by, first_dead = _watch(children, caught)
             finally:

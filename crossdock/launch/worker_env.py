@@ -7,13 +7,16 @@ gives the key-value store through which the process groups find one another.
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
+from crossdock.authentication import Secret
 from crossdock.errors import UsageError
 
 _LOCAL_PREFIX = "CROSSDOCK_"
 _SLURM_PORTS = range(20_000, 30_000)
+_SECRET, _SECRET_FILE = "CROSSDOCK_SECRET", "CROSSDOCK_SECRET_FILE"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class WorkerEnv:
     node: int
     meeting: Meeting | None  # None only for a world of one
     launcher: Literal["local", "torchrun", "mpi", "slurm", "ray", "single"]
+    secret: Secret | None = field(default=None, compare=False)
+    """What the ranks of this job sign their messages with; None where nothing has handed one down."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size and self.node >= 0):
@@ -78,15 +83,17 @@ def _from_local(environ: Mapping[str, str]) -> WorkerEnv | None:
     return WorkerEnv(rank, world_size, local_rank=rank, local_world_size=world_size, node=0, meeting=meeting, launcher="local")
 
 
-def local_environment(rank: int, world_size: int, store_path: str, num_threads: int) -> dict[str, str]:
+def local_environment(rank: int, world_size: int, store_path: str, num_threads: int, secret_path: str = "") -> dict[str, str]:
     """The environment in which `launch.local` starts a rank: ours, less any other launcher's variables, plus what `_from_local` reads."""
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
     families = ("OMPI_", "PMI_", "PMIX_", "SLURM_STEP_")
     environment = {name: value for name, value in os.environ.items() if name not in foreign and not name.startswith(families)}
     environment.setdefault("OMP_NUM_THREADS", str(num_threads))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.pop(_SECRET, None)
     prefix = _LOCAL_PREFIX
-    return environment | {f"{prefix}RANK": str(rank), f"{prefix}WORLD_SIZE": str(world_size), f"{prefix}STORE": store_path}
+    ours = {f"{prefix}RANK": str(rank), f"{prefix}WORLD_SIZE": str(world_size), f"{prefix}STORE": store_path}
+    return environment | ours | ({_SECRET_FILE: secret_path} if secret_path else {})
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> WorkerEnv | None:
@@ -182,7 +189,21 @@ def worker_env(environ: Mapping[str, str] | None = None) -> WorkerEnv | None:
     """This process's place, or None when no launcher started it: then `crossdock train` starts the ranks itself."""
     environ = os.environ if environ is None else environ
     found = (reader(environ) for reader in LAUNCHERS.values())
-    return next((env for env in found if env is not None), None)
+    env = next((env for env in found if env is not None), None)
+    return None if env is None else replace(env, secret=job_secret(environ))
+
+
+def job_secret(environ: Mapping[str, str]) -> Secret | None:
+    """The secret that was handed down, in a file or in the environment; None where there is none. Raises what `Secret.read` raises."""
+    if environ.get(_SECRET_FILE):
+        return Secret.read(Path(environ[_SECRET_FILE]))
+    return Secret.of(environ[_SECRET], _SECRET) if environ.get(_SECRET) else None
+
+
+def meeting_name(environ: Mapping[str, str] | None = None) -> str:
+    """What torchrun's agent of this host calls the meeting: equal for its ranks, and for no other job at the same time."""
+    environ = os.environ if environ is None else environ
+    return "-".join(environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def in_ray_job(environ: Mapping[str, str] | None = None) -> bool:
