@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -100,6 +101,13 @@ def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int, warm
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Spread of the ratios of two paired series: the median over rounds of a/b, steadier than the ratio of medians."""
     return Spread.of(above / below for above, below in zip(numerator, denominator, strict=True))
+
+
+def bootstrap_interval(values: Sequence[float], share: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The interval that holds the medians of `share` of the resamples of `values` (Efron's percentile bootstrap); repeatable by `seed`."""
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""Do the planner's predictions come true, and what is each method's plan worth, on 2 emulated nodes with 2 ranks each?
+
+    python -m benchmarks.prediction --work DIR [--rates 300e6] [--repeats 15] [--cases text,hot] [--methods contiguous,auto]
+                                    [--out FILE.json] [--page FILE.md] [--json] [--short]              (root: it makes namespaces)
+
+A model (top-2 of 16 experts in each of 4 layers, de-duplicated dispatch, nothing overlapped) is trained once on the default corpus until
+its routing is far from uniform, and kept in DIR with the routing of its last steps, the fit half. Plans are solved on that half alone.
+Then the model goes on training, once for each plan, from the same checkpoint and over the same batches, in turns: whole optimizer steps
+with gradient reduction. The cost model is calibrated on steps under a plan drawn at random, which is no row's: before all others, to solve
+with, and on its steps that take turns with the others', so that what else the machine does meanwhile troubles all alike. Cases: `text` is
+the routing as the corpus has it; in `hot` biases added to the gates' logits make Zipf's law with exponent 1.2 of the experts'
+popularity. Columns, bytes in one step over all ranks:
+
+    counted_*, predicted_*, forecast_*   by link class: the runtime's ledger; the evaluator's replay of those very steps (equal, or the
+                       program fails); what the plan promised from the fit half
+    interface_bytes    what the nodes' interfaces sent; interface_over_expected: that over the ledger's bytes between nodes (tokens,
+                       metadata, counts) and one reduction of the dense gradients as measured; the rest is headers
+    predicted_s, step_s, error_percent   the step as predicted from the fit half by the calibration in the same rounds, and as measured:
+                       median of the slowest rank's seconds
+    promised_s         what the calibration before all rounds predicted
+    replayed_s         what the calibration in the same rounds predicts, were the very tokens known
+    speedup            median of the paired ratios contiguous / method with the bootstrap's 95 % interval
+    communication_share   of the step: what the rank that waits longest waits for tokens, metadata and counts
+    load_max_over_mean    rows of the busiest rank over the mean, mean over layers
+    loss               mean over the measured steps; methods differ in the order of sums alone
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import on_ranks
+from benchmarks.measure import publish
+from benchmarks.netlab import Lab
+from benchmarks.on_ranks import started
+from benchmarks.prediction_model import Shape, add_options, shape_of, trained
+from benchmarks.prediction_page import write_page
+from benchmarks.prediction_ranks import METHODS, told, worker
+from crossdock.errors import CrossdockError
+
+NODES, RANKS_PER_NODE = 2, 2
+COLUMNS = ["case", "link_bit_per_s", "method", "step_s", "predicted_s", "error_percent", "speedup", "speedup_low", "speedup_high"]
+COLUMNS += ["communication_share", "load_max_over_mean", "devices_per_token", "counted_other_node", "interface_over_expected"]
+SHORT = {"num_layers": 2, "model_width": 32, "expert_width": 32, "num_experts": 8, "sequences": 2, "sequence": 64, "train_steps": 12}
+
+
+def _list(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = on_ranks.parser("benchmarks.prediction", __doc__, repeats=15)
+    parser.set_defaults(rates=[300e6])
+    parser.add_argument("--work", type=Path, default=Path("runs/prediction"), help="where the trained model is kept")
+    parser.add_argument("--cases", type=_list, default=list(METHODS))
+    parser.add_argument("--methods", type=_list, help="rows to measure; contiguous is always one")
+    parser.add_argument("--window", type=int, default=8, help="steps that calibrate the cost model")
+    parser.add_argument("--seconds", type=float, default=5.0, help="cap on each solver")
+    parser.add_argument("--page", type=Path, help="a page in Markdown, beside the JSON of --out")
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    add_options(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.lab:
+        worker(options)
+        return 0
+    if options.short:
+        options.rates, options.repeats, options.window, options.seconds = [500e6], 3, 2, 1.0
+        vars(options).update(SHORT)
+    if unknown := [name for name in options.cases if name not in METHODS]:
+        print(f"no case {', '.join(unknown)}; choose from {', '.join(METHODS)}", file=sys.stderr)
+        return 2
+    shape = shape_of(options)
+    document: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    try:
+        directory = trained(options.work, shape)
+        for case in options.cases:
+            for rate in options.rates:
+                with Lab(NODES, rate) as lab:
+                    asked = argparse.Namespace(rates=[rate], repeats=options.repeats)
+                    rows += started("benchmarks.prediction", lab, RANKS_PER_NODE, shape, asked, *told(options, directory.path, case))
+                last = case == options.cases[-1] and rate == options.rates[-1]
+                if last or not options.json:
+                    document = publish(rows, title(shape), options.out, options.json, COLUMNS)
+    except CrossdockError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if options.page is not None:
+        write_page(options.page, document)
+    return 0
+
+
+def title(shape: Shape) -> str:
+    return f"predictions held against steps on {NODES} nodes x {RANKS_PER_NODE} ranks, {shape}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The benchmark of predictions: its bias makes Zipf's law of a model's routing, and its short form ends with equal bytes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.measure import bootstrap_interval
+from benchmarks.netlab import unavailable_reason
+from benchmarks.prediction import main
+from benchmarks.prediction_model import Shape, zipf_shares
+from benchmarks.prediction_page import byte_lines
+from crossdock.placement.topology import LINK_CLASSES
+
+
+def test_shares_are_zipf_in_another_order_for_each_layer() -> None:
+    share_LE = zipf_shares(3, 16)
+    assert torch.allclose(share_LE.sum(dim=1), torch.ones(3, dtype=torch.float64))
+    falling_LE = share_LE.sort(dim=1, descending=True).values
+    assert torch.allclose(falling_LE[:, 0] / falling_LE[:, 1], torch.full((3,), 2**1.2, dtype=torch.float64))
+    assert len(set(share_LE.argmax(dim=1).tolist())) > 1
+
+
+def test_the_model_kept_is_known_by_its_sizes() -> None:
+    assert Shape().digest == Shape(num_layers=4).digest != Shape(num_layers=2).digest
+    config = Shape(num_layers=2).config(Path("here"))
+    assert config.model.num_moe_layers == 2
+    assert config.checkpoint.at_end
+    assert not config.model.schedule.overlap
+
+
+def test_bootstrap_interval_holds_the_median_and_narrows() -> None:
+    values = np.random.default_rng(1).normal(1.0, 0.1, size=100).tolist()
+    low, high = bootstrap_interval(values)
+    assert low < float(np.median(values)) < high
+    few_low, few_high = bootstrap_interval(values[:10])
+    assert few_high - few_low > high - low
+    assert bootstrap_interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_lines_of_bytes_tell_where_counts_differ() -> None:
+    row = {"method": "auto"}
+    for name in LINK_CLASSES:
+        row |= {f"counted_{name}": 100, f"predicted_{name}": 100, f"forecast_{name}": 110}
+    row["counted_other_node"] = 0
+    lines = byte_lines(row)
+    assert [line["equal"] for line in lines] == ["yes", "yes", "NO"]
+    assert lines[0]["forecast off by percent"] == pytest.approx(10.0)
+    assert lines[2]["forecast off by percent"] is None
+
+
+def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cases", "cold"]) == 2
+    assert "choose from text, hot" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "prediction.md"
+    arguments = ["--short", "--json", "--work", str(tmp_path), "--cases", "text", "--methods", "contiguous,auto", "--page", str(page)]
+    assert main(arguments) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == ["contiguous", "auto"]
+    for row in rows.values():
+        assert all(row[f"counted_{name}"] == row[f"predicted_{name}"] for name in LINK_CLASSES)
+        assert row["counted_other_node"] > 0
+        # headers, small shares of what nodes say to one another besides, and never less than what the ledger knows of
+        assert 1.0 < row["interface_over_expected"] < 1.5
+        assert row["predicted_s"] > 0
+        assert row["step_s"] > 0
+    assert rows["contiguous"]["speedup"] == 1.0
+    assert rows["auto"]["loss"] == pytest.approx(rows["contiguous"]["loss"], rel=1e-3)
+    assert "| auto | other_node |" in page.read_text()
