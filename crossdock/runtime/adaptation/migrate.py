@@ -19,6 +19,7 @@ from crossdock.runtime.dispatch.dispatcher import Dispatcher
 from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.phases import reached
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.mesh import Mesh
@@ -98,6 +99,7 @@ def migrate(engine: Engine, layers: Sequence[RoutedLayer], after: Plan, mesh: Me
             name = f"{bank_names[layer.bank]}.{tensor}"
             new_states[name] = {key: _moved(values, exchange, number, after.slots_per_device, mesh) for key, values in states[name].items()}
             weights[tensor] = new_states[name]["weight"]
+            reached("migration")
             sent_bytes += moved * sum(values[0].numel() * values.element_size() for values in states[name].values())
         layer.set_layout(ExpertLayout.from_plan(after, number, mesh), weights)
     engine.replace_experts(after, new_states)

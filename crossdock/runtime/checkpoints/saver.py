@@ -20,6 +20,7 @@ from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState,
 from crossdock.runtime.checkpoints.manifest import FORMAT_VERSION, Manifest, SavedData, SavedPlan
 from crossdock.runtime.checkpoints.shards import Entry, Place, Shard, fsync, write_shard
 from crossdock.runtime.optimization.engines import AnyEngine
+from crossdock.runtime.phases import reached
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
 
@@ -100,6 +101,7 @@ class Saver:
             tensors = {key: place for (_, places), _ in records for key, place in places.items()}
             aside = writing.path.parent
             Manifest(**writing.frame, shards=shards, tensors=tensors).write(aside)
+            reached("checkpoint_rename")
             if final.exists():
                 shutil.rmtree(final)
             aside.rename(final)
@@ -165,6 +167,7 @@ class _Writing(threading.Thread):
     def run(self) -> None:
         begin_s = time.perf_counter()
         try:
+            reached("checkpoint_write")
             self._written = write_shard(self.path, self.entries) if self.entries else (Shard(file=self.path.name, bytes=0, sha256=""), {})
             fsync(self.path.parent)
         except BaseException as error:

@@ -16,6 +16,7 @@ from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.data import Batch, Corpus, DataState, Sampler, sequences_per_rank
 from crossdock.runtime.optimization.engines import AnyEngine
 from crossdock.runtime.optimization.optimizer import OptimizerConfig, learning_rate
+from crossdock.runtime.phases import reached
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.training.stopwatch import Stopwatch, peak_memory_bytes
 from crossdock.runtime.transport import collectives
@@ -89,6 +90,7 @@ class Stepper:
         Raises `NonFiniteLoss` on every rank.
         """
         config, mesh = self.config, self.mesh
+        reached("step", number)
         watch = Stopwatch(mesh.device)
         self.model.train()
         losses: dict[str, Tensor] = {}
@@ -104,6 +106,7 @@ class Stepper:
                 "loss": cross_entropy(output.logits_QPV, target_QP),
                 **{f"loss_{name}": value for name, value in output.losses.items()},
             }
+            reached("loss", parts["loss"])
             total = torch.stack([part.to(parts["loss"].dtype) for part in parts.values()]).sum() / config.accumulate
             watch.lap("forward_s")
             self.engine.backward(total, last=micro == config.accumulate - 1)
@@ -112,6 +115,7 @@ class Stepper:
             load_LE, dropped = load_LE + output.load_LE, dropped + output.dropped
         self.engine.reduce()
         watch.lap("reduce_s")
+        reached("optimizer")
         flights = mesh.ledger.take()
         spent = {**watch.read(), "exposed_s": exposed_s(flights)}
         sent = {f"bytes_{name}": float(size) for name, size in zip(LINK_CLASSES, bytes_by_class(flights), strict=True)}

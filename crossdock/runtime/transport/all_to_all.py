@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
+from crossdock.runtime.phases import reached
 from crossdock.runtime.transport.exchange import Exchange, Named, Pending, exchange_start, naming_lost_peers
 from crossdock.runtime.transport.ledger import Bytes, Direction, Kind, Mark, Stage
 from crossdock.runtime.transport.mesh import Group, Mesh
@@ -109,8 +110,10 @@ class Flying:
         packed = rows.contiguous() if path.wire is None else path.wire.encode(rows.contiguous())
         self.bytes = path.bytes_sent(packed, direction) if ledger.enabled else (0, 0, 0)
         self.launched = ledger.now()
+        reached("backward" if direction == "backward" else path.stage)
         with naming_lost_peers(path):
             self.exchange = path.exchange_start(packed, direction)
+        reached("in_flight")
 
     def join(self) -> Tensor:
         """The rows that came, once they are here."""
