@@ -79,6 +79,11 @@ def read_inputs(config: RunConfig) -> Inputs:
     if plan is not None:
         if config.model.num_moe_layers == 0:
             raise BadConfig(f"plan {config.plan} places experts, and model.block dense has none; leave the plan out")
+        if plan.mode != config.model.traffic:
+            raise BadConfig(
+                f"plan {config.plan} is for traffic {plan.mode}, and model.traffic is {config.model.traffic}; solve one with "
+                f"crossdock plan solve --mode {config.model.traffic}, or set model.traffic: {plan.mode}"
+            )
         try:
             plan.check_model(config.model.num_moe_layers, config.model.num_experts, ranks)
         except BadData as failure:

@@ -19,7 +19,7 @@ DEFAULT_METHODS = "contiguous,random,balance,eplb,anneal,auto"
 
 TraceOption = Annotated[Path, typer.Option("--trace", help="Routing to plan for: .npz, or .npy of [tokens, layers(, choices)].")]
 TopologyOption = Annotated[str, typer.Option("--topology", help="A topology.yaml, or a preset such as 2x8-nvlink-ib.")]
-ModeOption = Annotated[str, typer.Option("--mode", help="home: tokens return after every layer. coherent: not available yet.")]
+ModeOption = Annotated[str, typer.Option("--mode", help="home: tokens return after every layer. coherent: they stay (top-1 only).")]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="seconds, devices, nodes or hops.")]
 WorkloadOption = Annotated[
     Path | None, typer.Option("--workload", help="A run's YAML or a workload file; without it a model of DeepSeek-V2-Lite's size.")

@@ -8,7 +8,6 @@ where the tokens are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace
 
 Counts = NDArray[np.int64]
+Float = NDArray[np.float64]
 Sizes = tuple[int, int, int]
 
 
@@ -32,7 +32,7 @@ class Context:
     dense_s           forward seconds of everything in a block but the routed experts, for one token on one device
     """
 
-    key_value_bytes: int
+    key_value_bytes: int = 0
     attentions: int = 1
     dense_s: float = 0.0
 
@@ -88,7 +88,7 @@ def evaluate_coherent(trace: Trace, plan: Plan, topology: Topology, workload: Wo
         token_bytes=_sizes(moves_LRR, per_class, 2 * workload.copy_bytes),
         key_value_bytes=_sizes(to_everyone_LRR, per_class, 2 * context.attentions * context.key_value_bytes),
         dense_max_over_mean=float((residents_LR.max(axis=1) / mean_L).mean()),
-        step_s=_step_seconds(moves_LRR * scale, residents_LR * scale, to_everyone_LRR * scale, topology, workload, context),
+        step_s=step_seconds(np.asarray(moves_LRR * scale), np.asarray(residents_LR * scale), topology, workload, context),
     )
 
 
@@ -116,24 +116,27 @@ def _sizes(counts_LRR: Counts, per_class: Sequence[NDArray[np.bool_]], unit_byte
     return same_device, same_node, other_node
 
 
-def _step_seconds(
-    moves_LRR: NDArray[Any],
-    residents_LR: NDArray[Any],
-    to_everyone_LRR: NDArray[Any],
-    topology: Topology,
-    workload: Workload,
-    context: Context,
-) -> float:
-    """All micro-batches and the rest of the step."""
-
-    def both_ways_s(bytes_LRR: Any) -> float:
-        there_s, back_s = transfer_seconds(bytes_LRR, topology), transfer_seconds(np.swapaxes(bytes_LRR, -1, -2), topology)
-        return float(there_s.sum() + back_s.sum())
-
+def step_seconds(moves_LRR: Float, residents_LR: Float, topology: Topology, workload: Workload, context: Context) -> float:
+    """All micro-batches and the rest of the step, from tokens of one micro-batch: [L + 1, R, R] that move, [L, R] that are there."""
+    num_layers = len(residents_LR)
     rows_LR = moves_LRR[:-1].sum(axis=1)
-    expert_s = (rows_LR * workload.row_flop / topology.flop_per_s_R).max(axis=1).sum()
-    dense_s = context.dense_s * residents_LR.max(axis=1).sum()
-    compute_s = (1 + BACKWARD_FLOP_RATIO) * (expert_s + dense_s) + 2 * len(rows_LR) * workload.expert_overhead_s
-    moved_s = both_ways_s(moves_LRR * workload.copy_bytes)
-    gathered_s = context.attentions * both_ways_s(to_everyone_LRR * context.key_value_bytes)
-    return float(workload.micro_batches * (compute_s + moved_s + gathered_s) + workload.other_s)
+    layers_s = sum(layer_seconds(rows_LR[layer], residents_LR[layer], topology, workload, context) for layer in range(num_layers))
+    moved_s = sum(move_seconds(moves_RR, topology, workload) for moves_RR in moves_LRR)
+    return workload.micro_batches * (layers_s + moved_s) + workload.other_s
+
+
+def layer_seconds(rows_R: Float, residents_R: Float, topology: Topology, workload: Workload, context: Context) -> float:
+    """Forward and backward of a block: experts on `rows_R`; on `residents_R` dense layers, and their keys and values to every device."""
+    expert_s = (rows_R * workload.row_flop / topology.flop_per_s_R).max()
+    compute_s = (1 + BACKWARD_FLOP_RATIO) * (expert_s + context.dense_s * residents_R.max()) + 2 * workload.expert_overhead_s
+    to_everyone_RR = np.repeat(residents_R[:, None], topology.num_devices, axis=1)
+    return float(compute_s + context.attentions * _both_ways_s(to_everyone_RR * context.key_value_bytes, topology))
+
+
+def move_seconds(moves_RR: Float, topology: Topology, workload: Workload) -> float:
+    """Tokens to their next device, and their gradients back."""
+    return _both_ways_s(moves_RR * workload.copy_bytes, topology)
+
+
+def _both_ways_s(bytes_RR: Float, topology: Topology) -> float:
+    return float(transfer_seconds(bytes_RR, topology).sum() + transfer_seconds(bytes_RR.T, topology).sum())

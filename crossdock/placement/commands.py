@@ -8,18 +8,19 @@ from typing import Any
 
 from crossdock.errors import BadData, InfeasiblePlan, UsageError
 from crossdock.placement.affinity import Affinity
-from crossdock.placement.compare import Candidate, describe, problem_for, row_of
+from crossdock.placement.coherent import Context
+from crossdock.placement.compare import Candidate, coherent_row_of, describe, problem_for, row_of
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
 from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Constraints, Pin, Problem, check_mode
+from crossdock.placement.problem import Constraints, Pin, Problem
 from crossdock.placement.solvers import SOLVERS
 from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.certificate import certified
 from crossdock.placement.statistics import drift, error_bars
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace, concatenate
-from crossdock.placement.workload_file import load_shape, load_workload
+from crossdock.placement.workload_file import load_context, load_shape, load_workload
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,6 @@ class Asked:
         eval_path: Path | None = None,
     ) -> "Asked":
         """Load everything and build the problem. Raises the errors of its parts."""
-        check_mode(mode)
         topology, workload = Topology.load(topology_name), read_workload(workload_path)
         trace = Trace.load(trace_path, num_experts)
         eval_trace = Trace.load(eval_path, num_experts or trace.num_experts) if eval_path else None
@@ -62,7 +62,8 @@ class Asked:
         apart = [trace, *(Trace.load(path, num_experts or trace.num_experts) for path in also_paths)]
         also = tuple(Affinity.from_trace(part) for part in apart) if also_paths else ()
         trace = concatenate(apart) if also_paths else trace
-        problem = Problem(Affinity.from_trace(trace), topology, workload, "home", objective, asked, node_weight, also)  # type: ignore[arg-type]
+        context = Context() if workload_path is None else load_context(workload_path)
+        problem = Problem(Affinity.from_trace(trace), topology, workload, mode, objective, asked, node_weight, also, context)  # type: ignore[arg-type]
         return cls(trace_path, trace, topology, workload, problem, eval_trace)
 
     def heading(self, search: str) -> list[str]:
@@ -77,6 +78,7 @@ class Asked:
             f"workload   {workload.tokens_per_rank:,} tokens per rank, D {workload.model_width}, F {workload.expert_width}, "
             f"{workload.wire} on the wire, {workload.dispatch}",
             f"problem    mode {self.problem.mode}, objective {self.problem.objective}, load cap {cap}, slots {self.problem.slots_R.max()}"
+            + (f", {self.problem.context.key_value_bytes:,} bytes of keys and values a token" if self.problem.mode == "coherent" else "")
             + (f", {len(constraints.pins)} pins" if constraints.pins else "")
             + (f", {constraints.memory_fraction:.0%} of memory" if constraints.memory_fraction is not None else "")
             + (f", a hop between nodes counts {self.problem.node_weight:g}" if self.problem.node_weight != 1.0 else ""),
@@ -90,23 +92,31 @@ class Asked:
         proven = [candidate.solution.bound for candidate in candidates if candidate.solution is not None]
         bound = max([bound, *(value for value in proven if value is not None)])  # one problem: what one method proved holds for all
         value = describe(self.trace, str(self.trace_path), self.topology, self.workload, self.problem)
-        rows = [row_of(candidate, self.problem, self.trace, fitted=True, bound=bound)[0].as_json() for candidate in candidates]
+        rows = [self._row(candidate, self.problem, self.trace, fitted=True, bound=bound) for candidate in candidates]
         eval_rows: list[dict[str, object]] = []
         if self.eval_trace is not None:
             held_out = problem_for(self.eval_trace, self.problem)
             bound = lower_bound(held_out)
-            eval_rows = [row_of(candidate, held_out, self.eval_trace, fitted=False, bound=bound)[0].as_json() for candidate in candidates]
+            eval_rows = [self._row(candidate, held_out, self.eval_trace, fitted=False, bound=bound) for candidate in candidates]
             apart = drift(self.problem.affinity, held_out.affinity)
             value["drift"] = {
                 "load": float(apart.load_L.mean()),
                 "transitions": float(apart.transitions_L.mean() if len(apart.transitions_L) else 0.0),
             }
+        if with_error_bars and self.problem.mode != "home":
+            raise UsageError("error bars are of tokens that return home; leave --error-bars out, or use mode home")
         if with_error_bars:
             trace, into = (self.trace, rows) if self.eval_trace is None else (self.eval_trace, eval_rows)
             for candidate, row in zip(candidates, into, strict=True):
                 bars = error_bars(trace, candidate.plan, self.topology, self.workload)
                 row["error_bars"] = {name: [bar.low, bar.high] for name, bar in bars.items()}
         return {**value, "rows": rows, "eval_rows": eval_rows}
+
+    @staticmethod
+    def _row(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> dict[str, object]:
+        if problem.mode == "coherent":
+            return coherent_row_of(candidate, problem, trace, fitted=fitted, bound=bound).as_json()
+        return row_of(candidate, problem, trace, fitted=fitted, bound=bound)[0].as_json()
 
 
 def constraints_of(load_cap: float | None, slots: int | None, memory_fraction: float | None, pins: Sequence[str]) -> Constraints:

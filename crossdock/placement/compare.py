@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from crossdock.placement.affinity import Affinity
+from crossdock.placement.coherent import evaluate_coherent
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import Evaluation, evaluate
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Problem, Solution
-from crossdock.placement.solvers import SOLVERS, auto
+from crossdock.placement.solvers import SOLVERS, auto, check_mode
 from crossdock.placement.solvers.bounds import copies_to_devices
 from crossdock.placement.solvers.solution import cost_of, device_loads
 from crossdock.placement.topology import Topology
@@ -69,6 +70,7 @@ def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) 
     published methods are shown for what they are."""
     candidates: list[Candidate] = []
     for method in methods:
+        check_mode(problem, method)
         started_s = time.perf_counter()
         others = [candidate.solution for candidate in candidates if candidate.solution is not None]
         solution = auto.improved(problem, seconds, seed, others) if method == "auto" else SOLVERS[method](problem, seconds, seed)
@@ -120,10 +122,50 @@ def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool
     return row, evaluation
 
 
+def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> Row:
+    """The same for tokens that stay with their experts: moved are those that change device at a layer, by distance devices and nodes.
+
+    A trace without homes has its tokens at home on every device in turn.
+    """
+    plan, solution = candidate.plan, candidate.solution if fitted else None
+    if trace.home_T is None:
+        trace = replace(trace, home_T=np.arange(trace.num_tokens, dtype=np.int32) % np.int32(problem.num_devices))
+    found = evaluate_coherent(trace, plan, problem.topology, problem.workload, problem.context)
+    cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
+    proven = gap_cost = None
+    if cost is not None and _keeps_to(problem, plan):
+        proven = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
+        gap_cost = (cost - proven) / cost if cost > 0 else 0.0
+    between_LRR, load_LR = found.moves_LRR[1:-1], found.moves_LRR[:-1].sum(axis=1)
+    peak_L = load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-300)
+    other_device_RR, other_node_RR = (problem.topology.link_class_RR >= link_class for link_class in (1, 2))
+    hops = max(int(between_LRR.sum()), 1)
+    return Row(
+        method=candidate.label,
+        cost_s=found.step_s,
+        moved=found.moved,
+        kept=1.0 - found.moved,
+        devices_per_token=1.0,
+        nodes_per_token=1.0,
+        cross_device_hops=float(between_LRR[:, other_device_RR].sum() / hops),
+        cross_node_hops=float(between_LRR[:, other_node_RR].sum() / hops),
+        load_max_over_mean=float(peak_L.mean()),
+        bound=proven,
+        gap_cost=gap_cost,
+        gap_moved=None,
+        gap_kept=None,
+        solve_s=candidate.solve_s if fitted else None,
+        stopped_by=solution.stopped_by if solution else None,
+        cost=cost,
+        load_max=float(peak_L.max()),
+        plan=plan.digest,
+    )
+
+
 def problem_for(trace: Trace, like: Problem) -> Problem:
     """The same question about another trace, without a load cap or pins: for scoring plans, not for solving."""
     slots = Constraints(slots=like.constraints.slots)
-    return Problem(Affinity.from_trace(trace), like.topology, like.workload, like.mode, like.objective, slots, like.node_weight)
+    return replace(like, affinity=Affinity.from_trace(trace), constraints=slots, also=())
 
 
 def describe(trace: Trace, path: str, topology: Topology, workload: Workload, problem: Problem) -> dict[str, object]:

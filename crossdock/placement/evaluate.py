@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdock.errors import BadData
+from crossdock.errors import BadData, UsageError
 from crossdock.placement.cost import NUM_DIRECTIONS, BlockCost, Dispatch, Workload, block_cost, step_seconds
 from crossdock.placement.hops import check_nodes, two_hops
 from crossdock.placement.plan import Plan, choose_replica
-from crossdock.placement.problem import check_mode
 from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace
 
@@ -78,7 +77,8 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload) -
     Step time is that of a step with `workload.tokens_per_rank` tokens on every device and the trace's proportions. Raises `BadData` where
     the plan is for another model or number of devices, or a home lies outside the topology; `UsageError` for a plan of mode coherent.
     """
-    check_mode(plan.mode)
+    if plan.mode != "home":
+        raise UsageError(f"plan {plan.digest} is of mode {plan.mode}, and this is about tokens that return home; give a plan of mode home")
     plan.check_model(trace.num_layers, trace.num_experts, topology.num_devices)
     _check_homes(trace, topology)
     replay = _replay(trace, plan, topology)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from crossdock.errors import BadData, InfeasiblePlan, UsageError
 from crossdock.placement.affinity import Affinity
+from crossdock.placement.coherent import Context
 from crossdock.placement.cost import Workload
 from crossdock.placement.plan import Mode, Plan
 from crossdock.placement.topology import Topology
@@ -53,12 +54,14 @@ class Constraints:
 class Problem:
     """Place the experts that `affinity` counted on `topology` for `workload`.
 
-    mode        "home": tokens return to their home after every layer. "coherent" is refused: nothing here solves it yet
+    mode        "home": tokens return to their home after every layer; "coherent": they stay with their expert until the last layer, which
+                takes one expert per token and objective seconds or hops
     objective   "seconds" of the predicted step; mean distinct "devices" or "nodes" of a token's experts in one layer; "hops", the
                 fraction of consecutive layers whose first choices live on different devices
     node_weight what a hop to another node counts, beside 1 for one within the node (objective hops: two-level costs); 1 or more
     also        other routing of the same model: a robust plan keeps to the load cap on all of it. Methods dp, columns and, for objective
                 devices, auto plan for it; plans of other methods are checked against it
+    context     what attention and dense layers ask of the devices in mode coherent
     Raises `UsageError`, `BadData` and `InfeasiblePlan`.
     """
 
@@ -70,9 +73,10 @@ class Problem:
     constraints: Constraints = field(default_factory=Constraints)
     node_weight: float = 1.0
     also: tuple[Affinity, ...] = ()
+    context: Context = field(default_factory=Context)
 
     def __post_init__(self) -> None:
-        check_mode(self.mode)
+        self._check_mode()
         if self.objective not in OBJECTIVES:
             raise UsageError(f"objective is {self.objective!r}; choose from {', '.join(OBJECTIVES)}")
         if not (np.isfinite(self.node_weight) and self.node_weight >= 1.0):
@@ -131,6 +135,18 @@ class Problem:
         """Tokens of one micro-batch over all devices for every token of the trace: scales counts of the trace to counts of the block."""
         return self.workload.tokens_per_rank * self.num_devices / self.affinity.num_tokens
 
+    def _check_mode(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise UsageError(f"mode is {self.mode!r}; choose from {', '.join(get_args(Mode))}")
+        if self.mode == "home":
+            return
+        if self.affinity.top_k != 1:
+            raise UsageError(
+                f"mode coherent keeps a token with its one expert, and this routing has {self.affinity.top_k} per token; use mode home"
+            )
+        if self.objective not in ("seconds", "hops"):
+            raise UsageError(f"in mode coherent a token is on one device; objective {self.objective} says nothing, choose seconds or hops")
+
     def _check_pins(self) -> None:
         pinned_LR = np.zeros((self.num_layers, self.num_devices), dtype=np.int64)
         for pin in set(self.constraints.pins):
@@ -163,11 +179,3 @@ class Solution:
     bound: float | None
     seconds: float
     stopped_by: str
-
-
-def check_mode(mode: str) -> None:
-    """Raise `UsageError` for anything but "home", the one mode that the cost model and the runtime both know."""
-    if mode == "coherent":
-        raise UsageError("mode coherent (tokens stay where their expert ran) is not available yet; use mode home")
-    if mode != "home":
-        raise UsageError(f"mode is {mode!r}; choose home")

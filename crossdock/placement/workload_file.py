@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from crossdock import strict_yaml
 from crossdock.errors import BadConfig
+from crossdock.placement.coherent import Context
 from crossdock.placement.cost import DISPATCHES, WIRE_NAMES, Dispatch, WireName, Workload
 from crossdock.strict_yaml import Document
 
@@ -75,6 +76,19 @@ def load_workload(path: Path) -> Workload:
     )
 
 
+def load_context(path: Path) -> Context:
+    """What attention asks of the links where tokens stay: keys and values of a run's model; nothing is known from a workload file."""
+    document = strict_yaml.load(path)
+    if not is_run(document):
+        return Context()
+    keys = _Keys(document)
+    heads = keys.integer("model.num_heads", 4)
+    kv_heads = keys.integer("model.num_kv_heads", heads)
+    head_width = keys.integer("model.head_dim", keys.integer("model.model_width", 128) // heads)
+    element_bytes = {"fp32": 4, "bf16": 2, "fp64": 8}[keys.choice("precision.compute", ("fp32", "bf16", "fp64"), "fp32")]
+    return Context(2 * kv_heads * head_width * element_bytes, attentions=keys.integer("model.moe_every", 2))
+
+
 def load_shape(path: Path) -> ModelShape:
     """The shape of the plan that a run asks for. Raises `MissingInput` and `BadConfig`."""
     keys = _Keys(strict_yaml.load(path))
@@ -114,7 +128,7 @@ class _Keys:
         value = self.value(name)
         if value is None:
             return default
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise BadConfig(f"{self._where(name)}: `{name}` is {value!r}; choose from {', '.join(choices)}")
         return str(value)
 

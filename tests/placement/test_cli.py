@@ -181,8 +181,8 @@ def test_check_refuses_what_does_not_fit(traces: tuple[str, str], tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--mode", "coherent"], UsageError, "not available"),
-        (["--mode", "elsewhere"], UsageError, "choose home"),
+        (["--mode", "coherent"], UsageError, "per token; use mode home"),
+        (["--mode", "elsewhere"], UsageError, "choose from home, coherent"),
         (["--objective", "beauty"], UsageError, "choose from seconds, devices, nodes, hops"),
         (["--method", "magic"], UsageError, "choose from contiguous"),
         (["--load-cap", "0.5"], UsageError, "1.0 or more"),
@@ -258,3 +258,21 @@ def test_help_imports_nothing_heavy() -> None:
         "print([name for name in ('numpy', 'scipy', 'jinja2', 'pydantic', 'torch') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_solve_for_tokens_that_stay(tmp_path: Path) -> None:
+    """One expert per token: the plan says its mode, held-out routing is scored the same way, and what was not priced is refused."""
+    rng = np.random.default_rng(0)
+    first_T = rng.integers(0, 8, 400)
+    experts_TL = np.stack([first_T, (first_T + 3) % 8, first_T], axis=1)
+    path, out = tmp_path / "top1.npy", tmp_path / "plan.json"
+    np.save(path, experts_TL)
+    arguments = ["--trace", str(path), "--topology", "2x2-local", "--mode", "coherent", "--seconds", "1"]
+    value = run_json("solve", *arguments, "--eval-trace", str(path), "--out", str(out))
+    (row,), (held_out,) = value["rows"], value["eval_rows"]
+    assert Plan.load(out).mode == value["mode"] == "coherent"
+    assert row["cross_device_hops"] == 0.0
+    assert row["devices_per_token"] == 1.0
+    assert held_out["cost_s"] == row["cost_s"]
+    with pytest.raises(UsageError, match="error bars"):
+        run("compare", *arguments, "--methods", "contiguous", "--error-bars")

@@ -241,7 +241,7 @@ def test_misfits_are_refused() -> None:
         evaluate(trace, random_plan(), Topology.uniform(1, 2), WORKLOAD)
     with pytest.raises(BadData, match=r"lives on device 3, and topology 1x2 has devices 0\.\.1"):
         evaluate(trace, random_plan(num_devices=2), Topology.uniform(1, 2), WORKLOAD)
-    with pytest.raises(UsageError, match=r"mode coherent .* is not available yet"):
+    with pytest.raises(UsageError, match=r"is of mode coherent, .* give a plan of mode home"):
         evaluate(trace, replace(random_plan(), mode="coherent"), TWO_BY_TWO, WORKLOAD)
 
 

@@ -40,8 +40,8 @@ def test_scale_from_trace_to_block() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[CrossdockError], str]] = {
-    "coherent": ({"mode": "coherent"}, UsageError, "not available yet; use mode home"),
-    "other mode": ({"mode": "away"}, UsageError, "mode is 'away'; choose home"),
+    "coherent": ({"mode": "coherent"}, UsageError, "per token; use mode home"),
+    "other mode": ({"mode": "away"}, UsageError, "mode is 'away'; choose from home, coherent"),
     "other objective": ({"objective": "beauty"}, UsageError, "objective is 'beauty'; choose from seconds, devices, nodes, hops"),
     "too few slots": (
         {"constraints": Constraints(slots=2)},

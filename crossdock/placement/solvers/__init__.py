@@ -7,7 +7,7 @@ import numpy as np
 
 from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, auto, balance, columns, contiguous, dp, eplb, exflow, ilp, moetuner, random, sweep
+from crossdock.placement.solvers import anneal, auto, balance, coherent, columns, contiguous, dp, eplb, exflow, ilp, moetuner, random, sweep
 from crossdock.placement.solvers.solution import device_loads
 
 Solver = Callable[[Problem, float, int], Solution]
@@ -29,6 +29,16 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
+HOME_ALONE = ("dp", "sweep", "anneal", "columns", "ilp")
+"""Methods that price the seconds of tokens on their way home; elsewhere they have nothing to search by."""
+
+
+def check_mode(problem: Problem, method: str) -> None:
+    """Raise `UsageError` where `method` cannot price the problem's mode."""
+    if method in HOME_ALONE and coherent.is_about(problem):
+        raise UsageError(f"method {method} prices the seconds of tokens that return home; in mode coherent use auto, or objective hops")
+
+
 def solve(problem: Problem, method: str, seconds: float = 10.0, seed: int = 0) -> Solution:
     """Solve `problem` with a method of the table. `seconds` caps the search; the same seed and the same iterations give the same plan.
 
@@ -38,6 +48,7 @@ def solve(problem: Problem, method: str, seconds: float = 10.0, seed: int = 0) -
         raise UsageError(f"method is {method!r}; choose from {', '.join(SOLVERS)}")
     if not seconds > 0:
         raise UsageError(f"seconds is {seconds}; give more than 0")
+    check_mode(problem, method)
     solution = SOLVERS[method](problem, seconds, seed)
     check_constraints(problem, solution)
     return solution

@@ -1,8 +1,8 @@
 """Method auto, the default: whatever suits the problem's size and the time given, never worse than the plans that it starts from.
 
 Few experts: `dp`, which is exact. Otherwise the quick methods make plans to start from, and most of the time goes to the method that is
-strongest for the objective: `columns` where devices add up and their contents can be listed, the chain search for hops, `anneal` for the
-rest. Where layers are independent, the best of all plans is taken layer by layer.
+strongest for the objective: `columns` where devices add up and their contents can be listed, the chain search for hops, `coherent` for the
+seconds of tokens that stay, `anneal` for the rest. Where layers are independent, the best of all plans is taken layer by layer.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, chain, chain_search, columns, dp, eplb, starts, sweep
+from crossdock.placement.solvers import anneal, chain, chain_search, coherent, columns, dp, eplb, starts, sweep
 from crossdock.placement.solvers.search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
@@ -32,7 +32,9 @@ def improved(problem: Problem, seconds: float, seed: int, begun: Iterable[Soluti
     given = list(begun)
     known = [solution.plan.device_of_LE().astype(np.int64) for solution in given if not solution.plan.has_replicas]
     known = [device_LE for device_LE in known if _keeps_pins(problem, device_LE)]
-    if not dp.unsuited(problem) and dp._num_states(problem) <= DP_STATES:
+    if coherent.is_about(problem):
+        found = _of_staying(problem, seed, deadline, known)
+    elif not dp.unsuited(problem) and dp._num_states(problem) <= DP_STATES:
         found = _relabelled(problem, dp.solve(problem, seconds, seed), seed, deadline)
     elif problem.objective == "hops":
         found = _of_chain(problem, seed, deadline, known)
@@ -47,6 +49,11 @@ def _of_chain(problem: Problem, seed: int, deadline: Deadline, known: list[IntAr
     found, stopped_by = chain_search.search(problem, seed, deadline, (starts.random(problem, seed), *known))
     chain.check_load_cap(found)
     return solution_of(problem, found.device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
+
+
+def _of_staying(problem: Problem, seed: int, deadline: Deadline, known: list[IntArray]) -> Solution:
+    device_LE, stopped_by = coherent.search(problem, seed, deadline, known)
+    return solution_of(problem, device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by)
 
 
 def _of_layers(problem: Problem, seed: int, deadline: Deadline, known: list[IntArray]) -> Solution:

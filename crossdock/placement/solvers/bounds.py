@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from crossdock.placement.problem import Problem
+from crossdock.placement.solvers import coherent
 from crossdock.placement.solvers.price import BlockSeconds, Ports
 from crossdock.placement.trace import NO_EXPERT
 
@@ -22,9 +23,11 @@ FloatArray = NDArray[np.float64]
 
 
 def lower_bound(problem: Problem) -> float:
-    """A lower bound on the problem's objective over all plans with one copy of each expert; mode home, homes anywhere alike."""
+    """A lower bound on the problem's objective over all plans with one copy of each expert; homes anywhere alike."""
     if problem.objective == "hops":
         return _hops(problem)
+    if coherent.is_about(problem):
+        return coherent.lower_bound(problem)
     if problem.objective == "seconds":
         return problem.workload.other_s + float(layer_seconds(problem).sum())
     copies_L = copies_to_nodes(problem) if problem.objective == "nodes" else copies_to_devices(problem)

@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.errors import UsageError
 from crossdock.placement.cost import block_cost, step_seconds
 from crossdock.placement.hops import two_hops
 from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.placement.problem import Problem, Solution
+from crossdock.placement.solvers import coherent
 from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.price import has_two_hops
 from crossdock.placement.trace import NO_EXPERT
@@ -69,6 +71,8 @@ def cost_of_plan(problem: Problem, plan: Plan) -> float:
     """The objective under any plan: the mean over homes, each of which uses its copy of every expert (`choose_replica`)."""
     if not plan.has_replicas:
         return cost_of(problem, plan.device_of_LE().astype(np.int64))
+    if problem.mode == "coherent":
+        raise UsageError(f"method {plan.method} made replicas, which mode coherent has no price for; ask for fewer slots, or for mode home")
     device_LRE = (choose_replica(plan, problem.topology.node_of_R) // plan.slots_per_device).astype(np.int64)
     homes = [device_LRE[:, home] for home in range(problem.num_devices)]
     if problem.objective != "seconds":
@@ -96,6 +100,8 @@ def cost_of(problem: Problem, device_LE: IntArray) -> float:
     affinity, topology, R = problem.affinity, problem.topology, problem.num_devices
     if problem.objective == "hops":
         return hops_of(problem, device_LE)
+    if coherent.is_about(problem):
+        return coherent.cost_of(problem, device_LE)
     if problem.objective == "nodes":
         copies_LN = copies_to(problem, np.array(topology.node_of_R)[device_LE], topology.num_nodes)
         return float(copies_LN.sum() / (affinity.num_tokens * affinity.num_layers))
