@@ -16,8 +16,8 @@ import typer
 from crossdock.errors import CrossdockError, OutOfMemory, Unavailable, UsageError, presentable
 from crossdock.launch.checkpoint_commands import checkpoint_app
 from crossdock.launch.launch_commands import launch_app
+from crossdock.launch.map_commands import plan_app
 from crossdock.launch.trace_commands import trace_app
-from crossdock.placement.cli import plan_app
 
 INTERRUPTED = 130
 # typer has brought its own copy of click since 0.26; before, this class was click's

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crossdock.errors import UsageError
+from crossdock.errors import BadData, UsageError
 
 if TYPE_CHECKING:
     from crossdock.placement.trace import Trace
@@ -17,6 +17,8 @@ trace_app = typer.Typer(name="trace", help="Record, show, import and export rout
 TracePath = Annotated[
     Path, typer.Argument(help="A trace: .npz, or .npy of [tokens, layers] or [tokens, layers, choices].", show_default=False)
 ]
+MAX_BYTES = 1 << 30
+"""The most that is read of another system's text."""
 NumExperts = Annotated[int | None, typer.Option("--num-experts", min=1, help="Experts per layer, where the file does not say.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
@@ -56,7 +58,9 @@ def show(trace: TracePath, num_experts: NumExperts = None, as_json: AsJson = Fal
 
 @trace_app.command("import")
 def import_trace(
-    source: TracePath,
+    source: Annotated[
+        Path, typer.Argument(help="Routing: .npy or .npz, or what SGLang's recorder wrote: .pt, .json or .csv.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="The .npz to write.", show_default=False)],
     num_experts: NumExperts = None,
     as_json: AsJson = False,
@@ -64,12 +68,12 @@ def import_trace(
     """Read another system's routing and write it as a trace.
 
     Example: crossdock trace import exflow.npy trace.npz --num-experts 64
-    """
-    from crossdock.placement.trace import Trace
 
+    Example: crossdock trace import expert_distribution_recorder_1765.pt trace.npz
+    """
     if out.suffix != ".npz":
         raise UsageError(f"{out}: a trace is an .npz file; call it {out.with_suffix('.npz').name}")
-    trace = Trace.load(source, num_experts)
+    trace = _read(source, num_experts)
     trace.save(out)
     _say_written(out, trace, as_json)
 
@@ -77,11 +81,11 @@ def import_trace(
 @trace_app.command("export")
 def export_trace(
     trace: TracePath,
-    out: Annotated[Path, typer.Argument(help="The .npy to write.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The .npy to write, or an .npz whose only array is `experts`.", show_default=False)],
     top_1: Annotated[bool, typer.Option("--top-1", help="First choices alone, [tokens, layers], as ExFlow reads.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trace's choices as a plain .npy array of [tokens, layers, choices]; -1 stands for no choice.
+    """Write a trace's choices as a plain array of [tokens, layers, choices]; -1 stands for no choice.
 
     Example: crossdock trace export trace.npz routing.npy --top-1
     """
@@ -90,12 +94,16 @@ def export_trace(
     from crossdock import atomic
     from crossdock.placement.trace import NO_EXPERT, Trace
 
-    if out.suffix != ".npy":
-        raise UsageError(f"{out}: exported choices are an .npy file; call it {out.with_suffix('.npy').name}")
+    if out.suffix not in (".npy", ".npz"):
+        raise UsageError(f"{out}: exported choices are an .npy or .npz file; call it {out.with_suffix('.npy').name}")
     loaded = Trace.load(trace)
     choices = loaded.first_choice_TL if top_1 else loaded.experts_TLK
+    plain = np.where(choices == NO_EXPERT, -1, choices.astype(np.int64))
     with atomic.replacing(out) as aside, aside.open("wb") as file:
-        np.save(file, np.where(choices == NO_EXPERT, -1, choices.astype(np.int64)), allow_pickle=False)
+        if out.suffix == ".npy":
+            np.save(file, plain, allow_pickle=False)
+        else:
+            np.savez_compressed(file, experts=plain)
     _say_written(out, loaded, as_json)
 
 
@@ -123,6 +131,27 @@ def describe(trace: "Trace") -> dict[str, Any]:
         "source": trace.source,
         "digest": trace.digest,
     }
+
+
+def _read(source: Path, num_experts: int | None) -> "Trace":
+    """A trace of any form that another system writes, told apart by the file's suffix."""
+    from crossdock.bounded import json_value, read_bytes
+    from crossdock.placement import recorder
+    from crossdock.placement.trace import Trace
+
+    if source.suffix not in (".pt", ".json", ".csv"):
+        return Trace.load(source, num_experts)
+    try:
+        if source.suffix == ".pt":
+            from crossdock.models import torch_files
+
+            return recorder.trace_of(torch_files.read(source), source.name, num_experts)
+        data = read_bytes(source, MAX_BYTES, "a dump of the expert distribution recorder")
+        if source.suffix == ".json":
+            return recorder.trace_of(json_value(data, str(source)), source.name, num_experts)
+        return recorder.trace_of_csv(data.decode(errors="replace"), source.name, num_experts)
+    except BadData as error:
+        raise error if str(error).startswith(str(source)) else BadData(f"{source}: {error}") from error
 
 
 def _readable(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 The file is an .npz without pickles: `experts` uint16 [T, L, K] (65535: dropped, or fewer than K choices), `num_experts`, `format_version`,
 `source`, and optionally `weights` float16 [T, L, K], `sequence`, `home` and `token` int32 [T]. Read as well: an .npz that holds `experts`
-alone, of any integer type, and an .npy of shape [T, L] (as ExFlow's published tool writes) or [T, L, K].
+alone, of any integer type, and an .npy of shape [T, L] (as ExFlow's published tool writes) or [T, L, K]; -1 is no choice in these.
 """
 
 import hashlib
@@ -182,6 +182,8 @@ def _load(path: Path, num_experts: int | None) -> Trace:
     arrays = _read_file(path)
     if arrays["experts"].ndim == 2:
         arrays["experts"] = arrays["experts"][:, :, None]
+    if "format_version" not in arrays and arrays["experts"].dtype.kind == "i" and (arrays["experts"] == -1).any():
+        arrays["experts"] = np.where(arrays["experts"] == -1, NO_EXPERT, arrays["experts"].astype(np.int64))  # as other systems write it
     stated = num_experts if num_experts is not None else _stated_num_experts(arrays)
     source = str(arrays["source"]) if "source" in arrays else path.name
     return _trace_of(arrays, _largest_choice(arrays["experts"]) + 1 if stated is None else stated, source, stated is not None)
