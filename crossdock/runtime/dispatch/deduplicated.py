@@ -6,7 +6,6 @@ gradient comes back the same way). They are counted as metadata.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,26 +14,21 @@ from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.copies import Arrivals, Copies
 from crossdock.runtime.dispatch.counts import Counts, PendingCounts, counts_start
 from crossdock.runtime.dispatch.layout import ExpertLayout
-from crossdock.runtime.dispatch.movement import Dispatched, Handle, PendingTokens, combine_start
+from crossdock.runtime.dispatch.movement import Dispatched, Dispatcher, Handle
 from crossdock.runtime.dispatch.rows import RowMap, spread
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.exchange import Pending
 from crossdock.runtime.transport.mesh import Mesh
-from crossdock.runtime.transport.wire import Wire, wire_of
+from crossdock.runtime.transport.wire import wire_of
 
 
-@dataclass(frozen=True, eq=False)
-class Deduplicated:
-    """Dispatcher that sends a token once to each device that holds at least one of its experts.
+class Deduplicated(Dispatcher):
+    """Sends a token once to each device that holds at least one of its experts.
 
-    Outputs are summed on each device in the gate's order, then at home in the order of the devices. `wire` is the format of rows
-    between ranks, gradients included; None: that of the tokens.
+    Outputs are summed on each device in the gate's order, then at home in the order of the devices.
     """
 
-    name: ClassVar[str] = "deduplicated"
-    mesh: Mesh
-    layout: ExpertLayout
-    wire: Wire | None = None
+    name = "deduplicated"
 
     def prepare(self, pieces: Sequence[Assignment]) -> list["_Prepared"]:
         """Sort the entries by (device, token) and tell every device how many copies come, and how many entries for each of its slots."""
@@ -47,15 +41,6 @@ class Deduplicated:
             _Prepared(self, assignment, copies, counts, copies.codes(), assignment.weight_A[copies.order_A], movement)
             for assignment, copies, counts, movement in each
         ]
-
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """See `dispatch.Dispatcher`."""
-        (prepared,) = self.prepare([assignment])
-        return prepared.start(x_TD)
-
-    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
-        """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
-        return combine_start(rows_MD, handle)
 
 
 @dataclass(frozen=True, eq=False)

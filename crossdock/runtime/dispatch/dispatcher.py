@@ -13,58 +13,18 @@ of the expert group makes the same calls in the same order, also with no tokens 
 come out.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
-from torch import Tensor
-
-from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.deduplicated import Deduplicated
 from crossdock.runtime.dispatch.flat import Flat
 from crossdock.runtime.dispatch.hierarchical import hierarchical
 from crossdock.runtime.dispatch.layout import ExpertLayout
-from crossdock.runtime.dispatch.movement import Dispatched, Handle, Prepared
+from crossdock.runtime.dispatch.movement import Dispatched, Dispatcher, Handle, Prepared
 from crossdock.runtime.transport.exchange import Pending
 from crossdock.runtime.transport.mesh import Mesh
 from crossdock.runtime.transport.wire import Wire
 
 __all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "Handle", "Pending", "Prepared"]
-
-
-class Dispatcher(Protocol):
-    """Moves tokens to their experts and the experts' outputs back."""
-
-    @property
-    def name(self) -> str:
-        """What the cost model calls this way of moving tokens."""
-        ...
-
-    @property
-    def mesh(self) -> Mesh:
-        """The ranks between which tokens move."""
-        ...
-
-    @property
-    def layout(self) -> ExpertLayout:
-        """Where the experts live."""
-        ...
-
-    @property
-    def wire(self) -> Wire | None:
-        """The format of rows between ranks; None: that of the tokens."""
-        ...
-
-    def prepare(self, pieces: Sequence[Assignment]) -> Sequence[Prepared]:
-        """Tell the other ranks what will come of each piece, in one exchange; returns at once. Every rank brings as many pieces."""
-        ...
-
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """Prepare and start one piece: send `x_TD` [T, D] to the experts of `assignment`; the tokens travel in the background."""
-        ...
-
-    def combine_start(self, rows_MD: Tensor, handle: Any) -> Pending[Tensor]:
-        """Send the experts' outputs [M, D], in the order of the dispatched rows, back; the wait gives y_TD in the dtype of `x_TD`."""
-        ...
 
 
 DISPATCHERS: dict[str, Callable[[Mesh, ExpertLayout, Wire | None], Dispatcher]] = {

@@ -2,36 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.counts import Counts, PendingCounts, counts_start
-from crossdock.runtime.dispatch.layout import ExpertLayout
-from crossdock.runtime.dispatch.movement import Dispatched, Handle, PendingTokens, combine_start
+from crossdock.runtime.dispatch.movement import Dispatched, Dispatcher, Handle
 from crossdock.runtime.dispatch.rows import RowMap, count_of, inverse, spread
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.exchange import Pending
-from crossdock.runtime.transport.mesh import Mesh
-from crossdock.runtime.transport.wire import Wire, wire_of
+from crossdock.runtime.transport.wire import wire_of
 
 
-@dataclass(frozen=True, eq=False)
-class Flat:
-    """Dispatcher that sends a token once for each of its experts. The result does not depend on where the experts live.
+class Flat(Dispatcher):
+    """Sends a token once for each of its experts. The result does not depend on where the experts live."""
 
-    `wire` is the format of rows between ranks, gradients included; None: that of the tokens.
-    """
-
-    name: ClassVar[str] = "flat"
-    mesh: Mesh
-    layout: ExpertLayout
-    wire: Wire | None = None
+    name = "flat"
 
     def prepare(self, pieces: Sequence[Assignment]) -> list["_Prepared"]:
-        """Sort the entries by global slot and tell how many there are; see `dispatch.Dispatcher`."""
+        """Sort the entries by global slot and tell how many there are; see `movement.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
         movements = [mesh.ledger.next_movement() for _ in pieces]
         slots = [layout.slot_of_expert_E[assignment.expert_A] for assignment in pieces]
@@ -40,15 +30,6 @@ class Flat:
         return [
             _Prepared(self, counts, _home_map(assignment, slot_A), assignment.weight_A, move) for assignment, slot_A, counts, move in each
         ]
-
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """See `dispatch.Dispatcher`."""
-        (prepared,) = self.prepare([assignment])
-        return prepared.start(x_TD)
-
-    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
-        """Send expert outputs home; see `dispatch.Dispatcher`."""
-        return combine_start(rows_MD, handle)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ which device travels to it beside them (int32).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from crossdock.runtime.dispatch.copies import Arrivals, Copies, begins
 from crossdock.runtime.dispatch.counts import Counts, PendingCounts, counts_start
 from crossdock.runtime.dispatch.deduplicated import Deduplicated
 from crossdock.runtime.dispatch.layout import ExpertLayout
-from crossdock.runtime.dispatch.movement import Dispatched, Handle, PendingTokens, combine_start
+from crossdock.runtime.dispatch.movement import Dispatched, Dispatcher, Handle
 from crossdock.runtime.dispatch.relay import FanOut, Hop, Relay
 from crossdock.runtime.dispatch.rows import RowMap, spread
 from crossdock.runtime.transport.all_to_all import Flying, Route, all_to_all_start
@@ -40,20 +39,13 @@ def hierarchical(mesh: Mesh, layout: ExpertLayout, wire: Wire | None = None) -> 
     return Hierarchical(mesh, layout, wire) if mesh.has_rails else Deduplicated(mesh, layout, wire)
 
 
-@dataclass(frozen=True, eq=False)
-class Hierarchical:
-    """Dispatcher that sends a token once to each other node that holds at least one of its experts.
+class Hierarchical(Dispatcher):
+    """Sends a token once to each other node that holds at least one of its experts."""
 
-    `wire` is the format of rows between ranks, gradients included; None: that of the tokens.
-    """
-
-    name: ClassVar[str] = "hierarchical"
-    mesh: Mesh
-    layout: ExpertLayout
-    wire: Wire | None = None
+    name = "hierarchical"
 
     def prepare(self, pieces: Sequence[Assignment]) -> list["_Prepared"]:
-        """Number the copies for devices and for nodes, and tell how many there are; see `dispatch.Dispatcher`."""
+        """Number the copies for devices and for nodes, and tell how many there are; see `movement.Dispatcher`."""
         mesh, layout = self.mesh, self.layout
         assert mesh.ranks_per_node is not None
         movements = [mesh.ledger.next_movement() for _ in pieces]
@@ -73,15 +65,6 @@ class Hierarchical:
             )
             for assignment, copies, counts, movement in each
         ]
-
-    def dispatch_start(self, x_TD: Tensor, assignment: Assignment) -> Pending[Dispatched]:
-        """See `dispatch.Dispatcher`."""
-        (prepared,) = self.prepare([assignment])
-        return prepared.start(x_TD)
-
-    def combine_start(self, rows_MD: Tensor, handle: Handle) -> PendingTokens:
-        """Weight, sum and send expert outputs home; see `dispatch.Dispatcher`."""
-        return combine_start(rows_MD, handle)
 
 
 @dataclass(frozen=True, eq=False)
