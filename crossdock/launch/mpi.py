@@ -1,15 +1,18 @@
 """MPI as a launcher: a rank's place in the world, and where rank 0 can be reached. The only module that imports mpi4py.
 
-MPI is asked twice, for the place and for a port number, and then left: everything else travels through torch, whose threads a busily
-polling MPI would only disturb.
+MPI is asked twice, for the place and for a port number, and then left, unless it shall carry the all-to-alls of the run as well
+(`parallel.transport`): everything else travels through torch, whose threads a busily polling MPI would only disturb.
 """
 
+import atexit
 import functools
 import ipaddress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from crossdock.errors import Unavailable
+
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def world() -> Place:
 
     Raises `Unavailable` without mpi4py, or where MPI cannot start.
     """
-    comm = _communicator()
+    comm = _world()
     shared = comm.Split_type(_mpi().COMM_TYPE_SHARED)
     first_of_my_host = comm.Get_rank() if shared.Get_rank() == 0 else -1
     first_of_my_host = shared.bcast(first_of_my_host, root=0)
@@ -41,11 +44,29 @@ def world() -> Place:
     return place
 
 
-def broadcast_port_and_leave(port: int) -> int:
-    """Rank 0's `port` on every rank; afterwards this process has left MPI, which can be entered only once."""
-    port = int(_communicator().bcast(port, root=0))
-    _mpi().Finalize()
-    return port
+def broadcast(value: Told) -> Told:
+    """Rank 0's `value` on every rank."""
+    told: Told = _world().bcast(value, root=0)
+    return told
+
+
+def communicator() -> Any:
+    """mpi4py's communicator of all ranks, for a transport that several threads use. Raises `Unavailable` where MPI forbids that."""
+    mpi = _mpi()
+    if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
+        raise Unavailable("this MPI library does not let several threads use it (MPI_THREAD_MULTIPLE); set parallel.transport: torch")
+    return mpi.COMM_WORLD
+
+
+def leave() -> None:
+    """Leave MPI, which can be entered only once; every rank does."""
+    if not _mpi().Is_finalized():
+        _mpi().Finalize()
+
+
+def abandon() -> None:
+    """End without the others: this rank has failed, or another one has, and leaving in order would wait for it for ever."""
+    atexit.unregister(leave)
 
 
 def reachable_address(addresses_R: list[list[str]]) -> str:
@@ -71,14 +92,19 @@ def _addresses() -> list[str]:
     return [str(interface) for interface in interfaces if not interface.is_loopback]
 
 
+@functools.cache
 def _mpi() -> Any:
     try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # by `leave`, so that `abandon` can prevent it
         from mpi4py import MPI
     except (ImportError, RuntimeError) as failure:  # RuntimeError: mpi4py found no MPI library
         detail = (str(failure).splitlines() or ["no reason given"])[0]
         raise Unavailable(f"mpirun started this rank, and mpi4py cannot be used ({detail}); run: pip install 'crossdock[mpi]'") from failure
+    atexit.register(leave)
     return MPI
 
 
-def _communicator() -> Any:
+def _world() -> Any:
     return _mpi().COMM_WORLD

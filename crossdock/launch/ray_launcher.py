@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from crossdock.authentication import Secret
 from crossdock.errors import BadConfig, CrossdockError, PeerLost, Unavailable
 from crossdock.launch import ray_cluster
 from crossdock.launch.cluster import Shape
@@ -22,6 +23,7 @@ from crossdock.launch.config import RunConfig, resolved
 from crossdock.launch.local import Outcome, root_cause
 from crossdock.launch.ray_cluster import Node
 from crossdock.launch.ray_metrics import told_to_ray
+from crossdock.launch.rendezvous import LOOPBACK
 from crossdock.launch.request import Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
 from crossdock.runtime.training.metrics import RunDirectory
@@ -198,11 +200,12 @@ class _Supervisor:
         resume = prepare_directory(config)
         self._check_directory(incarnation, places)
         several = shape.nodes > 1
-        port = ray.get(incarnation.actors[0].open_store.remote(config.parallel.timeout_s, several))
-        meeting = Meeting("listen", host=places[0]["address"] if several else "127.0.0.1", port=port)
+        host, secret = places[0]["address"] if several else LOOPBACK, Secret.fresh()
+        port = ray.get(incarnation.actors[0].open_store.remote(config.parallel.timeout_s, host))
+        meeting = Meeting("listen", host=host, port=port)
         for rank, actor in enumerate(incarnation.actors):
             node_number, local_rank = divmod(rank, shape.ranks_per_node)
-            env = WorkerEnv(rank, shape.world_size, local_rank, shape.ranks_per_node, node_number, meeting, "ray")
+            env = WorkerEnv(rank, shape.world_size, local_rank, shape.ranks_per_node, node_number, meeting, "ray", secret)
             incarnation.results.append(actor.run.remote(resolved(config), {"resume": resume}, env))
 
     def _wait_for_room(self, incarnation: Incarnation) -> None:

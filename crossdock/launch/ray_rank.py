@@ -16,7 +16,7 @@ import ray
 
 from crossdock import strict_yaml
 from crossdock.errors import Preempted
-from crossdock.launch.rendezvous import listen
+from crossdock.launch.rendezvous import listen, signed
 from crossdock.launch.worker_env import WorkerEnv
 
 BEAT_S = 0.5
@@ -61,9 +61,9 @@ class Rank:
         """Whether this node has that file: run directories are shared by all nodes."""
         return Path(path).exists()
 
-    def open_store(self, timeout_s: float, several_hosts: bool) -> int:
-        """Open the store in which the ranks meet, which this rank holds; returns its port."""
-        self.store = listen(self.rank, several_hosts, timeout_s)
+    def open_store(self, timeout_s: float, host: str) -> int:
+        """Open the store in which the ranks meet, which this rank holds on that address of its node; returns its port."""
+        self.store = listen(self.rank, host, timeout_s)
         return int(self.store.port)
 
     def run(self, config: dict[str, Any], arguments: dict[str, Any], env: WorkerEnv) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Rank:
         signal.signal(signal.SIGTERM, _stopped_early)  # until training puts its own in place; Ray's would end the process
         try:
             run_config = strict_yaml.validated(RunConfig, strict_yaml.Document(config, "the driver's configuration", {}))
-            result = run_job(Request("train", run_config, arguments), env, self.store)
+            result = run_job(Request("train", run_config, arguments), env, None if self.store is None else signed(self.store, env.secret))
         except Exception as failure:
             code, message = explain(failure)
             return {"exit_code": code, "message": message, "traceback": "".join(traceback.format_exception(failure)) if code == 1 else ""}

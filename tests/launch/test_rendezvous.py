@@ -1,13 +1,20 @@
 """WorkerEnv: each launcher's variables give the same record, and a restart never meets the dead."""
 
+import socket
+import stat
+import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
-from crossdock.errors import CrossdockError, PeerLost, Unavailable, UsageError
-from crossdock.launch.rendezvous import exchange, open_store
+from crossdock.authentication import Secret
+from crossdock.errors import BadConfig, CrossdockError, PeerLost, Unavailable, UsageError
+from crossdock.launch import rendezvous
+from crossdock.launch.rendezvous import exchange, host_secret, listen, open_store, signed
 from crossdock.launch.worker_env import Meeting, WorkerEnv, first_host, local_environment, tasks_per_node, worker_env
 
 TORCHRUN = {
@@ -136,8 +143,11 @@ def ranks_meet(envs: list[WorkerEnv], timeout_s: float = 20.0) -> list[tuple[str
     return found
 
 
-def world(meeting: Meeting, size: int = 3) -> list[WorkerEnv]:
-    return [WorkerEnv(rank, size, 0, 1, node=rank, meeting=meeting, launcher="torchrun") for rank in range(size)]
+def world(meeting: Meeting, size: int = 3, secrets: Sequence[Secret | None] = (None,)) -> list[WorkerEnv]:
+    return [
+        WorkerEnv(rank, size, 0, 1, node=rank, meeting=meeting, launcher="torchrun", secret=secrets[rank % len(secrets)])
+        for rank in range(size)
+    ]
 
 
 def test_ranks_meet_at_a_file(tmp_path: Path) -> None:
@@ -147,7 +157,7 @@ def test_ranks_meet_at_a_file(tmp_path: Path) -> None:
 def test_restarts_meet_afresh_in_the_agents_store() -> None:
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = Meeting("shared", host="127.0.0.1", port=agent.port)
-    agent.set("crossdock/meeting", "a-dead-rank-0 127.0.0.1 1")  # what a killed incarnation leaves behind
+    signed(agent, None).set("crossdock/meeting", "a-dead-rank-0 127.0.0.1 1")  # what a killed incarnation leaves behind
     assert ranks_meet(world(meeting)) == [("0", "1", "2")] * 3
     assert ranks_meet(world(meeting, size=2)) == [("0", "1")] * 2  # and again with another world, on what the first one left
 
@@ -155,11 +165,12 @@ def test_restarts_meet_afresh_in_the_agents_store() -> None:
 def test_a_living_store_of_an_earlier_start_is_not_joined() -> None:
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = Meeting("shared", host="127.0.0.1", port=agent.port)
-    earlier = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    inside = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    earlier = signed(inside, None, "t")
     earlier.set("token", "t")
     earlier.set("world_size", "2")
     earlier.add("arrived/1", 1)  # the earlier rank 1 has been here
-    agent.set("crossdock/meeting", f"t 127.0.0.1 {earlier.port}")
+    signed(agent, None).set("crossdock/meeting", f"t 127.0.0.1 {inside.port}")
     [alone] = ranks_meet(world(meeting, size=2)[1:], timeout_s=1.0)
     assert isinstance(alone, PeerLost)
     assert "rank 1 did not find rank 0" in str(alone)
@@ -177,3 +188,98 @@ def test_a_world_of_one_needs_no_store() -> None:
     assert exchange(None, WorkerEnv.single(), "node", "0") == ("0",)
     with pytest.raises(UsageError, match="no store"):
         WorkerEnv(0, 2, 0, 2, 0, None, "single")
+
+
+# ---- who may join
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("kind", ["file", "listen", "shared"])
+@pytest.mark.parametrize("strangers", [(Secret.fresh(), Secret.fresh()), (Secret.fresh(), None), (None, Secret.fresh())])
+def test_a_rank_with_another_secret_is_refused(
+    kind: str, strangers: tuple[Secret | None, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "_STALE_S", 0.5)
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = agent.port if kind == "shared" else free_port()
+    meeting = Meeting(kind, host="127.0.0.1", port=port, path=str(tmp_path / "store"))  # type: ignore[arg-type]
+    found = ranks_meet(world(meeting, 2, strangers), timeout_s=3.0)
+    assert isinstance(found[1], BadConfig)
+    assert "refused: the message" in str(found[1])
+    assert "CROSSDOCK_SECRET_FILE" in str(found[1])
+    for secret in filter(None, strangers):
+        assert secret.key.decode() not in f"{found} {world(meeting, 2, strangers)}"
+
+
+@pytest.mark.parametrize("kind", ["file", "listen", "shared"])
+def test_ranks_with_one_secret_meet(kind: str, tmp_path: Path) -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = agent.port if kind == "shared" else free_port()
+    meeting = Meeting(kind, host="127.0.0.1", port=port, path=str(tmp_path / "store"))  # type: ignore[arg-type]
+    assert ranks_meet(world(meeting, 2, [Secret.fresh()])) == [("0", "1")] * 2
+
+
+def test_a_secret_is_handed_down_in_a_file_or_in_the_environment(tmp_path: Path) -> None:
+    ours, theirs = Secret.fresh(), Secret.fresh()
+    ours.write(tmp_path / "secret")
+    in_a_file = worker_env(TORCHRUN | {"CROSSDOCK_SECRET_FILE": str(tmp_path / "secret"), "CROSSDOCK_SECRET": theirs.key.decode()})
+    assert in_a_file is not None
+    assert in_a_file.secret == ours
+    in_the_environment = worker_env(TORCHRUN | {"CROSSDOCK_SECRET": theirs.key.decode()})
+    assert in_the_environment is not None
+    assert in_the_environment.secret == theirs
+    with pytest.raises(BadConfig, match=r"CROSSDOCK_SECRET has 5 characters"):
+        worker_env(TORCHRUN | {"CROSSDOCK_SECRET": "short"})
+
+
+def test_a_local_rank_gets_the_file_of_its_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSSDOCK_SECRET", "that of an outer launcher")
+    environment = local_environment(0, 1, "/tmp/store", 1, "/tmp/secret")
+    assert environment["CROSSDOCK_SECRET_FILE"] == "/tmp/secret"
+    assert "CROSSDOCK_SECRET" not in environment
+
+
+def test_one_secret_a_host_and_meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found: list[Secret] = []
+    threads = [threading.Thread(target=lambda: found.append(host_secret("job-1"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert host_secret("job-2") != found[0]
+    [folder] = tmp_path.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    folder.chmod(0o755)
+    with pytest.raises(Unavailable, match="not a folder of this user alone"):
+        host_secret("job-1")
+
+
+# ---- who can reach us
+
+
+def listening() -> set[tuple[str, int]]:
+    return {tuple(found.laddr) for found in psutil.Process().net_connections("inet") if found.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_store_listens_on_the_address_it_was_given_alone(host: str) -> None:
+    before = listening()
+    store = listen(0, host, 5.0)
+    [(address, port)] = listening() - before
+    assert address in ("127.0.0.1", "::1")
+    assert port == store.port
+
+
+def test_a_taken_port_is_named() -> None:
+    store = listen(0, "127.0.0.1", 5.0)
+    with pytest.raises(Unavailable, match=rf"cannot listen on 127.0.0.1:{store.port} .*in use"):
+        listen(0, "127.0.0.1", 5.0, store.port)
