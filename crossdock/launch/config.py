@@ -42,6 +42,9 @@ class ParallelConfig(StrictModel):
     """Ranks to start where no launcher did: `parallel.expert` of them where left out. Launchers bring their own number."""
     timeout_s: float = pydantic.Field(default=300.0, gt=0.0)
     """How long a collective may take before its ranks give up on their peers."""
+    transport: Literal["torch", "mpi", "auto"] = "torch"
+    """What carries the all-to-alls. mpi: the MPI library of the mpirun that started the ranks, on the CPU. auto: the faster of the two, by
+    measurement at the start; torch where there is no mpirun."""
 
     @property
     def local_ranks(self) -> int:

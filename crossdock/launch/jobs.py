@@ -103,6 +103,7 @@ def describe_environment(env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
         "threads_per_rank": torch.get_num_threads(),
         "device": "cpu" if mesh.device.type == "cpu" else torch.cuda.get_device_name(mesh.device),
         "launcher": env.launcher,
+        "transport": mesh.carrier.name,
         "world_size": env.world_size,
         "node_of_rank": list(mesh.node_of_rank),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

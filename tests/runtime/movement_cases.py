@@ -14,6 +14,7 @@ from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
 from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.transport.ledger import Flight
+from crossdock.runtime.transport.mesh import Mesh
 from crossdock.runtime.transport.wire import wire_named
 from tests.pool import Pool, mesh_for
 
@@ -97,11 +98,15 @@ def part(assignment: Assignment, begin: int, end: int) -> Assignment:
 
 def run_layer(rank: int, world_size: int, name: str, case: Case) -> Outcome:
     """The layer on one rank, through dispatcher `name`."""
-    mesh = mesh_for(rank, world_size, case.expert_parallel, case.node_of_rank)
+    return run_layer_on(mesh_for(rank, world_size, case.expert_parallel, case.node_of_rank), name, case)
+
+
+def run_layer_on(mesh: Mesh, name: str, case: Case) -> Outcome:
+    """The same on a given mesh."""
     layout = ExpertLayout.from_plan(case.plan, 0, mesh)
     dispatcher = DISPATCHERS[name](mesh, layout, wire_named(case.wire))
     first_EDF, second_EFD = (p.requires_grad_() for p in parameters(case))
-    x, assignment, grad_y = inputs(case, rank)
+    x, assignment, grad_y = inputs(case, mesh.rank)
     mesh.ledger.take()
 
     bounds = torch.linspace(0, len(x), case.chunks + 1).long().tolist()

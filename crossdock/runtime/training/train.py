@@ -200,6 +200,7 @@ class _Run:
         ranks = collectives.gather_objects((self.mesh.rank, os.getpid(), self.mesh.node_of_rank[self.mesh.rank]), self.mesh)
         for rank, pid, node in ranks or ():
             self.event("rank_started", rank=rank, pid=pid, node=node)
+        self.event("transport_chosen", **self.mesh.carrier.as_event())
         if self.mesh.rank == 0 and self.engine.plan is not None:
             self.engine.plan.save(self.directory.plan)
             self.event("plan_applied", step=0, method=self.engine.plan.method, plan_hash=self.engine.plan.digest, moves=0, bytes=0)

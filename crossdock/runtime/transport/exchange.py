@@ -1,6 +1,6 @@
 """Bare exchanges: one all-to-all of a group started and waited for, without autograd or ledger; and the error for a lost peer.
 
-Beside `collectives` the only module that moves data through `torch.distributed`.
+Beside `collectives` the only module that moves data through `torch.distributed`; `mpi_exchange` moves it through MPI, where a run asks so.
 
 On CUDA they run on the process group's own stream: a start makes that stream wait for the rows, a wait makes the compute stream wait for
 the collective, and neither blocks the host. Buffers are held here until they are joined, so that the
@@ -20,6 +20,7 @@ from torch import Tensor
 from crossdock.errors import PeerLost
 from crossdock.runtime.transport.ledger import Kind, Stage
 from crossdock.runtime.transport.mesh import Group, Mesh
+from crossdock.runtime.transport.mpi_exchange import MpiGroup
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -51,6 +52,8 @@ def exchange_start(
     if group is None:
         return _NoExchange(rows)
     received = rows.new_empty((sum(receive), *rows.shape[1:])) if into is None else into
+    if isinstance(group, MpiGroup):
+        return group.exchange_start(received, rows, receive, send, tag)
     if rows.device.type == "cpu":
         return _GlooExchange(received, rows, list(receive), list(send), group, tag)
     work = dist.all_to_all_single(received, rows, list(receive), list(send), group=group, async_op=True)
@@ -113,7 +116,7 @@ class Named(Protocol):
     def kind(self) -> Kind: ...
 
 
-_LOST = re.compile(r"gloo|nccl|connection|timed? ?out|socket|reset by peer|broken pipe", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|\bmpi\b|mpi_err|connection|timed? ?out|socket|reset by peer|broken pipe", re.IGNORECASE)
 
 
 class naming_lost_peers:

@@ -24,11 +24,12 @@ import torch.distributed as dist
 from crossdock.errors import BadConfig, PeerLost, Unavailable
 from crossdock.placement.hops import devices_per_node
 from crossdock.runtime.transport.background import Background
+from crossdock.runtime.transport.carrier import Carrier
 from crossdock.runtime.transport.host_memory import keep_freed_memory
 from crossdock.runtime.transport.ledger import Ledger
 
 Group = Any
-"""`torch.distributed.ProcessGroup`; None stands for a group of this rank alone."""
+"""`torch.distributed.ProcessGroup`, or for all-to-alls an `MpiGroup`; None stands for a group of this rank alone."""
 
 SHUTDOWN_S = 10.0
 
@@ -44,6 +45,8 @@ class Mesh:
     node_of_rank: tuple[int, ...]
     """Node of every rank of the world."""
     device: torch.device
+    expert_group: Group = None
+    """The ranks of this expert group, for sums; the next six may be carried by another library."""
     token_group: Group = None
     """Token rows of this expert group."""
     metadata_group: Group = None
@@ -68,6 +71,8 @@ class Mesh:
     """The world, on the CPU: decisions, records, checkpoints."""
     ledger: Ledger = field(default_factory=Ledger)
     timeout_s: float = 600.0
+    carrier: Carrier = field(default_factory=Carrier)
+    """Which library the all-to-alls go through."""
 
     def __post_init__(self) -> None:
         check_expert_parallel(self.expert_parallel, self.world_size)
@@ -164,13 +169,15 @@ class Mesh:
             groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend=backend) for ranks in partition]
             return next(group for ranks, group in zip(partition, groups, strict=True) if rank in ranks)
 
+        tokens = mine(expert_groups)
         return cls(
             rank=rank,
             world_size=world_size,
             expert_parallel=expert_parallel,
             node_of_rank=nodes,
             device=device,
-            token_group=mine(expert_groups),
+            expert_group=tokens,
+            token_group=tokens,
             metadata_group=mine(expert_groups),
             count_group=mine(expert_groups),
             weight_group=mine(expert_groups),
@@ -191,6 +198,11 @@ def check_expert_parallel(expert_parallel: int, world_size: int) -> None:
     if world_size < 1 or expert_parallel < 1 or world_size % expert_parallel:
         divisors = ", ".join(str(n) for n in range(1, max(world_size, 1) + 1) if max(world_size, 1) % n == 0)
         raise BadConfig(f"expert_parallel {expert_parallel} does not divide the {world_size} ranks of the world; choose it from {divisors}")
+
+
+def ranks_of(group: Group, rank: int) -> list[int]:
+    """World ranks of a group of the mesh, in their order in it; `rank` alone where the group is None."""
+    return [rank] if group is None else dist.get_process_group_ranks(group)
 
 
 def backend_for(device: torch.device | str) -> str:

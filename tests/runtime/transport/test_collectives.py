@@ -23,6 +23,7 @@ SENT = [[1, 2, 0, 3], [0, 0, 4, 1], [2, 0, 1, 0], [0, 0, 0, 0]]
 
 MOVERS = {"runtime/transport/exchange.py", "runtime/transport/collectives.py"}
 NO_MOVEMENT = {"new_group", "init_process_group", "destroy_process_group", "is_initialized", "is_gloo_available", "is_nccl_available"}
+NO_MOVEMENT |= {"get_process_group_ranks"}
 
 
 def test_two_modules_alone_move_data() -> None:
