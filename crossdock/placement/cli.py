@@ -41,6 +41,14 @@ NumExpertsOption = Annotated[int | None, typer.Option("--num-experts", min=1, he
 SecondsOption = Annotated[float, typer.Option("--seconds", help="Cap on the search of one method.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed and same iterations: same plan.")]
 EvalTraceOption = Annotated[Path | None, typer.Option("--eval-trace", help="Held-out routing to score the same plans on.")]
+HomingOption = Annotated[bool, typer.Option("--homing", help="Plan experts and the homes of sequences together.")]
+SequenceTokensOption = Annotated[
+    int | None, typer.Option("--sequence-tokens", min=1, help="Homing: cut the trace into sequences of so many tokens.")
+]
+BatchSequencesOption = Annotated[
+    int | None,
+    typer.Option("--batch-sequences", min=1, help="Homing: sequences that are given homes together; the workload's if left out."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.", show_default=False)]
 
@@ -64,10 +72,16 @@ def solve_command(
     seed: SeedOption = 0,
     bound_seconds: BoundSecondsOption = 10.0,
     eval_trace: EvalTraceOption = None,
+    homing: HomingOption = False,
+    sequence_tokens: SequenceTokensOption = None,
+    batch_sequences: BatchSequencesOption = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     as_json: AsJson = False,
 ) -> None:
     """Place the experts of a trace on a topology, and write the plan.
+
+    With --homing it plans for sequences that go to the rank where their experts are, and writes beside the plan the forecast by which a
+    run finds them: `crossdock train CONFIG plan=plan.json data.homing=plan.forecast.npz`.
 
     Example: crossdock plan solve --trace trace.npz --topology 2x8-nvlink-ib --seconds 30 --out plan.json
     """
@@ -89,13 +103,20 @@ def solve_command(
     )
     _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
     solution = solve(asked.problem, method, seconds, seed)
+    candidates = [Candidate(method, solution.plan, solution, solution.seconds)]
+    written = [out]
+    if homing:
+        homes = asked.with_homes(candidates, sequence_tokens, batch_sequences, seconds, seed)
+        solution, candidates = homes.solution, homes.candidates
+        written.append(homes.save_forecast(out))
     solution.plan.save(out)
-    value = asked.score([Candidate(method, solution.plan, solution, solution.seconds)], bound_seconds)
+    value = asked.score(candidates, bound_seconds) | (homes.as_json() if homing else {})
     if as_json:
-        _print_json(value | {"out": str(out)})
+        _print_json(value | {"out": str(out)} | ({"forecast_out": str(written[1])} if homing else {}))
         return
     _print_tables(value)
-    print(f"\n{solution.plan.method} stopped by {solution.stopped_by} after {solution.seconds:.1f} s; wrote {out}")
+    names = " and ".join(map(str, written))
+    print(f"\n{solution.plan.method} stopped by {solution.stopped_by} after {solution.seconds:.1f} s; wrote {names}")
 
 
 @plan_app.command("compare")
@@ -119,6 +140,9 @@ def compare_command(
     eval_trace: EvalTraceOption = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan.json to compare as well; may be repeated.")] = None,
     error_bars: Annotated[bool, typer.Option("--error-bars", help="Bootstrap intervals, on the held-out routing if given.")] = False,
+    homing: HomingOption = False,
+    sequence_tokens: SequenceTokensOption = None,
+    batch_sequences: BatchSequencesOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Score several methods, and plans from files, on the same trace with the same evaluator.
@@ -146,7 +170,12 @@ def compare_command(
     for candidate in from_files:
         candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)
     _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
-    value = asked.score(solved(asked.problem, names, seconds, seed) + from_files, bound_seconds, with_error_bars=error_bars)
+    candidates = solved(asked.problem, names, seconds, seed) + from_files
+    about_homes = {}
+    if homing:
+        homes = asked.with_homes(candidates, sequence_tokens, batch_sequences, seconds, seed)
+        candidates, about_homes = homes.candidates, homes.as_json()
+    value = asked.score(candidates, bound_seconds, with_error_bars=error_bars) | about_homes
     _print_json(value) if as_json else _print_tables(value)
 
 
@@ -278,6 +307,10 @@ def _print_tables(value: dict[str, Any]) -> None:
         print("\nheld out\n" + "\n".join(table(value["eval_rows"])))
         apart = value["drift"]
         print(f"drift from the fit: load {apart['load']:.3f}, first choices' steps {apart['transitions']:.3f} (total variation)")
+    if "homing" in value:
+        from crossdock.placement.homing_score import lines_of
+
+        print("\n" + "\n".join(lines_of(value["homing"])))
     barred = [row for row in value["eval_rows"] or value["rows"] if "error_bars" in row]
     if barred:
         print("\n" + "\n".join(error_bar_table(barred)))

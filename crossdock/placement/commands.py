@@ -12,6 +12,7 @@ from crossdock.placement.coherent import Context
 from crossdock.placement.compare import Candidate, coherent_row_of, describe, problem_for, row_of
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
+from crossdock.placement.homing_score import PlansWithHomes
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Pin, Problem
 from crossdock.placement.solvers import SOLVERS
@@ -111,6 +112,12 @@ class Asked:
                 bars = error_bars(trace, candidate.plan, self.topology, self.workload)
                 row["error_bars"] = {name: [bar.low, bar.high] for name, bar in bars.items()}
         return {**value, "rows": rows, "eval_rows": eval_rows}
+
+    def with_homes(
+        self, candidates: Sequence[Candidate], sequence_tokens: int | None, batch_sequences: int | None, seconds: float, seed: int
+    ) -> PlansWithHomes:
+        """The candidates and one more, planned with homes from those that were solved here; scored on the held-out trace as well."""
+        return PlansWithHomes.of(self.problem, self.trace, self.eval_trace, candidates, sequence_tokens, batch_sequences, seconds, seed)
 
     @staticmethod
     def _row(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> dict[str, object]:
