@@ -81,7 +81,9 @@ def _read(source: Path) -> Any:
 
         return torch_files.read(source)
     if source.suffix in (".npz", ".npy"):
-        return _read_array(source)
+        from crossdock.placement.array_files import read_array
+
+        return read_array(source, "physical_to_logical_map")
     from crossdock.bounded import json_value, read_bytes
 
     data = read_bytes(source, MAX_BYTES, "a placement map: .json, .jsonl, .pt, .npz or .npy")
@@ -89,31 +91,6 @@ def _read(source: Path) -> Any:
     if source.suffix == ".jsonl" and len([line for line in lines if line.strip()]) != 1:
         raise BadData(f"{source}: {len(lines)} lines; a mapping is one line, so keep the one that you mean")
     return json_value(next(line for line in lines if line.strip() or len(lines) == 1), str(source))
-
-
-def _read_array(source: Path) -> Any:
-    import io
-
-    import numpy as np
-
-    from crossdock.bounded import read_bytes
-
-    data = io.BytesIO(read_bytes(source, MAX_BYTES, "a placement map"))
-    try:
-        held: Any = np.load(data, allow_pickle=False)
-        if source.suffix == ".npy":
-            return held
-        name = "physical_to_logical_map"
-        if name not in held.files:
-            raise BadData(
-                f"{source}: no array named {name} among {', '.join(held.files[:10]) or 'none'}; name the [layers, slots] array so"
-            )
-        return held[name]
-    except (BadData, MemoryError):
-        raise
-    except Exception as error:  # of damaged bytes the readers of zip and numpy raise anything
-        why = " ".join(str(error).split())[:160]
-        raise BadData(f"{source}: damaged, or holding pickled objects ({why}); save it with numpy.save or numpy.savez") from error
 
 
 def _write_array(out: Path, physical_LP: Any) -> None:

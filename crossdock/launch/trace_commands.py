@@ -40,6 +40,48 @@ def capture(
     raise typer.Exit(start.capture(config, overrides or (), out, steps, as_json))
 
 
+@trace_app.command("capture-hf")
+def capture_hugging_face(
+    model: Annotated[str, typer.Argument(help="A folder of a Hugging Face MoE model, or its name in the hub.", show_default=False)],
+    text: Annotated[Path | None, typer.Option("--text", help="A text to route, read with the model's own tokenizer.")] = None,
+    token_ids: Annotated[
+        Path | None, typer.Option("--token-ids", help="Instead: an .npy of token numbers, [tokens] or [sequences, tokens].")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the trace goes.")] = Path("trace.npz"),
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="At most so many tokens.")] = 100_000,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences that go through the model at once.")] = 1,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Route a text through a Hugging Face MoE model, and record which experts every token chose.
+
+    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, and others built like them. Reads safetensors alone and runs no code of the model's.
+
+    Example: crossdock trace capture-hf ./OLMoE-1B-7B --text book.txt --out trace.npz
+    """
+    if (text is None) == (token_ids is None):
+        raise UsageError("give either --text or --token-ids, so that there is something to route")
+    if out.suffix != ".npz":
+        raise UsageError(f"{out}: a trace is an .npz file; call it {out.with_suffix('.npz').name}")
+    from crossdock.bounded import read_bytes
+    from crossdock.models import hugging_face_capture as hf
+    from crossdock.placement.array_files import read_array
+
+    loaded = hf.load_model(model, device, dtype)
+    if token_ids is not None:
+        token_T = read_array(token_ids)
+    else:
+        assert text is not None
+        token_T = hf.tokens_of_text(model, read_bytes(text, MAX_BYTES, "a text to route").decode(errors="replace"))
+    kind = getattr(getattr(loaded, "config", None), "model_type", type(loaded).__name__)
+    source = f"{Path(model).name} ({kind}) on {(text or token_ids or out).name}"
+    trace = hf.capture(loaded, hf.sequences(token_T, seq_len, tokens), batch=batch, source=source)
+    trace.save(out)
+    _say_written(out, trace, as_json)
+
+
 @trace_app.command("show")
 def show(trace: TracePath, num_experts: NumExperts = None, as_json: AsJson = False) -> None:
     """Say what a trace holds: its size, what is known of its tokens, and how evenly they spread.

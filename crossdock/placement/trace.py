@@ -7,8 +7,6 @@ alone, of any integer type, and an .npy of shape [T, L] (as ExFlow's published t
 
 import hashlib
 import json
-import math
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from crossdock import atomic
 from crossdock.errors import BadData, MissingInput
+from crossdock.placement.array_files import MAX_RATIO, SUSPICIOUS_BYTES, check_header, check_room
 from crossdock.strict_yaml import nearest
 
 FORMAT_VERSION = 1
 NO_EXPERT = 65535
 MAX_EXPERTS = NO_EXPERT
-MAX_BYTES = 16 * 2**30
-"""The most that the arrays of a file may unpack to: a compressed file of a few MB can promise more than any machine has."""
-SUSPICIOUS_BYTES, MAX_RATIO = 2**30, 100
-"""Above so many bytes, a file that shrinks them more than so often is a zip bomb: recorded routing compresses less than 10-fold."""
 
 _PER_TOKEN = ("sequence", "home", "token")
 _KNOWN = ("experts", "weights", *_PER_TOKEN, "num_experts", "format_version", "source")
@@ -203,7 +198,7 @@ def _read_file(path: Path) -> dict[str, NDArray[Any]]:
             return _read_npz(path)
         if magic == _NPY_MAGIC:
             with path.open("rb") as file:
-                _check_header(file, path.stat().st_size, "the array")
+                check_header(file, path.stat().st_size, "the array")
             return {"experts": np.load(path, allow_pickle=False)}
     except (BadData, MemoryError):
         raise
@@ -243,7 +238,7 @@ def _check_sizes(path: Path) -> None:
         if repeated := len(members) - len({member.filename.removesuffix(".npy") for member in members}):
             raise BadData(f"{repeated} of its arrays stand twice; write the file with numpy.savez")
         unpacked, packed = sum(member.file_size for member in members), max(1, sum(member.compress_size for member in members))
-        _check_room(unpacked)
+        check_room(unpacked)
         if unpacked > SUSPICIOUS_BYTES and unpacked > MAX_RATIO * packed:
             raise BadData(
                 f"{packed} bytes unpack to {unpacked}; routing does not compress {unpacked // packed}-fold: this is no recorded trace, and "
@@ -251,37 +246,7 @@ def _check_sizes(path: Path) -> None:
             )
         for member in members:
             with archive.open(member) as file:
-                _check_header(file, member.file_size, member.filename)
-
-
-def _check_header(file: Any, num_bytes: int, name: str) -> None:
-    """Raise `BadData` unless the array that the .npy header promises is one of plain values in exactly so many bytes, header included."""
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        version = np.lib.format.read_magic(file)
-    except ValueError as error:
-        raise BadData(f"the member {name.removesuffix('.npy')} is no numpy array, or damaged; write it with numpy.savez") from error
-    if version not in read_header:
-        raise BadData(f"{name} is of .npy version {version[0]}.{version[1]}, and 1.0 and 2.0 are read; write it with numpy.save")
-    shape, _, dtype = read_header[version](file)
-    if dtype.hasobject:
-        return  # numpy's reader refuses it, and says why
-    promised = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or promised != num_bytes - file.tell():
-        raise BadData(
-            f"damaged, truncated or no trace: {name} promises {promised} bytes of {shape} {dtype}, and {num_bytes - file.tell()} are there; "
-            "copy or record it again"
-        )
-    _check_room(promised)
-
-
-def _check_room(num_bytes: int) -> None:
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    if num_bytes > min(MAX_BYTES, room):
-        raise BadData(
-            f"its arrays unpack to {num_bytes} bytes, and at most {min(MAX_BYTES, room)} are read here (16 GiB, or half of the memory); "
-            "select fewer tokens, or is this another file?"
-        )
+                check_header(file, member.file_size, member.filename)
 
 
 def _stated_num_experts(arrays: dict[str, NDArray[Any]]) -> int | None:

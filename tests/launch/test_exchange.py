@@ -125,7 +125,7 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path, capsys):
         (66, "absent.json", ("trace", "import", tmp_path / "absent.json", tmp_path / "t.npz")),
         (65, "2 lines", ("plan", "import", tmp_path / "two.jsonl", tmp_path / "p.json")),
         (65, "damaged", ("plan", "import", tmp_path / "torn.npz", tmp_path / "p.json")),
-        (65, "no array named physical_to_logical_map", ("plan", "import", tmp_path / "other.npz", tmp_path / "p.json")),
+        (65, "0 arrays named physical_to_logical_map", ("plan", "import", tmp_path / "other.npz", tmp_path / "p.json")),
         (65, "no dump", ("trace", "import", tmp_path / "two.json", tmp_path / "t.npz")),
         (65, "no placement map", ("plan", "import", tmp_path / "plan.json", tmp_path / "p.json")),
         (2, ".json", ("plan", "export", tmp_path / "plan.json", tmp_path / "map.yaml")),
