@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crossdock.errors import CrossdockError, OutOfMemory, Unavailable, UsageError, presentable
+from crossdock.errors import CrossdockError, OutOfMemory, UsageError, presentable
 from crossdock.launch.checkpoint_commands import checkpoint_app
 from crossdock.launch.launch_commands import launch_app
 from crossdock.launch.map_commands import plan_app
@@ -42,6 +42,8 @@ app.add_typer(checkpoint_app, name="checkpoint")
 Config = Annotated[Path, typer.Argument(help="A run's YAML file, or the name of a shipped one (tiny, small, demo).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set, after YAML's rules.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="On --ranks actors of a Ray cluster; in a Ray job this is so by itself.")]
 
 
 @app.command()
@@ -105,34 +107,40 @@ def train(
 def probe(
     out: Annotated[Path, typer.Option("--out", help="Where the measured topology goes.")] = Path("topology.yaml"),
     ranks: Annotated[int, typer.Option("--ranks", min=1, max=256, help="Ranks to start where no launcher did.")] = 2,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
+    on_ray: OnRay = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure links, latencies and GEMM speed of the ranks' devices, and write them as a topology.
 
     Example: crossdock probe --ranks 4 --out topology.yaml
+
+    Example: mpirun -n 4 crossdock probe --out topology.yaml
     """
     from crossdock.launch import start
 
-    raise typer.Exit(start.probe(out, ranks, device, as_json))
+    raise typer.Exit(start.probe(out, ranks, device, on_ray, as_json))
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine offers a run, and what is wrong with it: versions, cores, memory, devices, network, disk.
+def doctor(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where runs are to write; its disk is tried.")] = Path("runs"),
+    ranks: Annotated[int, typer.Option("--ranks", min=1, max=256, help="Ranks to start and compare where no launcher did.")] = 1,
+    device: Device = "auto",
+    on_ray: OnRay = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine offers a run, and what is wrong: versions, cores, memory, devices, network, access, disk, clock.
+
+    Started by torchrun, mpirun, srun or on Ray it asks every rank, and says what differs between them.
 
     Example: crossdock doctor
-    """
-    from crossdock.launch.doctor import as_json as described
-    from crossdock.launch.doctor import examine, show
 
-    checks = examine()
-    if as_json:
-        print_json(described(checks))
-    else:
-        show(checks)
-    if any(check.level == "bad" for check in checks):
-        raise typer.Exit(Unavailable.exit_code)
+    Example: torchrun --nproc-per-node 2 -m crossdock doctor --run-dir /shared/runs
+    """
+    from crossdock.launch import start
+
+    raise typer.Exit(start.doctor(run_dir, ranks, device, on_ray, as_json))
 
 
 @app.command()
@@ -287,4 +295,5 @@ def _complain(message: str, exit_code: int) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    # DeepSpeed's launcher puts each rank's number before our arguments, and into the environment as well
+    sys.exit(run([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]))

@@ -18,7 +18,7 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
 
     memory has an entry for each rank of an expert group; copies of the group are alike. Bytes hold where tokens spread evenly over experts.
     """
-    from crossdock.models.memory import rank_memory
+    from crossdock.models.memory import Zero, rank_memory
     from crossdock.runtime.training.steps import device_shares_LER
 
     inputs, num_ranks, model = read_inputs(config), config.parallel.expert, config.model
@@ -30,11 +30,14 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
     node_of_R = tuple(range(num_ranks)) if inputs.topology is None else inputs.topology.node_of_R
     share_LER = np.zeros((0, model.num_experts, num_ranks)) if plan is None else device_shares_LER(plan, node_of_R)
     rows_LR = share_LER.mean(axis=1) * tokens * num_ranks * model.top_k
+    zero = None
+    if config.engine == "deepspeed":
+        zero = Zero(config.deepspeed.stage, world_size, world_size // num_ranks, config.deepspeed.bucket_elements)
     memory = []
     for rank in range(num_ranks):
         visitors = 0 if plan is None else _visitors(plan, rank, model.gathered_experts)
         slots = 0 if plan is None else plan.slots_per_device
-        needed = rank_memory(model, config.precision.compute, slots, tokens, config.data.seq_len, rows_LR[:, rank].tolist(), visitors)
+        needed = rank_memory(model, config.precision.compute, slots, tokens, config.data.seq_len, rows_LR[:, rank].tolist(), visitors, zero)
         memory.append({"expert_rank": rank, **needed.as_json()})
     return {
         "world_size": world_size,

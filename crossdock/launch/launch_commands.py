@@ -45,7 +45,7 @@ def print_torchrun(
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
     if nodes > 1 and not head:
         raise UsageError(f"{nodes} nodes meet at one of them; name its address by --head")
-    _print_command(cluster.torchrun(shape, _run(config, overrides, shape), head, port, restarts), as_json)
+    _print_command(cluster.torchrun(shape, _run(config, overrides, shape.world_size), head, port, restarts), as_json)
 
 
 @launch_app.command("mpi")
@@ -62,7 +62,27 @@ def print_mpirun(
     Example: crossdock launch mpi configs/small.yaml parallel.expert=4 --nodes 2 --ranks-per-node 2 --hosts node1,node2
     """
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
-    _print_command(cluster.mpirun(shape, _run(config, overrides, shape), [host for host in hosts.split(",") if host]), as_json)
+    _print_command(cluster.mpirun(shape, _run(config, overrides, shape.world_size), [host for host in hosts.split(",") if host]), as_json)
+
+
+@launch_app.command("deepspeed")
+def print_deepspeed(
+    config: Config,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path, typer.Option("--hostfile", help="Lines `name slots=N`: hosts and their ranks.")] = Path("/job/hostfile"),
+    address: Annotated[str, typer.Option("--address", help="Of the first host; without it the launcher asks that host by ssh.")] = "",
+    port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Free port of that host.")] = 29_500,
+    as_json: AsJson = False,
+) -> None:
+    """Print the command of DeepSpeed's launcher, which starts the ranks on all hosts by pdsh and ssh. The engine is the configuration's.
+
+    Example: crossdock launch deepspeed configs/small.yaml engine=deepspeed parallel.expert=4 run.dir=/shared/small --hostfile hosts
+    """
+    from crossdock.launch.hostfile import deepspeed_command, read_hostfile
+
+    hosts = read_hostfile(hostfile)
+    run = _run(config, overrides, sum(host.slots for host in hosts))
+    _print_command(deepspeed_command(hostfile, hosts, run, address, port), as_json)
 
 
 @launch_app.command("slurm")
@@ -87,7 +107,7 @@ def print_slurm(
     from crossdock.launch.slurm import batch_script
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    script = batch_script(shape, _run(config, overrides, shape), time_limit, grace_s, restarts, tuple(options or ()))
+    script = batch_script(shape, _run(config, overrides, shape.world_size), time_limit, grace_s, restarts, tuple(options or ()))
     _write(json.dumps({"script": script}) + "\n" if as_json else script, out)
 
 
@@ -115,7 +135,7 @@ def print_kubernetes(
     from crossdock.launch.kubernetes import MOUNT, job_set, ray_job
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    run = _run(config, overrides, shape)
+    run = _run(config, overrides, shape.world_size)
     if not run.directory.is_relative_to(MOUNT):
         raise UsageError(
             f"run.dir is {run.directory}, which a pod forgets; set run.dir={MOUNT}/{run.name}: the claim is mounted at {MOUNT}"
@@ -163,13 +183,13 @@ def launch_ray(
     raise typer.Exit(start.train_on_ray(read_config(Path(config), overrides or ()), shape, policy, address))
 
 
-def _run(config: str, overrides: Sequence[str] | None, shape: cluster.Shape) -> cluster.Run:
+def _run(config: str, overrides: Sequence[str] | None, world_size: int) -> cluster.Run:
     """The run, checked against the cluster it is meant for. Raises `BadConfig` and its kin, as the ranks would."""
     from crossdock.launch.config import read_config
     from crossdock.launch.request import check_world, run_directory
 
     run_config = read_config(Path(config), overrides or ())
-    check_world(run_config, shape.world_size)
+    check_world(run_config, world_size)
     directory = run_directory(run_config)
     return cluster.Run(cluster.scheduler_name(directory.name), directory, config, tuple(overrides or ()))
 

@@ -4,6 +4,7 @@ A launcher is one function in `LAUNCHERS`; each reads its own variables and retu
 gives the key-value store through which the process groups find one another.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from crossdock.authentication import Secret
 from crossdock.errors import UsageError
 
 _LOCAL_PREFIX = "CROSSDOCK_"
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _SLURM_PORTS = range(20_000, 30_000)
 _SECRET, _SECRET_FILE = "CROSSDOCK_SECRET", "CROSSDOCK_SECRET_FILE"
 
@@ -44,7 +46,7 @@ class WorkerEnv:
     local_world_size: int
     node: int
     meeting: Meeting | None  # None only for a world of one
-    launcher: Literal["local", "torchrun", "mpi", "slurm", "ray", "single"]
+    launcher: Literal["local", "deepspeed", "torchrun", "mpi", "slurm", "ray", "single"]
     secret: Secret | None = field(default=None, compare=False)
     """What the ranks of this job sign their messages with; None where nothing has handed one down."""
 
@@ -85,7 +87,17 @@ def _from_local(environ: Mapping[str, str]) -> WorkerEnv | None:
 
 def local_environment(rank: int, world_size: int, store_path: str, num_threads: int, secret_path: str = "") -> dict[str, str]:
     """The environment in which `launch.local` starts a rank: ours, less any other launcher's variables, plus what `_from_local` reads."""
-    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    foreign = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "CROSS_RANK",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     families = ("OMPI_", "PMI_", "PMIX_", "SLURM_STEP_")
     environment = {name: value for name, value in os.environ.items() if name not in foreign and not name.startswith(families)}
     environment.setdefault("OMP_NUM_THREADS", str(num_threads))
@@ -115,6 +127,21 @@ def _from_torchrun(environ: Mapping[str, str]) -> WorkerEnv | None:
         node=_integer(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // local_world_size,
         meeting=Meeting("shared" if shared else "listen", host=host, port=_integer(environ, "MASTER_PORT")),
         launcher="torchrun",
+    )
+
+
+def _from_deepspeed(environ: Mapping[str, str]) -> WorkerEnv | None:
+    """DeepSpeed's launcher on every host, as `deepspeed --hostfile ...` starts it. Its other backends are MPI's and Slurm's own."""
+    if not {"RANK", "CROSS_RANK", "LOCAL_SIZE"} <= environ.keys() or "LOCAL_WORLD_SIZE" in environ:  # torchrun sets the last
+        return None
+    return WorkerEnv(
+        _integer(environ, "RANK"),
+        _integer(environ, "WORLD_SIZE"),
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        local_world_size=_integer(environ, "LOCAL_SIZE"),
+        node=_integer(environ, "CROSS_RANK"),
+        meeting=Meeting("listen", host=environ.get("MASTER_ADDR", "127.0.0.1"), port=_integer(environ, "MASTER_PORT")),
+        launcher="deepspeed",
     )
 
 
@@ -178,6 +205,7 @@ def first_host(nodelist: str) -> str:
 
 LAUNCHERS: dict[str, Callable[[Mapping[str, str]], WorkerEnv | None]] = {
     "local": _from_local,
+    "deepspeed": _from_deepspeed,
     "torchrun": _from_torchrun,
     "mpi": _from_mpi,
     "slurm": _from_slurm,
@@ -208,4 +236,11 @@ def meeting_name(environ: Mapping[str, str] | None = None) -> str:
 
 def in_ray_job(environ: Mapping[str, str] | None = None) -> bool:
     """Whether `ray job submit` started this process, which then drives the cluster: Ray sets this variable, so named, in its driver."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in (os.environ if environ is None else environ)
+    return _RAY_JOB in (os.environ if environ is None else environ)
+
+
+def ray_submission_id(environ: Mapping[str, str] | None = None) -> str | None:
+    """What `ray job submit` calls the job that this process drives; None where it drives none."""
+    text = (os.environ if environ is None else environ).get(_RAY_JOB)
+    found = None if text is None else json.loads(text).get("metadata", {}).get("job_submission_id")
+    return None if found is None else str(found)

@@ -58,13 +58,31 @@ class Widths:
         return {"fp32": cls(4, 4, 4), "bf16": cls(2, 4, 4), "fp64": cls(8, 8, 8)}[precision]
 
 
+@dataclass(frozen=True)
+class Zero:
+    """How DeepSpeed's ZeRO divides the state: dense parameters' over `dense_ranks` ranks, experts' over `expert_ranks`."""
+
+    stage: int
+    dense_ranks: int
+    expert_ranks: int
+    bucket_elements: int
+    """Gradients on their way; one such buffer for each format of parameters."""
+
+
 def rank_memory(
-    config: ModelConfig, precision: str, slots: int, tokens: int, seq_len: int, rows: Sequence[float], visitors: int = 0
+    config: ModelConfig,
+    precision: str,
+    slots: int,
+    tokens: int,
+    seq_len: int,
+    rows: Sequence[float],
+    visitors: int = 0,
+    zero: Zero | None = None,
 ) -> Memory:
     """Bytes of a rank that holds `slots` expert slots a layer and brings `tokens` a micro-batch, in sequences of `seq_len`.
 
     rows: for each MoE layer, how many (token, expert) pairs its experts compute for one turn. visitors: over all layers, gathered experts
-    that live elsewhere.
+    that live elsewhere. zero: None for the native engine, which keeps the whole state on every rank.
     """
     width, count = Widths.of(precision), parameter_count(config)
     experts = config.num_moe_layers * slots * _expert_parameters(config)
@@ -74,13 +92,27 @@ def rank_memory(
     masters = plain * width.master if width.compute != width.master else 0
     biases = config.num_moe_layers * config.num_experts * (width.wide + 8) if config.gate.kind == "deepseek_v3" else 0
     rotations = seq_len * config.head_width * width.wide
+    gradients, optimizer = total * width.master, 2 * total * width.master + masters
+    if zero is not None:
+        gradients, optimizer = _divided(zero, width, total - experts, experts, count.routers)
     return Memory(
         parameters=parameters,
-        gradients=total * width.master,
-        optimizer=2 * total * width.master + masters,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=round(_activations(config, width, tokens, rows)) + visitors * _expert_parameters(config) * width.compute,
         buffers=biases + rotations,
     )
+
+
+def _divided(zero: Zero, width: Widths, dense: int, experts: int, routers: int) -> tuple[int, int]:
+    """Bytes of gradients at the end of backward, and of optimizer state, under ZeRO: it keeps masters of fp32 parameters as well.
+
+    In fp32 stage 2 keeps the gradient of a tensor at the edge of its part whole: of most models a small addition, and not counted.
+    """
+    part = -(-dense // zero.dense_ranks) + -(-experts // zero.expert_ranks)
+    formats = {width.compute, width.wide} if routers else {width.compute}
+    bucket = zero.bucket_elements * sum(formats if zero.stage == 2 else [width.master] * len(formats))
+    return (part if zero.stage == 2 else dense + experts) * width.master + bucket, 3 * part * width.master
 
 
 def _activations(config: ModelConfig, width: Widths, tokens: int, rows: Sequence[float]) -> float:

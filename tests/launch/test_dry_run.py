@@ -46,6 +46,20 @@ def test_memory_falls_with_ranks_and_grows_with_slots_and_tokens(capsys: pytest.
     assert all(row["total"] == sum(size for kind, size in row.items() if kind not in ("total", "expert_rank")) for row in memory)
 
 
+def test_zero_divides_the_state(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of_8 = ("tiny", "parallel.expert=2", "--world-size", "8", "deepspeed.bucket_elements=1024")
+    native, first, second = (
+        said(capsys, *run_of_8, *engine)["memory"][0]
+        for engine in (("engine=native",), ("engine=deepspeed",), ("engine=deepspeed", "deepspeed.stage=2"))
+    )
+    assert first["parameters"] == native["parameters"]
+    assert (
+        native["optimizer"] / 5 < first["optimizer"] < native["optimizer"] / 2.5
+    )  # masters beside the moments; 1/8 of dense, 1/4 of experts
+    assert second["optimizer"] == first["optimizer"]
+    assert second["gradients"] < first["gradients"] / 2.5 < native["gradients"]
+
+
 def test_for_people_it_is_yaml_with_comments(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "tiny", "--dry-run", "--world-size", "8"]) == 0
     out = capsys.readouterr().out
