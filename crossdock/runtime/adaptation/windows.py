@@ -9,7 +9,7 @@ from crossdock.placement.topology import LINK_CLASSES
 from crossdock.placement.trace import Trace, concatenate
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.transport import collectives
-from crossdock.runtime.transport.ledger import Flight, LayerProfile, profile
+from crossdock.runtime.transport.ledger import Flight, LayerProfile, profile, standstill, window_s
 from crossdock.runtime.transport.mesh import Mesh
 
 EXPOSED_SHARE = 0.2
@@ -21,7 +21,7 @@ Way = tuple[int, str, str]
 
 @dataclass(frozen=True)
 class Transfer:
-    """Seconds from launch to arrival of one all-to-all on one rank, and how many of them the rank stood still."""
+    """Seconds from launch to arrival of one all-to-all on one rank, and how many of them the rank stood still, for it or for others."""
 
     flight_s: float
     wait_s: float
@@ -88,9 +88,11 @@ class Window:
 def record_of(flights: Sequence[Flight]) -> RankRecord:
     """Sum up one rank's flights."""
     transfers: dict[Way, list[Transfer]] = defaultdict(list)
+    stood_s = standstill(flights)
     for flight in flights:
         if flight.kind == "tokens":
-            transfer = Transfer(flight.wait_end_s - flight.launched_s, flight.wait_end_s - flight.wait_begin_s)
+            flight_s = flight.wait_end_s - flight.launched_s
+            transfer = Transfer(flight_s, flight_s - window_s(flight, stood_s))
             transfers[flight.layer, flight.stage, flight.direction].append(transfer)
     count_flights_s = [flight.wait_end_s - flight.launched_s for flight in flights if flight.kind == "counts"]
     return RankRecord(profile(flights), dict(transfers), count_flights_s)

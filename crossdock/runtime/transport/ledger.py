@@ -3,14 +3,17 @@
 One `Flight` is one all-to-all of one rank. Bytes are those that this rank sent; summed over the ranks they are all bytes of the group.
 
     launched ........ wait_begin ---- wait_end        dots: the window (other work ran); dashes: exposed (the rank stood still)
+
+A rank may stand still for other flights inside a window; no work runs then either.
 """
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 Stage = Literal["dispatch", "combine"]
@@ -50,7 +53,7 @@ class LayerProfile:
     combine_forward_s: float
     dispatch_backward_s: float
     combine_backward_s: float
-    """The four windows: launched until wait_begin."""
+    """The four windows: launched until wait_begin, less what the rank stood still for others meanwhile (metadata, or another chunk)."""
     expert_forward_s: float
     expert_backward_s: float
     exposed_s: float
@@ -147,6 +150,22 @@ def exposed_s(flights: Iterable[Flight]) -> float:
     return sum(flight.wait_end_s - flight.wait_begin_s for flight in flights)
 
 
+def standstill(flights: Iterable[Flight]) -> Callable[[float], float]:
+    """How many seconds the rank had stood still for any of `flights` until a moment; differences count what lies between two moments."""
+    edges, stood_s = [0.0], [0.0]
+    for begin_s, end_s in sorted((flight.wait_begin_s, flight.wait_end_s) for flight in flights):
+        begin_s = max(begin_s, edges[-1])
+        if end_s > begin_s:
+            edges += [begin_s, end_s]
+            stood_s += [stood_s[-1], stood_s[-1] + end_s - begin_s]
+    return lambda moment: float(np.interp(moment, edges, stood_s))
+
+
+def window_s(flight: Flight, stood_s: Callable[[float], float]) -> float:
+    """Seconds of work that ran while `flight` was under way; `stood_s` is `standstill` of all flights of the rank."""
+    return flight.wait_begin_s - flight.launched_s - (stood_s(flight.wait_begin_s) - stood_s(flight.launched_s))
+
+
 def profile(flights: Iterable[Flight]) -> dict[int, LayerProfile]:
     """Windows, expert seconds and exposed seconds of each layer, as means over its movements (micro-batches or chunks).
 
@@ -154,30 +173,34 @@ def profile(flights: Iterable[Flight]) -> dict[int, LayerProfile]:
     combine's wait and the launch of the dispatch. A direction that did not happen (evaluation has no backward) counts as 0.
     """
     flights = tuple(flights)
+    stood_s = standstill(flights)
     tokens = {(f.layer, f.movement, f.stage, f.direction): f for f in flights if f.kind == "tokens"}
     movements: dict[int, set[int]] = defaultdict(set)
     for flight in flights:
         if flight.kind not in ("weights", "keys_values", "gradients"):  # they belong to no movement of tokens
             movements[flight.layer].add(flight.movement)
-    return {layer: _profile_layer(layer, movements[layer], tokens, flights) for layer in sorted(movements)}
+    return {layer: _profile_layer(layer, movements[layer], tokens, flights, stood_s) for layer in sorted(movements)}
 
 
 def _profile_layer(
-    layer: int, movements: set[int], tokens: dict[tuple[int, int, Stage, Direction], Flight], flights: tuple[Flight, ...]
+    layer: int,
+    movements: set[int],
+    tokens: dict[tuple[int, int, Stage, Direction], Flight],
+    flights: tuple[Flight, ...],
+    stood_s: Callable[[float], float],
 ) -> LayerProfile:
-    def window_s(stage: Stage, direction: Direction) -> float:
-        found = [f for m in movements if (f := tokens.get((layer, m, stage, direction)))]
-        return _mean([f.wait_begin_s - f.launched_s for f in found])
+    def mean_window_s(stage: Stage, direction: Direction) -> float:
+        return _mean([window_s(f, stood_s) for m in movements if (f := tokens.get((layer, m, stage, direction)))])
 
     def expert_s(first: Stage, second: Stage, direction: Direction) -> float:
         pairs = [(tokens.get((layer, m, first, direction)), tokens.get((layer, m, second, direction))) for m in movements]
         return _mean([after.launched_s - before.wait_end_s for before, after in pairs if before and after])
 
     return LayerProfile(
-        dispatch_forward_s=window_s("dispatch", "forward"),
-        combine_forward_s=window_s("combine", "forward"),
-        dispatch_backward_s=window_s("dispatch", "backward"),
-        combine_backward_s=window_s("combine", "backward"),
+        dispatch_forward_s=mean_window_s("dispatch", "forward"),
+        combine_forward_s=mean_window_s("combine", "forward"),
+        dispatch_backward_s=mean_window_s("dispatch", "backward"),
+        combine_backward_s=mean_window_s("combine", "backward"),
         expert_forward_s=expert_s("dispatch", "combine", "forward"),
         expert_backward_s=expert_s("combine", "dispatch", "backward"),
         exposed_s=exposed_s(f for f in flights if f.layer == layer) / len(movements),

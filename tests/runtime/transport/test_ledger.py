@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossdock.runtime.transport.ledger import CAPACITY, Flight, Ledger, bytes_by_class, bytes_by_way, exposed_s, profile
+from crossdock.runtime.transport.ledger import CAPACITY, Flight, Ledger, bytes_by_class, bytes_by_way, exposed_s, profile, standstill
 
 
 def flight(
@@ -54,10 +54,24 @@ def test_profile_pairs_chunks_by_movement_and_averages_them() -> None:
     )
     found = profile(flights)
     assert found[0].expert_forward_s == 6.0
-    assert found[0].dispatch_forward_s == 2.0
+    assert found[0].dispatch_forward_s == 1.5  # 1 of the first chunk; 3 of the second, 1 of which the rank waited for the first
     assert found[0].expert_backward_s == 0.0
     assert found[0].exposed_s == pytest.approx((1 + 0.5 + 1 + 1) / 2)
     assert found[5].expert_forward_s == 0.0
+
+
+def test_no_work_runs_while_the_rank_waits_for_the_metadata() -> None:
+    flights = (
+        flight("dispatch", "forward", (0.0, 1.0, 5.0), kind="metadata"),
+        flight("dispatch", "forward", (0.5, 5.5, 6.0)),  # between 0.5 and 5.5 only 0.5 to 1 and 5 to 5.5 were work
+    )
+    assert profile(flights)[0].dispatch_forward_s == pytest.approx(1.0)
+
+
+def test_standstill_counts_each_moment_once() -> None:
+    flights = [flight("dispatch", "forward", times) for times in ((0.0, 1.0, 3.0), (0.0, 2.0, 4.0), (0.0, 6.0, 7.0))]
+    stood_s = standstill(flights)
+    assert [stood_s(moment) for moment in (0.0, 1.0, 2.5, 4.0, 5.0, 9.0)] == [0.0, 0.0, 1.5, 3.0, 3.0, 4.0]
 
 
 def test_take_forgets() -> None:
