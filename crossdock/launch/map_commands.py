@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.cli import AsJson, PlanArgument, plan_app
+from crossdock.placement.cli import AsJson, PlanArgument
+from crossdock.placement.statistics_cli import plan_app
 
 if TYPE_CHECKING:
     from crossdock.placement.plan import Plan

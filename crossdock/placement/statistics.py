@@ -18,7 +18,7 @@ from crossdock.placement.problem import Constraints, Problem
 from crossdock.placement.solvers import solve
 from crossdock.placement.solvers.solution import cost_of_plan
 from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.trace import Trace, concatenate
 
 FloatArray = NDArray[np.float64]
 
@@ -57,7 +57,7 @@ def error_bars(
     trace: Trace, plan: Plan, topology: Topology, workload: Workload, *, repeats: int = 400, share: float = 0.9, seed: int = 0
 ) -> dict[str, ErrorBar]:
     """Error bars of SCORES under `plan`, by name. Raises `UsageError` for a trace of a single block: it says nothing about its spread."""
-    blocks = _blocks(trace)
+    blocks = blocks_of(trace)
     if len(blocks) < 2:
         raise UsageError(f"the trace is one block of {trace.num_tokens} tokens; error bars need more text, or its sequences")
     parts = [evaluate(trace.select(block), plan, topology, workload) for block in blocks]
@@ -82,7 +82,7 @@ def enough_tokens(problem: Problem, trace: Trace, other: Affinity, sizes: Sequen
     """The problem solved on ever more blocks of `trace`, drawn at random, and scored on `other`. Flat: enough."""
     if not sizes or min(sizes) < 1 or max(sizes) > trace.num_tokens:
         raise UsageError(f"sizes are {list(sizes)}; give numbers of tokens from 1 to {trace.num_tokens}")
-    order_T = np.concatenate([np.flatnonzero(block) for block in np.random.default_rng(0).permutation(np.array(_blocks(trace)))])
+    order_T = np.concatenate([np.flatnonzero(block) for block in np.random.default_rng(0).permutation(np.array(blocks_of(trace)))])
     elsewhere = _like(problem, other)
     points = []
     for size in sizes:
@@ -100,13 +100,32 @@ def drift(first: Affinity, second: Affinity) -> Drift:
     return Drift(load_L, transitions_L)
 
 
+def chance_drift(first: Trace, second: Trace, repeats: int = 20, seed: int = 0) -> Drift:
+    """The drift that 95 of 100 regroupings of the two traces' blocks stay below: more than that is no accident of the sample.
+
+    A permutation test: blocks of both are dealt at random into two groups of the traces' sizes.
+    """
+    both = concatenate([first, second])
+    groups = [blocks_of(trace) for trace in (first, second)]
+    blocks = [np.pad(block, (0, second.num_tokens)) for block in groups[0]] + [np.pad(block, (first.num_tokens, 0)) for block in groups[1]]
+    if len(blocks) < 4:
+        raise UsageError(f"the traces have {len(blocks)} blocks of text between them; chance needs 4 or more: give more text")
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(repeats):
+        order = rng.permutation(len(blocks))
+        parts = (order[: len(groups[0])], order[len(groups[0]) :])
+        found.append(drift(*(Affinity.from_trace(both.select(np.any([blocks[block] for block in part], axis=0))) for part in parts)))
+    limits = (np.quantile([getattr(one, name) for one in found], 0.95, axis=0) for name in ("load_L", "transitions_L"))
+    return Drift(*limits)
+
+
 def _total_variation(mine: NDArray[np.int64], theirs: NDArray[np.int64]) -> FloatArray:
     flat = [counts.reshape(len(counts), -1) for counts in (mine, theirs)]
     shares = [counts_LX / np.maximum(counts_LX.sum(axis=1, keepdims=True), 1) for counts_LX in flat]
     return np.asarray(np.abs(shares[0] - shares[1]).sum(axis=1) / 2.0)
 
 
-def _blocks(trace: Trace) -> list[NDArray[np.bool_]]:
+def blocks_of(trace: Trace) -> list[NDArray[np.bool_]]:
     """Masks [T] of the blocks, at most MAX_BLOCKS."""
     names_T = np.arange(trace.num_tokens) // BLOCK if trace.sequence_T is None else trace.sequence_T
     block_T = np.unique(names_T, return_inverse=True)[1].ravel()
