@@ -11,17 +11,19 @@ from crossdock.launch.request import check_world, read_inputs
 
 @dataclass(frozen=True)
 class Node:
-    """A live node of the cluster: its address and what Ray may hand out on it, in all."""
+    """A live node of the cluster: its address, what Ray may hand out on it in all, and what of that the driver of our own job holds."""
 
     node_id: str
     address: str
     cores: float
     gpus: float
+    driver_cores: float = 0.0
+    driver_gpus: float = 0.0
 
     def ranks(self, shape: Shape) -> int:
-        """Ranks of the shape's kind that fit here."""
-        by_cores = int(self.cores // shape.cores_per_rank)
-        return min(by_cores, int(self.gpus)) if shape.gpus else by_cores
+        """Ranks of the shape's kind that fit here, beside the driver."""
+        by_cores = int((self.cores - self.driver_cores) // shape.cores_per_rank)
+        return min(by_cores, int(self.gpus - self.driver_gpus)) if shape.gpus else by_cores
 
 
 def shape_of(config: RunConfig, nodes: Sequence[Node], *, gpus: bool, cores_per_rank: int = 1) -> Shape:
@@ -50,9 +52,15 @@ def too_small(nodes: Sequence[Node], shape: Shape) -> str:
     kind = "GPUs" if shape.gpus else "cores"
     each = shape.ranks_per_node * (1 if shape.gpus else shape.cores_per_rank)
     has = ", ".join(f"{node.address} {node.gpus if shape.gpus else node.cores:g}" for node in nodes) or "nothing"
+    held = [(node.driver_gpus if shape.gpus else node.driver_cores, node.address) for node in nodes]
+    driver = "".join(
+        f" (the driver of this job holds {number:g} {kind} of {address}: submit it without --entrypoint-num-cpus and --entrypoint-num-gpus)"
+        for number, address in held
+        if number
+    )
     return (
         f"{shape.nodes} nodes with {shape.ranks_per_node} ranks each need {each} {kind} a node, and the cluster has on its nodes: "
-        f"{has}; {len(able(nodes, shape))} of them are large enough. Add nodes, or use fewer ranks"
+        f"{has}{driver}; {len(able(nodes, shape))} of them are large enough. Add nodes, or use fewer ranks"
     )
 
 

@@ -11,7 +11,7 @@ from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ray_cluster import Node, able, shape_of, shrunk, too_small
 from crossdock.launch.ray_launcher import Policy, launch
 from crossdock.launch.ray_metrics import GAUGES, last_row
-from crossdock.launch.worker_env import in_ray_job
+from crossdock.launch.worker_env import in_ray_job, ray_submission_id
 
 CPU = Shape(nodes=2, ranks_per_node=2, gpus=False, cores_per_rank=2)
 
@@ -93,3 +93,18 @@ def test_the_dashboard_draws_every_gauge_and_no_other() -> None:
     dashboard = json.loads(Path("configs/grafana-dashboard.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert sorted(expressions) == sorted(f'ray_crossdock_{name}{{run=~"$run"}}' for name in GAUGES)
+
+
+def test_what_the_driver_holds_is_not_for_ranks() -> None:
+    nodes = [Node("id1", "10.0.0.1", 4, 0, driver_cores=3), node(2)]
+    assert able(nodes, CPU) == [node(2)]
+    text = too_small(nodes, CPU)
+    assert "10.0.0.1 4, 10.0.0.2 4 (the driver of this job holds 3 cores of 10.0.0.1: submit it without --entrypoint-num-cpus" in text
+    assert "1 of them are large enough" in text
+    assert Node("id1", "10.0.0.1", 64, 8, driver_gpus=1).ranks(Shape(1, 8, gpus=True, cores_per_rank=1)) == 7
+
+
+def test_the_name_of_the_job_that_this_process_drives() -> None:
+    assert ray_submission_id({}) is None
+    assert ray_submission_id({"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}}'}) is None
+    assert ray_submission_id({"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_x"}}'}) == "raysubmit_x"

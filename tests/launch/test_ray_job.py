@@ -1,0 +1,78 @@
+"""`ray job submit --working-dir . -- crossdock train CONFIG` for real: the run, what is uploaded, who may submit, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crossdock.launch import cli
+from tests.launch.ray_head import ray_head
+
+pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+RUN = ("train.steps=6", "capture.steps=0", "train.eval_batches=0")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A working directory as it looks after some work, with the ignore files of this repository."""
+    folder = tmp_path / "project"
+    for name in (".venv/lib", "venv/lib", "runs/tiny/checkpoints", ".git", "__pycache__", "configs"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "large").write_bytes(bytes(1000))
+    (folder / "trace.npz").write_bytes(bytes(1000))
+    shutil.copy(ROOT / "configs" / "tiny.yaml", folder / "configs")
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_job_on_an_open_cluster(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("train", str(project / "configs" / "tiny.yaml"), *RUN)
+    assert cli.run([*arguments, f"run.dir={tmp_path / 'local'}"]) == 0
+    capfd.readouterr()
+    with ray_head(4, with_token=False) as head:
+        ended = head.submit(project, "crossdock", "train", "configs/tiny.yaml", *RUN, f"run.dir={tmp_path / 'job'}")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert losses(tmp_path / "job") == losses(tmp_path / "local")
+        result = next(json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"status"'))
+        assert (result["status"], result["reached_step"], result["world_size"]) == ("done", 6, 2)
+        assert json.loads((tmp_path / "job" / "env.json").read_text())["launcher"] == "ray"
+        assert head.uploaded() >= {"configs"}
+        assert head.uploaded() <= {"configs", ".gitignore", ".rayignore"}, "environments, runs and traces stay at home"
+
+
+def test_who_may_submit_and_what_is_refused(project: Path, tmp_path: Path) -> None:
+    train = ("crossdock", "train", "configs/tiny.yaml", *RUN)
+    with ray_head(4, with_token=True) as head:
+        stranger = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH")}
+        refused = head.submit(project, *train, f"run.dir={tmp_path / 'stranger'}", environment=stranger)
+        assert refused.returncode != 0
+        assert "Authentication required" in refused.stdout + refused.stderr
+        assert not (tmp_path / "stranger").exists()
+
+        wide = ("parallel.ranks=8", f"run.dir={tmp_path / 'wide'}")
+        refused = head.submit(project, *train, *wide)
+        assert refused.returncode == 1  # Ray flattens exit codes
+        assert "1 nodes with 8 ranks each need 8 cores a node" in refused.stdout
+        result = json.loads((tmp_path / "wide" / "result.json").read_text())
+        assert (result["status"], result["exit_code"], result["world_size"]) == ("failed", 69, 8)
+
+        relative = head.submit(project, *train)
+        assert "set run.dir to an absolute path that every node reaches" in relative.stdout
+
+        driver = ("--entrypoint-num-cpus", "3")
+        refused = head.submit(project, *train, f"run.dir={tmp_path / 'driver'}", options=driver)
+        assert "1 nodes with 2 ranks each need 2 cores a node" in refused.stdout
+        assert "the driver of this job holds 3 cores of" in refused.stdout
+        assert json.loads((tmp_path / "driver" / "result.json").read_text())["exit_code"] == 69
+
+        ended = head.submit(project, *train, f"run.dir={tmp_path / 'run'}")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["reached_step"] == 6
