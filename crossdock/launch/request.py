@@ -17,6 +17,7 @@ from crossdock.runtime.transport.mesh import check_expert_parallel
 from crossdock.strict_yaml import Document
 
 if TYPE_CHECKING:
+    from crossdock.placement.forecast import Forecast
     from crossdock.placement.plan import Plan
     from crossdock.placement.topology import Topology
 
@@ -61,10 +62,12 @@ class Inputs:
 
     topology: "Topology | None"
     plan: "Plan | None"
+    forecast: "Forecast | None"
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Read the topology and the plan, and hold them against the model. Raises `BadData`, `BadConfig`, `MissingInput`."""
+    """Read topology, plan and forecast, and hold them against the model. Raises `BadData`, `BadConfig`, `MissingInput`."""
+    from crossdock.placement.forecast import Forecast
     from crossdock.placement.plan import Plan
     from crossdock.placement.topology import Topology
 
@@ -93,7 +96,15 @@ def read_inputs(config: RunConfig) -> Inputs:
                 f"plan {config.plan} holds several copies of an expert, whose gradients engine deepspeed cannot sum inside a group; "
                 "solve a plan without spare slots, or set engine: native"
             )
-    return Inputs(topology, plan)
+    forecast = None if config.data.homing is None else Forecast.load(config.data.homing)
+    if forecast is not None:
+        mine, asked = (forecast.num_layers, forecast.num_experts), (config.model.num_moe_layers, config.model.num_experts)
+        if mine != asked:
+            raise BadData(
+                f"{config.data.homing}: a forecast for {mine[0]} MoE layers x {mine[1]} experts, and the model has {asked[0]} x "
+                f"{asked[1]}; solve a plan with --homing from a trace of this model"
+            )
+    return Inputs(topology, plan, forecast)
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

@@ -14,6 +14,7 @@ so that it takes 4 V (1 + L M) + 2 L E bytes. What a token costs at each home un
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,26 +136,28 @@ class Forecast:
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
-    def costs(self, plan: Plan, costs: CopyCosts) -> "TokenCosts":
-        """What a token of each identity is expected to cost at each home, all layers together.
+    def costs(self, plan: Plan, costs: CopyCosts | Sequence[CopyCosts]) -> "TokenCosts":
+        """What a token of each identity is expected to cost at each home, all layers together; `costs` of every layer, or of all alike.
 
         A device is visited unless none of its experts is chosen; choices are taken to be independent of one another, given the token.
         Raises `BadData` where plan or devices do not fit the forecast.
         """
-        plan.check_model(self.num_layers, self.num_experts, costs.num_devices)
-        device_LRE = choose_replica(plan, costs.node_R) // plan.slots_per_device
+        costs_L = [costs] * self.num_layers if isinstance(costs, CopyCosts) else costs
+        num_devices = costs_L[0].num_devices
+        plan.check_model(self.num_layers, self.num_experts, num_devices)
+        device_LRE = choose_replica(plan, costs_L[0].node_R) // plan.slots_per_device
         num_rows = len(self.token_V) + 1  # the last stands for every token that was never seen
-        cost_VH = np.zeros((num_rows, costs.num_devices))
+        cost_VH = np.zeros((num_rows, num_devices))
         rows_at_once = max(1, _CHUNK_CHANCES // self.num_experts)
         for first in range(0, num_rows, rows_at_once):
             row_X = np.arange(first, min(first + rows_at_once, num_rows))
             for layer in range(self.num_layers):
-                chance_XE = self.chances(layer, row_X)
+                chance_XE, of_layer = self.chances(layer, row_X), costs_L[layer]
                 if not plan.has_replicas:
-                    cost_VH[row_X] += costs.per_home(*_visits(chance_XE, device_LRE[layer, 0], costs))
+                    cost_VH[row_X] += of_layer.per_home(*_visits(chance_XE, device_LRE[layer, 0], of_layer))
                     continue
-                for home in range(costs.num_devices):
-                    cost_VH[row_X, home] += costs.at_home(home, *_visits(chance_XE, device_LRE[layer, home], costs))
+                for home in range(num_devices):
+                    cost_VH[row_X, home] += of_layer.at_home(home, *_visits(chance_XE, device_LRE[layer, home], of_layer))
         unit = float(cost_VH.max()) / COST_STEPS or 1.0
         return TokenCosts(self.token_V, np.rint(cost_VH / unit).astype(np.int64), unit)
 

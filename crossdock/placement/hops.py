@@ -35,6 +35,13 @@ def check_nodes(node_of_device: Sequence[int]) -> int:
     return size
 
 
+def hops_of_copies(copies_RR: Counts, node_copies_RN: Counts, node_of_device: Sequence[int], dispatch: str) -> Counts:
+    """Rows over every link in each hop, [H, ..., R, R]. Nodes of one device, and one node alone, leave hierarchical dispatch one hop."""
+    if dispatch != "hierarchical" or check_nodes(node_of_device) in (1, len(node_of_device)):
+        return copies_RR[None]
+    return two_hops(copies_RR, node_copies_RN, node_of_device)
+
+
 def two_hops(copies_RR: Counts, node_copies_RN: Counts, node_of_device: Sequence[int]) -> Counts:
     """Rows over every link in each hop, [2, ..., R, R], from row to column.
 

@@ -50,6 +50,9 @@ class DataConfig(StrictModel):
     """The key of a JSONL line that holds its text."""
     held_out: float = pydantic.Field(default=0.05, gt=0.0, lt=1.0)
     seq_len: int = pydantic.Field(default=128, ge=1, le=1 << 20)
+    homing: str | None = None
+    """A forecast of experts, as `crossdock plan solve --homing` writes it beside the plan: the sequences of each batch go to the ranks
+    where most of their experts are. Off where left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +79,14 @@ class Batch:
     """One rank's share of a micro-batch: int64 `token_BQ` and the next tokens `target_BQ` [sequences, seq_len].
 
     `sequence_B` numbers each sequence in its corpus; `first_token` numbers the rank's first token among those of the whole global batch.
+    `place_B` int64 [sequences] numbers the sequences in the global batch where they are not consecutive, as with homing.
     """
 
     token_BQ: npt.NDArray[np.int64]
     target_BQ: npt.NDArray[np.int64]
     sequence_B: npt.NDArray[np.int64]
     first_token: int
+    place_B: npt.NDArray[np.int64] | None = None
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,13 @@ METRICS: dict[str, Metric] = {
     "load_max_over_mean": Metric("1", "assignments of the busiest device over the mean device, mean over layers"),
     "expert_load_max_over_mean": Metric("1", "assignments of the busiest expert over the mean expert, mean over layers"),
     "dropped": Metric("1", "share of assignments dropped for capacity"),
+    "bytes_as_read_same_node": Metric("B", "with homing: bytes_same_node, had every rank kept the sequences that it reads without homing"),
+    "bytes_as_read_other_node": Metric(
+        "B", "with homing: bytes_other_node, had every rank kept the sequences that it reads without homing"
+    ),
+    "homing_saved": Metric("1", "share of the cost of copies (link seconds) that homes saved against sequences as read, counted"),
+    "homing_saved_forecast": Metric("1", "the same by the forecast, before the step"),
+    "homing_error": Metric("1", "cost of copies by the forecast over the counted cost, less 1"),
     "memory_bytes": Metric("B", "peak memory of rank 0: allocated on CUDA, resident on CPU"),
     "plan": Metric("-", "first twelve digits of the plan's hash"),
     "eval_loss": Metric("nat", "mean cross-entropy per token on held-out text; on evaluation steps"),
@@ -109,6 +116,11 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def stacks(self) -> Path:
+        """Where ranks stood when one was lost."""
+        return self.path / "stacks"
 
     @property
     def report(self) -> Path:

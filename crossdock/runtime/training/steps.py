@@ -17,7 +17,8 @@ from crossdock.runtime.data import Batch, Corpus, DataState, Sampler, sequences_
 from crossdock.runtime.optimization.engines import AnyEngine
 from crossdock.runtime.optimization.optimizer import OptimizerConfig, learning_rate
 from crossdock.runtime.phases import reached
-from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.training.context import Listener, StepContext
+from crossdock.runtime.training.homing import Homing
 from crossdock.runtime.training.stopwatch import Stopwatch, peak_memory_bytes
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.ledger import Flight, bytes_by_class, exposed_s
@@ -68,8 +69,18 @@ class Step:
 class Stepper:
     """Runs steps of one model on one rank; holds no position in the data."""
 
-    def __init__(self, model: nn.Module, engine: AnyEngine, corpus: Corpus, seq_len: int, config: TrainConfig, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: AnyEngine,
+        corpus: Corpus,
+        seq_len: int,
+        config: TrainConfig,
+        mesh: Mesh,
+        homing: Homing | None = None,
+    ) -> None:
         self.model, self.engine, self.seq_len, self.config, self.mesh = model, engine, seq_len, config, mesh
+        self.homing = homing if engine.plan is not None else None
         self.sequences_per_rank = sequences_per_rank(config.batch_sequences, mesh.world_size, config.accumulate)
         self.sampler = Sampler(corpus.train, seq_len, corpus.vocab_size, config.seed, corpus.source)
         self.held_out = Sampler(corpus.held_out, seq_len, corpus.vocab_size, config.seed, corpus.source)
@@ -95,10 +106,10 @@ class Stepper:
         self.model.train()
         losses: dict[str, Tensor] = {}
         load_LE = dropped = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        if self.homing is not None and self.engine.plan is not None:
+            self.homing.begin(self.engine.plan)
         for micro in range(config.accumulate):
-            batch = self.sampler.batch(
-                state, config.batch_sequences, rank=mesh.rank, world_size=mesh.world_size, micro=micro, accumulate=config.accumulate
-            )
+            batch = self._batch(state, micro)
             token_QP, target_QP = self._on_device(batch)
             watch.lap("data_s")
             output: Output = self.model(token_QP, self._context(batch, token_QP, number, captures))
@@ -120,7 +131,8 @@ class Stepper:
         spent = {**watch.read(), "exposed_s": exposed_s(flights)}
         sent = {f"bytes_{name}": float(size) for name, size in zip(LINK_CLASSES, bytes_by_class(flights), strict=True)}
         lr = learning_rate(config.optimizer, number, config.steps)
-        report = self.engine.step(number + 1, lr, {**losses, **spent, **sent, "stop": float(stop_asked)})
+        of_homes = {} if self.homing is None else self.homing.sums()
+        report = self.engine.step(number + 1, lr, {**losses, **spent, **sent, **of_homes, "stop": float(stop_asked)})
         watch.lap("update_s")
         phases = watch.read()
         counted_LE = load_LE.cpu().numpy()
@@ -139,6 +151,7 @@ class Stepper:
             **mean,
             **total_bytes,
             **self._loads(counted_LE, dropped),
+            **({} if self.homing is None else self.homing.metrics(report.sums)),
             "memory_bytes": peak_memory_bytes(mesh.device),
         }
         return Step(
@@ -161,6 +174,14 @@ class Stepper:
         self.mesh.ledger.take()  # evaluation's traffic is no step's
         return float(sums[0] / sums[1])
 
+    def _batch(self, state: DataState, micro: int) -> Batch:
+        """This rank's share of a micro-batch of the step that begins at `state`."""
+        sequences, accumulate = self.config.batch_sequences, self.config.accumulate
+        if self.homing is not None:
+            return self.homing.batch(self.sampler, state, sequences, micro=micro, accumulate=accumulate)
+        mesh = self.mesh
+        return self.sampler.batch(state, sequences, rank=mesh.rank, world_size=mesh.world_size, micro=micro, accumulate=accumulate)
+
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         token_QP, target_QP = (
             torch.from_numpy(np.ascontiguousarray(values)).to(self.mesh.device) for values in (batch.token_BQ, batch.target_BQ)
@@ -172,8 +193,13 @@ class Stepper:
         for capture in captures:
             sequence_B = torch.from_numpy(batch.sequence_B).to(self.mesh.device)
             capture.begin(token_T, sequence_B.repeat_interleave(self.seq_len, output_size=len(token_T)))
-        listeners = tuple(capture.listener for capture in captures)
-        return StepContext(self.config.seed, number, training, token_T, batch.first_token, listeners)
+        listeners: tuple[Listener, ...] = tuple(capture.listener for capture in captures)
+        number_T = None
+        if batch.place_B is not None and self.homing is not None:
+            listeners = (*listeners, self.homing.listener)
+            number_BQ = batch.place_B[:, None] * self.seq_len + np.arange(self.seq_len)
+            number_T = torch.from_numpy(number_BQ.reshape(-1)).to(self.mesh.device)
+        return StepContext(self.config.seed, number, training, token_T, batch.first_token, listeners, number_T)
 
     def _loads(self, counted_LE: np.ndarray, dropped: Tensor) -> dict[str, Any]:
         """Load of devices and of experts over their means, averaged over layers; the share dropped; the plan."""

@@ -20,6 +20,7 @@ from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
 from crossdock.placement.choice import Strategy
 from crossdock.placement.cost import Workload
+from crossdock.placement.forecast import Forecast
 from crossdock.placement.plan import Plan
 from crossdock.placement.topology import Topology
 from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
@@ -37,6 +38,7 @@ from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig, Dee
 from crossdock.runtime.optimization.engine import Engine
 from crossdock.runtime.optimization.engines import AnyEngine, EngineName
 from crossdock.runtime.profiler import ProfileConfig, Profiler
+from crossdock.runtime.training.homing import Homing, Movable
 from crossdock.runtime.training.metrics import RunDirectory, console_line
 from crossdock.runtime.training.result import Speeds, TrainResult, WindowReport, median, report_window
 from crossdock.runtime.training.steps import Stepper, TrainConfig
@@ -91,6 +93,8 @@ class Training:
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    forecast: Forecast | None = None
+    """By which the sequences of each batch are given to ranks; None: as they are read."""
     topology: Topology | None = None
     """Declared devices and links; where None, this machine's, calibrated from the run."""
     progress: Progress = field(default_factory=Silent)
@@ -130,7 +134,10 @@ class _Run:
         self.topology = topology_of(mesh, training.topology) if self.layers else None
         self.engine = _engine(training)
         self.saver = Saver(training.directory.checkpoints, self.engine, mesh, training.checkpoint)
-        self.stepper = Stepper(training.model, self.engine, training.corpus, training.seq_len, config, mesh)
+        homing = None
+        if training.forecast is not None and self.topology is not None:
+            homing = Homing(training.forecast, cast(Movable, training.model), mesh, self.topology)
+        self.stepper = Stepper(training.model, self.engine, training.corpus, training.seq_len, config, mesh, homing)
         self.state, self.step, self.stop_asked = DataState(), 0, False
         self.window: Window | None = None
         self.before: tuple[Measured, Calibrated] | None = None
