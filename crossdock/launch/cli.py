@@ -138,9 +138,9 @@ def doctor(
 
     Example: torchrun --nproc-per-node 2 -m crossdock doctor --run-dir /shared/runs
     """
-    from crossdock.launch import start
+    from crossdock.launch.doctor.command import run_doctor
 
-    raise typer.Exit(start.doctor(run_dir, ranks, device, on_ray, as_json))
+    raise typer.Exit(run_doctor(run_dir, ranks, device, on_ray, as_json))
 
 
 @app.command()

@@ -111,18 +111,15 @@ def describe_environment(env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
 
 
 def probe(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
-    """Measure the mesh and write its topology to `arguments.out`."""
+    """Measure the mesh; the topology's file is in `yaml`, for whoever asked: rank 0 may be on another host."""
     topology = measure(mesh)
-    out = Path(request.arguments["out"])
-    if mesh.rank == 0:
-        topology.save(out)
     links = {
         name: float(topology.bytes_per_s_RR[topology.link_class_RR == number].min())
         for number, name in ((1, "same_node"), (2, "other_node"))
         if (topology.link_class_RR == number).any()
     }
     return {
-        "path": str(out),
+        "yaml": topology.as_yaml(),
         "devices": topology.num_devices,
         "nodes": topology.num_nodes,
         "flop_per_s": float(topology.flop_per_s_R.min()),

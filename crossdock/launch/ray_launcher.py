@@ -24,7 +24,7 @@ from crossdock.launch.local import Outcome, root_cause
 from crossdock.launch.ray_cluster import Node
 from crossdock.launch.ray_metrics import told_to_ray
 from crossdock.launch.rendezvous import LOOPBACK
-from crossdock.launch.request import Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
 from crossdock.runtime.training.metrics import RunDirectory
 
@@ -92,16 +92,24 @@ def _launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str
         check_world(config, shape.world_size)
         if len(ray_cluster.able(nodes, shape)) < shape.nodes:
             raise Unavailable(ray_cluster.too_small(nodes, shape))
-        return _Supervisor(ray, config, shape, policy).run()
+        return _Supervisor(ray, Request("train", config), shape, policy).run()
+
+
+def ask(request: Request, address: str | None = None) -> Result:
+    """A short job on `parallel.ranks` actors of the cluster at `address`, tried once. Raises `Unavailable`."""
+    with _connected(address) as ray:
+        nodes = _nodes(ray)
+        shape = ray_cluster.shape_of(request.config, nodes, gpus=any(node.gpus for node in nodes))
+        return _Supervisor(ray, request, shape, Policy(restarts=0)).once()
 
 
 class _Supervisor:
-    def __init__(self, ray: Any, config: RunConfig, shape: Shape, policy: Policy) -> None:
+    def __init__(self, ray: Any, request: Request, shape: Shape, policy: Policy) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from crossdock.launch.ray_rank import Monitor
 
-        self.ray, self.config, self.shape, self.policy = ray, config, shape, policy
+        self.ray, self.request, self.config, self.shape, self.policy = ray, request, request.config, shape, policy
         beside_us = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only where the driver is
         self.monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=beside_us).remote()
         self.stopping = False
@@ -131,6 +139,11 @@ class _Supervisor:
                         return self._failed(ending.outcome)
                     time.sleep(1.0)
                 _say(f"{ending.outcome.message}; starting again from {f'step {reached}' if reached else 'the beginning'}")
+
+    def once(self) -> Result:
+        """One start, whatever comes of it."""
+        ending = self._incarnation(1)
+        return ending if isinstance(ending, Result) else self._failed(ending.outcome)
 
     def _incarnation(self, number: int) -> Result | Loss:
         """One start of all ranks: the run's result, good or bad, or what was lost."""
@@ -197,8 +210,10 @@ class _Supervisor:
             incarnation.actors.append(options.remote(incarnation.number, rank, self.monitor))
         places = ray.get([actor.place.remote() for actor in incarnation.actors])
         self._check_places(incarnation, places)
-        resume = prepare_directory(config)
-        self._check_directory(incarnation, places)
+        arguments = dict(self.request.arguments)
+        if self.request.job == "train":
+            arguments["resume"] = prepare_directory(config)
+            self._check_directory(incarnation, places)
         several = shape.nodes > 1
         host, secret = places[0]["address"] if several else LOOPBACK, Secret.fresh()
         port = ray.get(incarnation.actors[0].open_store.remote(config.parallel.timeout_s, host))
@@ -206,7 +221,7 @@ class _Supervisor:
         for rank, actor in enumerate(incarnation.actors):
             node_number, local_rank = divmod(rank, shape.ranks_per_node)
             env = WorkerEnv(rank, shape.world_size, local_rank, shape.ranks_per_node, node_number, meeting, "ray", secret)
-            incarnation.results.append(actor.run.remote(resolved(config), {"resume": resume}, env))
+            incarnation.results.append(actor.run.remote(self.request.job, resolved(config), arguments, env))
 
     def _wait_for_room(self, incarnation: Incarnation) -> None:
         """Until every group has its node. Raises `Unavailable` where nodes are busy, `PeerLost` where one of them is gone."""
@@ -309,6 +324,8 @@ class _Supervisor:
     def _failed(self, outcome: Outcome) -> Result:
         sys.stderr.write(outcome.traceback)
         _say(f"error: {outcome.message}")
+        if self.request.job != "train":
+            return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
         return record_failure(self.config, outcome.exit_code, outcome.message, outcome.rank, self.shape.world_size)
 
     @contextlib.contextmanager

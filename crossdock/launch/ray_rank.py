@@ -66,8 +66,8 @@ class Rank:
         self.store = listen(self.rank, host, timeout_s)
         return int(self.store.port)
 
-    def run(self, config: dict[str, Any], arguments: dict[str, Any], env: WorkerEnv) -> dict[str, Any]:
-        """Train as the rank that `env` says; returns the exit code with the fields of the result. Never raises."""
+    def run(self, job: str, config: dict[str, Any], arguments: dict[str, Any], env: WorkerEnv) -> dict[str, Any]:
+        """Do the job as the rank that `env` says; returns the exit code with the fields of the result. Never raises."""
         from crossdock.launch.config import RunConfig
         from crossdock.launch.request import Request
         from crossdock.launch.worker import explain, run_job
@@ -75,7 +75,7 @@ class Rank:
         signal.signal(signal.SIGTERM, _stopped_early)  # until training puts its own in place; Ray's would end the process
         try:
             run_config = strict_yaml.validated(RunConfig, strict_yaml.Document(config, "the driver's configuration", {}))
-            result = run_job(Request("train", run_config, arguments), env, None if self.store is None else signed(self.store, env.secret))
+            result = run_job(Request(job, run_config, arguments), env, None if self.store is None else signed(self.store, env.secret))
         except Exception as failure:
             code, message = explain(failure)
             return {"exit_code": code, "message": message, "traceback": "".join(traceback.format_exception(failure)) if code == 1 else ""}

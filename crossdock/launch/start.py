@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crossdock import strict_yaml
+from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, CrossdockError
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.local import run_ranks
@@ -123,14 +123,27 @@ def _complain(place: str, fields: Mapping[str, Any]) -> None:
     print(f"crossdock: error: {place}{fields['message']}", file=sys.stderr, flush=True)
 
 
-def probe(out: Path, num_ranks: int, device: str, as_json: bool) -> int:
+def probe(out: Path, num_ranks: int, device: str, on_ray: bool, as_json: bool) -> int:
     """Measure the topology of all ranks as one expert group and write it to `out`; returns the exit code."""
+    result = ask_all("probe", {}, num_ranks, device, on_ray)
+    if result.exit_code == 0:
+        fields = dict(result.fields)
+        atomic.write_text(out, fields.pop("yaml"))
+        result = Result(0, {"path": str(out), **fields})
+    return answer(result, as_json)
+
+
+def ask_all(job: str, arguments: Mapping[str, Any], num_ranks: int, device: str, on_ray: bool) -> Result:
+    """A job for all ranks that a launcher has started, else for `num_ranks` of them, here or on a Ray cluster."""
     env = worker_env()
     world_size = num_ranks if env is None else env.world_size
-    document = Document({"parallel": {"expert": world_size}, "model": {"num_experts": world_size}, "device": device}, "probe", {})
-    config = strict_yaml.validated(RunConfig, document)
-    result = run(Request("probe", config, {"out": str(out)}))
-    return _answer(result, as_json)
+    document = Document({"parallel": {"expert": world_size}, "model": {"num_experts": world_size}, "device": device}, job, {})
+    request = Request(job, strict_yaml.validated(RunConfig, document), arguments)
+    if env is None and (on_ray or in_ray_job()):
+        from crossdock.launch.ray_launcher import ask
+
+        return ask(request)
+    return run(request)
 
 
 def capture(source: str, overrides: Sequence[str], out: Path, steps: int, as_json: bool) -> int:
@@ -139,7 +152,7 @@ def capture(source: str, overrides: Sequence[str], out: Path, steps: int, as_jso
     checkpoint = path if path.is_dir() else None
     config = read_config(config_of_checkpoint(path) if checkpoint else path, overrides)
     arguments = {"out": str(out), "steps": steps, "checkpoint": None if checkpoint is None else str(checkpoint)}
-    return _answer(run(Request("capture", config, arguments)), as_json)
+    return answer(run(Request("capture", config, arguments)), as_json)
 
 
 def config_of_checkpoint(folder: Path) -> Path:
@@ -150,7 +163,8 @@ def config_of_checkpoint(folder: Path) -> Path:
     raise BadData(f"{folder}: no config.resolved.yaml in it or in its run directory; give the run's YAML file instead")
 
 
-def _answer(result: Result, as_json: bool) -> int:
+def answer(result: Result, as_json: bool) -> int:
+    """Print a job's result; returns its exit code."""
     if as_json:
         print(json.dumps(result.as_json()), flush=True)
     elif result.exit_code == 0:

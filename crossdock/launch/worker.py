@@ -15,6 +15,7 @@ import torch
 from crossdock import atomic
 from crossdock.errors import BadConfig, CrossdockError, OutOfMemory, PeerLost, Unavailable
 from crossdock.launch.config import RunConfig
+from crossdock.launch.doctor.ranks import doctor
 from crossdock.launch.jobs import JOBS
 from crossdock.launch.local import tie_to_parent, write_outcome
 from crossdock.launch.rendezvous import exchange, network_interface, open_store
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from crossdock.placement.topology import Topology
+
+MEETING_JOBS = {"doctor": doctor}
+"""Jobs that need the others' word alone, and must do where no process group can be formed: `(request, env, store) -> fields`."""
 
 
 def main(config: RunConfig, env: WorkerEnv) -> Result:
@@ -43,6 +47,8 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
     try:
         if trains and env.rank == 0 and "resume" not in request.arguments:
             request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
+        if request.job in MEETING_JOBS:
+            return Result(0, MEETING_JOBS[request.job](request, env, store))
         with joined(request.config, env, trains=trains, store=store) as mesh:
             result = Result(0, JOBS[request.job](request, env, mesh))
         if trains and env.rank == 0:

@@ -174,9 +174,13 @@ class Topology:
 
     def save(self, path: Path | str) -> None:
         """Write YAML atomically: the short form where devices and links are uniform, else the long one. `load` gives the same digest."""
+        atomic.write_text(Path(path), self.as_yaml())
+
+    def as_yaml(self) -> str:
+        """The text of the file that `save` writes."""
         body = self._short_form() or self._long_form()
         head = {"name": self.name, "measured": self.measured, "source": self.source}
-        atomic.write_text(Path(path), strict_yaml.dump(head | body))
+        return strict_yaml.dump(head | body)
 
     def _short_form(self) -> dict[str, Any] | None:
         """The mapping of the short form, or None where `uniform` cannot say what this topology is."""

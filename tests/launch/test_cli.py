@@ -77,12 +77,12 @@ def test_every_command_has_an_example_and_json() -> None:
 
 
 def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from crossdock.launch import doctor
+    from crossdock.launch.doctor import command
 
-    def broken() -> None:
+    def broken(run_dir: Path) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(doctor, "examine", broken)
+    monkeypatch.setattr(command, "examine", broken)
     assert run(["doctor"]) == 1
     printed = capsys.readouterr().err
     assert "Traceback" in printed
@@ -93,7 +93,19 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     run(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     topics = {check["topic"]: check for check in report["checks"]}
-    assert {"crossdock", "torch", "cores", "memory", "disk", "interfaces", "process groups"} <= set(topics)
+    assert {
+        "crossdock",
+        "torch",
+        "cores",
+        "memory",
+        "disk",
+        "disk speed",
+        "rename",
+        "interfaces",
+        "ports",
+        "process groups",
+        "clock",
+    } <= set(topics)
     assert topics["torch"]["level"] == "ok"
 
 

@@ -1,0 +1,1 @@
+"""What a machine and its ranks offer a run, and what is wrong with them."""
