@@ -11,6 +11,7 @@ import pydantic
 
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadConfig, UsageError
+from crossdock.launch.restarts import FaultConfig
 from crossdock.models.config import ModelConfig
 from crossdock.placement.cost import Dispatch
 from crossdock.runtime.adaptation.capture import CaptureConfig
@@ -82,6 +83,7 @@ class RunConfig(StrictModel):
     adapt: AdaptConfig = AdaptConfig()
     profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    fault: FaultConfig = FaultConfig()
 
     @pydantic.model_validator(mode="after")
     def _cross_check(self) -> Self:

@@ -65,6 +65,10 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
         plan = Plan.contiguous(config.model.num_moe_layers, config.model.num_experts, mesh.expert_parallel)
     corpus = read_corpus(config)
     model = build_model(config, mesh, plan)
+    if config.fault.inject is not None:
+        from crossdock.launch.faults import inject
+
+        inject(Path(config.fault.inject), mesh.rank)
     with watched(config, mesh.rank) as progress:
         result = run_training(
             Training(

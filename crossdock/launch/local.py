@@ -14,10 +14,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 from crossdock import atomic
 from crossdock.authentication import Secret
@@ -43,6 +44,22 @@ class Outcome:
     signalled: bool = False  # it was killed, by others than us
 
 
+class Child(Protocol):
+    """A rank's process, its return code that of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+
+
+Starter = Callable[[Sequence[str], Mapping[str, str]], Child]
+"""Starts `python ARGUMENTS...` in an environment, as the leader of a session of its own; raises `Unavailable`."""
+
+
 def available_cores() -> int:
     """Cores that this process may use: its affinity mask, less what the control group (version 2) allows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,7 +70,7 @@ def available_cores() -> int:
         return max(1, cores)
 
 
-def run_ranks(arguments: Sequence[str], num_ranks: int) -> Outcome:
+def run_ranks(arguments: Sequence[str], num_ranks: int, starter: Starter | None = None) -> Outcome:
     """Run `python ARGUMENTS... OUTCOME_FILE` once for every rank until all have ended; the outcome of the whole is its root cause.
 
     SIGINT ends the ranks and gives exit code 130; SIGTERM is passed on, so that they can save their state. When one rank dies the others
@@ -64,14 +81,13 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> Outcome:
         secret_path = Path(scratch) / "secret"
         Secret.fresh().write(secret_path)
         outcome_paths = [Path(scratch) / f"rank-{rank}.json" for rank in range(num_ranks)]
-        children: list[subprocess.Popen[bytes]] = []
+        children: list[Child] = []
         with _signals_caught() as caught:
             try:
                 for rank, outcome_path in enumerate(outcome_paths):
-                    command = [sys.executable, *arguments, str(outcome_path)]
                     environment = local_environment(rank, num_ranks, f"{scratch}/store", threads_per_rank, str(secret_path))
-                    children.append(_start(command, environment))
-                stopped_by, first_dead = _watch(children, caught)
+                    children.append((starter or _start)([*arguments, str(outcome_path)], environment))
+                stopped_by, first_dead = _watch(children, caught, outcome_paths)
             finally:
                 ended_by_us = _kill(children)
         outcomes = [_read_outcome(rank, child, outcome_paths[rank]) for rank, child in enumerate(children)]
@@ -79,7 +95,8 @@ def run_ranks(arguments: Sequence[str], num_ranks: int) -> Outcome:
         return Outcome(rank=0, exit_code=INTERRUPTED, message="interrupted by Ctrl-C; the ranks have been ended")
     if stopped_by == signal.SIGTERM and all(outcome.signalled for outcome in outcomes):
         return Outcome(rank=0, exit_code=Preempted.exit_code, message="asked to stop before there was anything to save; start it again")
-    return root_cause([outcome for outcome in outcomes if outcome.rank not in ended_by_us] or outcomes, first_dead)
+    told = [outcome for rank, outcome in enumerate(outcomes) if rank not in ended_by_us]
+    return root_cause(told or outcomes, first_dead)
 
 
 def tie_to_parent() -> None:
@@ -99,9 +116,9 @@ def tie_to_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+def _start(arguments: Sequence[str], environment: Mapping[str, str]) -> Child:
     try:
-        return subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen([sys.executable, *arguments], env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as failure:
         raise Unavailable(f"cannot start a rank ({failure.strerror}); free memory and processes, or use fewer ranks") from failure
 
@@ -122,8 +139,11 @@ def _signals_caught() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(children: Sequence["subprocess.Popen[bytes]"], caught: list[int]) -> tuple[int | None, int | None]:
-    """Wait for the end of all children; returns the signal that stopped them, if one did, and the first rank that ended badly."""
+def _watch(children: Sequence[Child], caught: list[int], outcome_paths: Sequence[Path]) -> tuple[int | None, int | None]:
+    """Wait for the end of all children; returns the signal that stopped them, if one did, and the first rank that ended badly.
+
+    Ranks that others have named as hung are not waited for.
+    """
     deadline_s: float | None = None
     stopped_by: int | None = None
     first_dead: int | None = None
@@ -140,17 +160,29 @@ def _watch(children: Sequence["subprocess.Popen[bytes]"], caught: list[int]) -> 
                 deadline_s = time.monotonic() + _PEERS_S
         if deadline_s is not None and time.monotonic() > deadline_s:
             break
+        if first_dead is not None and _living(children) <= _named(outcome_paths):
+            break
         time.sleep(_POLL_S)
     return stopped_by, first_dead
 
 
-def _signal(children: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
+def _living(children: Sequence[Child]) -> set[int]:
+    return {rank for rank, child in enumerate(children) if child.poll() is None}
+
+
+def _named(outcome_paths: Sequence[Path]) -> set[int]:
+    """The ranks that other ranks have named as the cause of their end."""
+    reports = [_report(path) for path in outcome_paths]
+    return {report["rank"] for report in reports if report and report["exit_code"] == PeerLost.exit_code}
+
+
+def _signal(children: Sequence[Child], number: int) -> None:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
 
 
-def _kill(children: Sequence["subprocess.Popen[bytes]"]) -> frozenset[int]:
+def _kill(children: Sequence[Child]) -> frozenset[int]:
     """End whatever is left of the children and of what they started, and reap them; returns the ranks that were still alive."""
     alive = frozenset(rank for rank, child in enumerate(children) if child.poll() is None)
     for rank, child in enumerate(children):
@@ -161,17 +193,20 @@ def _kill(children: Sequence["subprocess.Popen[bytes]"]) -> frozenset[int]:
     return alive
 
 
-def write_outcome(path: Path, exit_code: int, message: str = "", traceback: str = "") -> None:
-    """Called by a rank as its last act, for `run_ranks` to read."""
-    atomic.write_json(path, {"exit_code": exit_code, "message": message, "traceback": traceback})
+def write_outcome(path: Path, rank: int, exit_code: int, message: str = "", traceback: str = "") -> None:
+    """Called by a rank as its last act, for `run_ranks` to read; `rank` is the one to blame, as far as it knows."""
+    atomic.write_json(path, {"rank": rank, "exit_code": exit_code, "message": message, "traceback": traceback})
 
 
-def _read_outcome(rank: int, child: "subprocess.Popen[bytes]", path: Path) -> Outcome:
-    try:
-        fields = json.loads(path.read_text())
-        return Outcome(rank, int(fields["exit_code"]), fields["message"], fields["traceback"])
-    except (OSError, ValueError, KeyError):
-        pass  # the rank ended before it could report: killed, or crashed in native code
+def _report(path: Path) -> dict[str, Any] | None:
+    """What a rank wrote as its last act; None where it could not: killed, or crashed in native code."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _read_outcome(rank: int, child: Child, path: Path) -> Outcome:
+    if (report := _report(path)) is not None:
+        return Outcome(**report)
+    assert child.returncode is not None
     if child.returncode == 0:
         return Outcome(rank, 0)
     if child.returncode < 0:

@@ -25,6 +25,7 @@ from crossdock.launch.ray_cluster import Node
 from crossdock.launch.ray_metrics import told_to_ray
 from crossdock.launch.rendezvous import LOOPBACK
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
 from crossdock.launch.worker_env import Meeting, WorkerEnv, in_ray_job
 from crossdock.runtime.training.metrics import RunDirectory
 
@@ -116,7 +117,8 @@ class _Supervisor:
 
     def run(self) -> Result:
         """Start incarnations until the run has ended, for good or bad."""
-        number, fruitless, reached = 0, 0, _newest_checkpoint(self.config)
+        checkpoints = RunDirectory(run_directory(self.config)).checkpoints
+        number, endurance = 0, Endurance(self.policy.restarts, newest_checkpoint(checkpoints))
         failing_since_s = float("inf")
         with self._stopped_by_sigterm(), told_to_ray(run_directory(self.config)):
             while True:
@@ -128,17 +130,15 @@ class _Supervisor:
                     return self._failed(ending.outcome)
                 now_s = time.monotonic()
                 if ending.started:
-                    checkpoint = _newest_checkpoint(self.config)
-                    fruitless = 0 if checkpoint > reached else fruitless + 1
-                    reached, failing_since_s = max(reached, checkpoint), float("inf")
-                    if fruitless > self.policy.restarts:
-                        return self._failed(ending.outcome)
+                    endurance, failing_since_s = endurance.after_loss(newest_checkpoint(checkpoints)), float("inf")
+                    if endurance.is_over:
+                        return self._failed(endurance.given_up(ending.outcome))
                 else:  # on nodes that Ray does not know yet to be dead: no fault of the run's
                     failing_since_s = min(failing_since_s, now_s)
                     if now_s - failing_since_s > _DEATH_S:
                         return self._failed(ending.outcome)
                     time.sleep(1.0)
-                _say(f"{ending.outcome.message}; starting again from {f'step {reached}' if reached else 'the beginning'}")
+                _say(endurance.announced(run_directory(self.config), number + 1, ending.outcome))
 
     def once(self) -> Result:
         """One start, whatever comes of it."""
@@ -168,7 +168,7 @@ class _Supervisor:
         while True:
             nodes = ray_cluster.able(_nodes(self.ray), self.shape)
             if len(nodes) >= self.shape.nodes:
-                return self._resuming(self.config, number), self.shape, nodes[: self.shape.nodes]
+                return resuming(self.config, number), self.shape, nodes[: self.shape.nodes]
             if time.monotonic() > deadline_s:
                 break
             time.sleep(_POLL_S)
@@ -177,11 +177,7 @@ class _Supervisor:
             raise Unavailable(ray_cluster.too_small(_nodes(self.ray), replace(self.shape, nodes=least)))
         config, shape = smaller
         _say(f"going on with {shape.nodes} of {self.shape.nodes} nodes, {shape.world_size} ranks")
-        return self._resuming(config, number), shape, nodes[: shape.nodes]
-
-    def _resuming(self, config: RunConfig, number: int) -> RunConfig:
-        """The first start goes by `run.resume`; later ones always go on with this run."""
-        return config if number == 1 else config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+        return resuming(config, number), shape, nodes[: shape.nodes]
 
     def _start(self, incarnation: Incarnation) -> None:
         from ray.util.placement_group import placement_group
@@ -293,7 +289,7 @@ class _Supervisor:
         if all(outcome.exit_code == 0 for outcome in outcomes.values()):
             return Result(0, fields)
         cause = root_cause(list(outcomes.values()), first_dead)
-        return Loss(cause, started=True) if cause.exit_code == PeerLost.exit_code else self._failed(cause)
+        return Loss(cause, started=True) if is_worth_another(cause) else self._failed(cause)
 
     def _outcome(self, reference: Any, rank: int, incarnation: Incarnation) -> tuple[Outcome, Mapping[str, Any]]:
         try:
@@ -378,14 +374,6 @@ def _with_reachable_directory(config: RunConfig) -> RunConfig:
             "set run.dir to an absolute path that every node reaches"
         )
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path.absolute())})})
-
-
-def _newest_checkpoint(config: RunConfig) -> int:
-    """The step of the newest finished checkpoint, 0 where there is none."""
-    from crossdock.runtime.checkpoints.checkpoint import finished
-
-    folders = finished(RunDirectory(run_directory(config)).checkpoints)
-    return int(folders[0].name.removeprefix("step-")) if folders else 0
 
 
 def _say(message: str) -> None:

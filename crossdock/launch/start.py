@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, CrossdockError
 from crossdock.launch.config import RunConfig, read_config
-from crossdock.launch.local import run_ranks
-from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure
+from crossdock.launch.local import Outcome, run_ranks
+from crossdock.launch.nursery import Nursery
+from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
 from crossdock.launch.worker import run_job
 from crossdock.launch.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.runtime.training.metrics import RunDirectory
@@ -20,6 +22,8 @@ from crossdock.strict_yaml import Document
 if TYPE_CHECKING:
     from crossdock.launch.cluster import Shape
     from crossdock.launch.ray_launcher import Policy
+
+WORKER = ("-m", "crossdock.launch.worker")
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -104,14 +108,37 @@ def _run_here(request: Request, env: WorkerEnv) -> Result:
 def _run_in_local_ranks(request: Request, num_ranks: int) -> Result:
     with tempfile.TemporaryDirectory(prefix="crossdock-") as scratch:
         path, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
-        Request(request.job, request.config, {**request.arguments, "answer": str(answer)}).save(path)
-        outcome = run_ranks(["-m", "crossdock.launch.worker", str(path)], num_ranks)
+        request = Request(request.job, request.config, {**request.arguments, "answer": str(answer)})
+        request.save(path)
+        if request.job == "train" and request.config.fault.max_restarts:
+            outcome = _run_restarting(request, path, num_ranks)
+        else:
+            outcome = run_ranks([*WORKER, str(path)], num_ranks)
         if outcome.exit_code == 0:
             return Result(0, _without_ending(json.loads(answer.read_text())))
     _complain("", {"message": outcome.message, "traceback": outcome.traceback})
     if request.job == "train":
         return record_failure(request.config, outcome.exit_code, outcome.message, outcome.rank, num_ranks)
     return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
+
+
+def _run_restarting(request: Request, path: Path, num_ranks: int) -> Outcome:
+    """Start the ranks of a training run, again where one was lost: warm, from the newest checkpoint, within `fault.max_restarts`."""
+    directory = run_directory(request.config)
+    checkpoints = RunDirectory(directory).checkpoints
+    endurance, incarnation = Endurance(request.config.fault.max_restarts, newest_checkpoint(checkpoints)), 1
+    with Nursery() as nursery:
+        while True:
+            outcome = run_ranks([*WORKER, str(path)], num_ranks, nursery.start if sys.platform == "linux" else None)
+            if not is_worth_another(outcome):
+                return outcome
+            endurance = endurance.after_loss(newest_checkpoint(checkpoints))
+            if endurance.is_over:
+                return endurance.given_up(outcome)
+            incarnation += 1
+            print(f"crossdock: {endurance.announced(directory, incarnation, outcome)}", file=sys.stderr, flush=True)
+            config = resuming(request.config, incarnation)
+            Request(request.job, config, {**request.arguments, "resume": prepare_directory(config)}).save(path)
 
 
 def _without_ending(fields: dict[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from crossdock.launch.jobs import JOBS
 from crossdock.launch.local import tie_to_parent, write_outcome
 from crossdock.launch.rendezvous import exchange, network_interface, open_store
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.roll_call import Crew, Lost
 from crossdock.launch.worker_env import WorkerEnv, worker_env
 from crossdock.runtime.training.metrics import RunDirectory
-from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
+from crossdock.runtime.transport.mesh import SHUTDOWN_S, Mesh, initialise, shutdown
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 MEETING_JOBS = {"doctor": doctor}
 """Jobs that need the others' word alone, and must do where no process group can be formed: `(request, env, store) -> fields`."""
+
+_LOST_S = 0.5  # to leave a world that has lost a rank: nothing is waited for there
 
 
 def main(config: RunConfig, env: WorkerEnv) -> Result:
@@ -56,11 +59,13 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
         return result
     except BaseException as failure:
         code, message = explain(failure)
-        details = {"message": message, "rank": env.rank}
+        lost = failure.cause if isinstance(failure, Lost) else None
+        rank = env.rank if lost is None else lost.rank
+        details = {"message": message, "rank": rank}
         if code == 1:
             details["traceback"] = "".join(traceback.format_exception(failure))
-        if trains and env.rank == 0:
-            return Result(code, {**record_failure(request.config, code, message, env.rank, env.world_size).fields, **details})
+        if trains and (env.rank == 0 if lost is None else lost.is_mine_to_tell):
+            return Result(code, {**record_failure(request.config, code, message, rank, env.world_size).fields, **details})
         return Result(code, details)
 
 
@@ -77,6 +82,8 @@ def write_report(directory: RunDirectory) -> None:
 def explain(failure: BaseException) -> tuple[int, str]:
     """Exit code and one line for whatever ended a job."""
     first_line = (str(failure).splitlines() or [""])[0]
+    if isinstance(failure, Lost):
+        return failure.cause.exit_code, failure.cause.message
     if isinstance(failure, CrossdockError):
         return failure.exit_code, str(failure)
     if isinstance(failure, KeyboardInterrupt):
@@ -112,10 +119,17 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
                 f"rank {env.rank} of {env.world_size} could not connect to the others ({first_line}); see which rank did not start, and "
                 "set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where hosts have several networks"
             ) from failure
+    assert store is not None, "a world of several ranks has met somewhere"
+    crew = Crew.gather(store, env, RunDirectory(run_directory(config)).stacks if trains else None)
+    patience_s = SHUTDOWN_S
     try:
-        yield mesh
+        with crew.watching(explain):
+            yield mesh
+    except Lost:
+        patience_s = _LOST_S
+        raise
     finally:
-        shutdown()
+        shutdown(patience_s)
 
 
 def nodes_of_ranks(started: tuple[int, ...], declared: "Topology | None", expert_parallel: int) -> tuple[int, ...]:
@@ -169,7 +183,7 @@ def run_local_rank(request_path: Path, outcome_path: Path) -> int:
     if env.rank == 0:
         atomic.write_json(Path(request.arguments["answer"]), result.as_json())
     fields = result.fields if result.exit_code else {}
-    write_outcome(outcome_path, result.exit_code, fields.get("message", ""), fields.get("traceback", ""))
+    write_outcome(outcome_path, fields.get("rank", env.rank), result.exit_code, fields.get("message", ""), fields.get("traceback", ""))
     return result.exit_code
 
 

@@ -39,7 +39,7 @@ def main(folder: Path, script: str, outcome: Path) -> int:
 
 
 def _report(outcome: Path, code: int, message: str) -> int:
-    write_outcome(outcome, code, message)
+    write_outcome(outcome, int(os.environ["CROSSDOCK_RANK"]), code, message)
     return code
 
 
