@@ -83,7 +83,7 @@ class DeepSpeedEngine:
         self._groups = {
             "dense": mesh.dense_group if mesh.dense_group is not None else alone,
             "experts": mesh.expert_replica_group if mesh.expert_replica_group is not None else alone,
-            "tokens": mesh.token_group if mesh.token_group is not None else alone,
+            "tokens": mesh.expert_group if mesh.expert_group is not None else alone,
         }
         # one of them for each format of parameters: ZeRO takes all of its parameters to be of one, and gates are wider than the rest
         dtypes = sorted({parameter.dtype for parameter in self._named.values()}, key=str)
