@@ -82,6 +82,8 @@ class Workload:
     expert_matrices             D x F matrices of an expert: 2 with GELU, 3 with SwiGLU
     dispatch                    "deduplicated", "flat" or "hierarchical", see the glossary in plan.py
     window                      compute beside the transfers of every block
+    turn_windows                the same for each turn, where a block routes its tokens in several (DGMoE) and each has other compute beside
+                                it; `window` is then their mean, and every turn counts as a micro-batch
     other_s                     the rest of the step: everything outside the blocks' dispatch, experts, combine and windows
     micro_batches               forward and backward passes in a step
     expert_overhead_s           fixed cost of a block's experts in one direction, whatever their rows
@@ -96,6 +98,7 @@ class Workload:
     expert_matrices: int = 3
     dispatch: Dispatch = "deduplicated"
     window: Window = Window()
+    turn_windows: tuple[Window, ...] = ()
     other_s: float = 0.0
     micro_batches: int = 1
     expert_overhead_s: float = 0.0
@@ -114,6 +117,11 @@ class Workload:
             raise BadConfig(f"dispatch is {self.dispatch!r}; choose from {', '.join(DISPATCHES)}")
         if self.wire not in WIRE_NAMES:
             raise BadConfig(f"wire is {self.wire!r}; choose from {', '.join(WIRE_NAMES)}")
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that blocks take turns with; one for most."""
+        return self.turn_windows or (self.window,)
 
     @property
     def copy_bytes(self) -> int:
@@ -152,7 +160,8 @@ class Workload:
     @classmethod
     def _from_document(cls, document: Document) -> "Workload":
         values = strict_yaml.validated(_WorkloadFile, document).model_dump()
-        return cls(**(values | {"window": Window(**values["window"])}))
+        turn_windows = tuple(Window(**window) for window in values["turn_windows"])
+        return cls(**(values | {"window": Window(**values["window"]), "turn_windows": turn_windows}))
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, as `from_mapping` reads them and JSON writes them."""
@@ -243,17 +252,37 @@ def block_cost(
     combine_s = np.add.reduce([transfer_seconds(np.swapaxes(bytes_RR, -1, -2), topology) for bytes_RR in hops])
     slowest_s = (np.asarray(rows_R, dtype=np.float64) * workload.row_flop / topology.flop_per_s_R).max(axis=-1)
     expert_s = slowest_s + workload.expert_overhead_s
-    expert_backward_s = BACKWARD_FLOP_RATIO * slowest_s + workload.expert_overhead_s
-    window = workload.window
-    forward_s = makespan(window.dispatch_forward_s, dispatch_s, expert_s, window.combine_forward_s, combine_s)
-    backward_s = makespan(window.combine_backward_s, dispatch_s, expert_backward_s, window.dispatch_backward_s, combine_s)
-    exposed_s = (
-        np.maximum(dispatch_s - window.dispatch_forward_s, 0.0)
-        + np.maximum(combine_s - window.combine_forward_s, 0.0)
-        + np.maximum(dispatch_s - window.combine_backward_s, 0.0)
-        + np.maximum(combine_s - window.dispatch_backward_s, 0.0)
+    forward_s, backward_s = pass_seconds(workload, dispatch_s, combine_s, slowest_s)
+    exposed_s = np.mean(
+        [
+            np.maximum(dispatch_s - window.dispatch_forward_s, 0.0)
+            + np.maximum(combine_s - window.combine_forward_s, 0.0)
+            + np.maximum(dispatch_s - window.combine_backward_s, 0.0)
+            + np.maximum(combine_s - window.dispatch_backward_s, 0.0)
+            for window in workload.windows
+        ],
+        axis=0,
     )
     return BlockCost(dispatch_s, combine_s, expert_s, forward_s, backward_s, exposed_s)
+
+
+def pass_seconds(
+    workload: Workload, dispatch_s: Any, combine_s: Any, slowest_s: Any, late_out_s: Any = 0.0, late_back_s: Any = 0.0
+) -> tuple[Any, Any]:
+    """Makespans of blocks forward and backward, mean over their turns; scalars or arrays of one shape.
+
+    slowest_s: the experts of the slowest device forward, without their fixed cost. late_out_s: by how much weights of gathered experts come
+    after the tokens forward; late_back_s: the same of their gradients, after the last transfer of the backward pass.
+    """
+    expert_s = slowest_s + workload.expert_overhead_s
+    expert_backward_s = BACKWARD_FLOP_RATIO * slowest_s + workload.expert_overhead_s
+    forward_s = backward_s = 0.0
+    for window in workload.windows:
+        forward_s = forward_s + makespan(window.dispatch_forward_s, dispatch_s + late_out_s, expert_s, window.combine_forward_s, combine_s)
+        backward_s = backward_s + makespan(
+            window.combine_backward_s, dispatch_s, expert_backward_s, window.dispatch_backward_s, combine_s + late_back_s
+        )
+    return forward_s / len(workload.windows), backward_s / len(workload.windows)
 
 
 def step_seconds(block: BlockCost, workload: Workload) -> float:
@@ -281,6 +310,7 @@ class _WorkloadFile(StrictModel):
     expert_matrices: int = Field(default=Workload.expert_matrices, ge=1)
     dispatch: Dispatch = Workload.dispatch
     window: _WindowFile = _WindowFile()
+    turn_windows: list[_WindowFile] = Field(default_factory=list)
     other_s: float = Field(default=Workload.other_s, ge=0)
     micro_batches: int = Field(default=Workload.micro_batches, ge=1)
     expert_overhead_s: float = Field(default=Workload.expert_overhead_s, ge=0)

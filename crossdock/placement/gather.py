@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from crossdock.errors import BadConfig, BadData
-from crossdock.placement.cost import BACKWARD_FLOP_RATIO, Float, Workload, block_cost, makespan, transfer_seconds
+from crossdock.placement.cost import Float, Workload, block_cost, pass_seconds, transfer_seconds
 from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.placement.topology import Topology
 
@@ -164,16 +164,10 @@ class GatherCost:
             moves = bytes_BRR.any(axis=(-2, -1))
             out_s += np.where(moves, transfer_seconds(bytes_BRR, self.topology), 0.0)
             back_s += np.where(moves, transfer_seconds(np.swapaxes(bytes_BRR, -1, -2), self.topology), 0.0)
-        window, overhead_s = self.workload.window, self.workload.expert_overhead_s
         late_out_s = np.maximum(out_s - self.prefetch.forward_s, 0.0)
         late_back_s = np.maximum(back_s - self.prefetch.backward_s, 0.0)
-        backward_s = BACKWARD_FLOP_RATIO * (block.expert_s - overhead_s) + overhead_s
-        forward = makespan(
-            window.dispatch_forward_s, block.dispatch_s + late_out_s, block.expert_s, window.combine_forward_s, block.combine_s
-        )
-        backward = makespan(
-            window.combine_backward_s, block.dispatch_s, backward_s, window.dispatch_backward_s, block.combine_s + late_back_s
-        )
+        slowest_s = block.expert_s - self.workload.expert_overhead_s
+        forward, backward = pass_seconds(self.workload, block.dispatch_s, block.combine_s, slowest_s, late_out_s, late_back_s)
         return np.asarray(forward + backward)
 
 

@@ -130,6 +130,19 @@ def test_below_the_window_locality_is_worth_nothing() -> None:
     assert block_cost(far, rows_R, FOUR, hidden).exposed_s == 0.0
 
 
+def test_turns_with_windows_of_their_own_are_averaged_after_the_maximum() -> None:
+    copies = np.zeros((4, 4))
+    copies[0, 2] = 3
+    rows_R = [1, 2, 3, 4]
+    bare, hidden = (replace(SMALL, window=Window(*(seconds,) * 4)) for seconds in (0.0, 1.0))
+    both = replace(SMALL, window=Window(0.5, 0.5, 0.5, 0.5), turn_windows=(bare.window, hidden.window))
+    costs = [block_cost(copies, rows_R, FOUR, workload) for workload in (bare, hidden, both)]
+    for name in ("forward_s", "backward_s", "exposed_s"):
+        first, second, mean = (float(getattr(cost, name)) for cost in costs)
+        assert mean == pytest.approx((first + second) / 2)
+    assert costs[2].exposed_s > block_cost(copies, rows_R, FOUR, replace(both, turn_windows=())).exposed_s
+
+
 def test_slowest_device_counts_not_the_busiest() -> None:
     uneven = replace(FOUR, flop_per_s_R=np.array([1e6, 1e6, 1e6, 2e5]))
     assert block_cost(np.zeros((4, 4)), [9, 9, 9, 2], uneven, SMALL).expert_s == pytest.approx(2 * SMALL.row_flop / 2e5)
@@ -193,6 +206,9 @@ def test_workload_files(tmp_path: Path) -> None:
     (tmp_path / "workload.json").write_text(json.dumps(workload.to_mapping()))
     assert Workload.load(tmp_path / "workload.json") == workload
     assert Workload.from_mapping(workload.to_mapping()) == workload
+    turns = replace(workload, turn_windows=(Window(1e-3), Window()))
+    (tmp_path / "turns.json").write_text(json.dumps(turns.to_mapping()))
+    assert Workload.load(tmp_path / "turns.json") == turns
     assert Workload.from_mapping({}) == Workload()
     with pytest.raises(MissingInput):
         Workload.load(tmp_path / "nowhere.yaml")

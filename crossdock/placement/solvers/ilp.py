@@ -229,7 +229,8 @@ def _add_times(
         np.full(R, np.inf),
     )
 
-    # stage: each of the four transfers takes at least its window, and at least its all-to-all
+    # stage: each of the four transfers takes at least its window, and at least its all-to-all; where turns have windows of their own, their
+    # mean, which keeps the bound a bound
     low[stages] = (
         np.array([window.dispatch_forward_s, window.combine_forward_s, window.combine_backward_s, window.dispatch_backward_s]) / unit
     )

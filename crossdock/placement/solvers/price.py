@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdock.placement.cost import BACKWARD_FLOP_RATIO, makespan
+from crossdock.placement.cost import pass_seconds
 from crossdock.placement.hops import check_nodes, two_hops
 from crossdock.placement.plan import EMPTY
 from crossdock.placement.problem import Problem
@@ -195,11 +195,8 @@ class BlockSeconds:
 
     def from_times(self, dispatch_s: FloatArray, combine_s: FloatArray, slowest_s: FloatArray) -> FloatArray:
         """The same from the times of the two all-to-alls and of the busiest device's experts forward. Monotone in all three."""
-        workload, window = self.problem.workload, self.problem.workload.window
-        expert_s = slowest_s + workload.expert_overhead_s
-        expert_backward_s = BACKWARD_FLOP_RATIO * slowest_s + workload.expert_overhead_s
-        forward_s = makespan(window.dispatch_forward_s, dispatch_s, expert_s, window.combine_forward_s, combine_s)
-        backward_s = makespan(window.combine_backward_s, dispatch_s, expert_backward_s, window.dispatch_backward_s, combine_s)
+        workload = self.problem.workload
+        forward_s, backward_s = pass_seconds(workload, dispatch_s, combine_s, slowest_s)
         return np.asarray(workload.micro_batches * (forward_s + backward_s))
 
 

@@ -41,7 +41,8 @@ def calibrate(
     median step.
     """
     groups = [measured.ranks[first : first + topology.num_devices] for first in range(0, len(measured.ranks), topology.num_devices)]
-    workload = dataclasses.replace(workload, window=_mean_windows(measured.ranks))
+    turns = tuple(_windows_of_turn(measured.ranks, strategies, turn, len(workload.windows)) for turn in range(len(workload.turn_windows)))
+    workload = dataclasses.replace(workload, window=_mean_windows(measured.ranks), turn_windows=turns)
     evaluations = [evaluate_strategies(trace, plan, topology, workload, strategies) for trace in measured.traces]
     overhead_s, flop_per_s_R = _expert_speed(groups, evaluations, workload, strategies)
     workload = dataclasses.replace(workload, expert_overhead_s=overhead_s)
@@ -56,6 +57,18 @@ def calibrate(
 def _mean_windows(ranks: Sequence[RankRecord]) -> Windows:
     profiles = [profile for rank in ranks for profile in rank.profile_of_layer.values()]
     return Windows(**{field.name: statistics.fmean(getattr(p, field.name) for p in profiles) for field in dataclasses.fields(Windows)})
+
+
+def _windows_of_turn(ranks: Sequence[RankRecord], strategies: Sequence[Strategy], turn: int, num_turns: int) -> Windows:
+    """Mean windows of one of the turns in which blocks route their tokens. In the lists of transfers turns follow one another, each with
+    its chunks; which way back belongs to which way out is of no account, because the makespan adds them up."""
+    found: dict[str, list[float]] = {field.name: [] for field in dataclasses.fields(Windows)}
+    for rank in ranks:
+        for (layer, stage, direction), transfers in rank.transfers.items():
+            chunks = _chunks(strategies[layer], direction)
+            of_turn = [transfer for number, transfer in enumerate(transfers) if number // chunks % num_turns == turn]
+            found[f"{stage}_{direction}_s"] += [transfer.flight_s - transfer.wait_s for transfer in of_turn]
+    return Windows(**{name: max(0.0, statistics.fmean(values or [0.0])) for name, values in found.items()})
 
 
 def _expert_speed(
@@ -113,7 +126,7 @@ def _scaled_links(
         bytes_HLRR = evaluation.hops_HLRR * (_per_micro_batch(evaluation, len(ranks), workload) * workload.copy_bytes)
         for (layer, stage, direction), (seconds, is_known) in transfer_seconds_of(_unqueued(ranks, strategies)).items():
             goes_out = (stage == "dispatch") == (direction == "forward")
-            chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
+            chunks = _chunks(strategies[layer], direction)
             hops_HRR = bytes_HLRR[:, layer] / chunks
             port_s = sum(float(transfer_seconds(hop_RR if goes_out else hop_RR.T, ideal)) for hop_RR in hops_HRR)
             if port_s > 0:
@@ -137,11 +150,15 @@ def _unqueued(ranks: Sequence[RankRecord], strategies: Sequence[Strategy]) -> li
         transfers = {}
         for (layer, stage, direction), found in rank.transfers.items():
             goes_out = (stage == "dispatch") == (direction == "forward")
-            chunks = strategies[layer].forward_chunks if direction == "forward" else strategies[layer].backward_chunks
+            chunks = _chunks(strategies[layer], direction)
             if chunks == 1 or goes_out:
                 transfers[layer, stage, direction] = found[::chunks]
         records.append(dataclasses.replace(rank, transfers=transfers))
     return records
+
+
+def _chunks(strategy: Strategy, direction: str) -> int:
+    return strategy.forward_chunks if direction == "forward" else strategy.backward_chunks
 
 
 def _per_micro_batch(evaluation: Evaluation, num_devices: int, workload: Workload) -> float:

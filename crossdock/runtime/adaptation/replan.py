@@ -10,7 +10,7 @@ import pydantic
 from crossdock.errors import BadConfig, CrossdockError
 from crossdock.placement.affinity import Affinity
 from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Dispatch, WireName, Workload
+from crossdock.placement.cost import Dispatch, Window, WireName, Workload
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Objective, Problem, Solution
 from crossdock.placement.solvers import solve
@@ -101,6 +101,7 @@ def workload_of(layer: RoutedLayer, tokens_per_rank: int, accumulate: int) -> Wo
         expert_matrices=bank.activation.num_inputs + 1,
         dispatch=cast(Dispatch, dispatcher.name),
         micro_batches=accumulate * layer.turns,  # every turn travels by itself
+        turn_windows=(Window(),) * layer.turns if layer.turns > 1 else (),
     )
 
 

@@ -110,6 +110,6 @@ def transfer_seconds_of(ranks: Sequence[RankRecord]) -> dict[Way, tuple[float, b
             min(flights, key=lambda transfer: transfer.flight_s) for flights in zip(*(rank.transfers[way] for rank in ranks), strict=True)
         ]
         exposed = [transfer.flight_s for transfer in last if transfer.wait_s > EXPOSED_SHARE * transfer.flight_s]
-        is_known = 2 * len(exposed) > len(last)
+        is_known = 2 * len(exposed) >= len(last)  # of two turns one may be hidden and the other not
         found[way] = (statistics.median(exposed if is_known else [transfer.flight_s for transfer in last]), is_known)
     return found

@@ -48,15 +48,15 @@ def skewed_trace(num_devices: int, seed: int = 0) -> Trace:
     return Trace(experts_TLK, 8, home_T=np.repeat(np.arange(num_devices), num_tokens // num_devices).astype(np.int32))
 
 
-def pretend(trace: Trace, plan: Plan, topology: Topology, latency_s: float) -> Measured:
-    """The window of ranks that behave exactly as the cost model says under TRUTH."""
-    truth = evaluate(trace, plan, topology, TRUTH)
-    ranks = tuple(_record(rank, truth, topology, latency_s) for rank in range(topology.num_devices))
+def pretend(trace: Trace, plan: Plan, topology: Topology, latency_s: float, workload: Workload = TRUTH) -> Measured:
+    """The window of ranks that behave exactly as the cost model says under `workload`."""
+    truth = evaluate(trace, plan, topology, workload)
+    ranks = tuple(_record(rank, truth, topology, latency_s, workload) for rank in range(topology.num_devices))
     return Measured(STEPS, (trace,), (0, 0, 0), truth.step_s, 0.0, ranks)
 
 
-def _record(rank: int, truth: Evaluation, topology: Topology, latency_s: float) -> RankRecord:
-    window, profiles, transfers = TRUTH.window, {}, {}
+def _record(rank: int, truth: Evaluation, topology: Topology, latency_s: float, workload: Workload) -> RankRecord:
+    window, profiles, transfers = workload.window, {}, {}
     for layer in range(NUM_LAYERS):
         rows = truth.rows_LR[layer, rank] / (STEPS * TRUTH.micro_batches)
         expert_s = rows * TRUTH.row_flop / topology.flop_per_s_R[rank]
@@ -70,15 +70,16 @@ def _record(rank: int, truth: Evaluation, topology: Topology, latency_s: float) 
             0.0,
         )
         block = truth.block
-        for stage, direction, seconds, hidden_s in (
-            ("dispatch", "forward", block.dispatch_s[layer], window.dispatch_forward_s),
-            ("combine", "forward", block.combine_s[layer], window.combine_forward_s),
-            ("combine", "backward", block.dispatch_s[layer], window.combine_backward_s),
-            ("dispatch", "backward", block.combine_s[layer], window.dispatch_backward_s),
+        for stage, direction, seconds in (
+            ("dispatch", "forward", block.dispatch_s[layer]),
+            ("combine", "forward", block.combine_s[layer]),
+            ("combine", "backward", block.dispatch_s[layer]),
+            ("dispatch", "backward", block.combine_s[layer]),
         ):
             late_s = 0.003 * rank  # ranks do not come at the same moment; those that come early wait longer
-            flight_s = max(seconds, hidden_s) + late_s
-            transfers[layer, stage, direction] = [Transfer(flight_s, flight_s - hidden_s)] * (STEPS * TRUTH.micro_batches)
+            hidden = [getattr(turn, f"{stage}_{direction}_s") for turn in workload.windows]
+            found = [Transfer(max(seconds, hidden_s) + late_s, max(seconds, hidden_s) + late_s - hidden_s) for hidden_s in hidden]
+            transfers[layer, stage, direction] = found * (STEPS * workload.micro_batches // len(found))
     return RankRecord(profiles, transfers, [latency_s + 0.001 * rank] * 5)
 
 
@@ -103,6 +104,24 @@ def test_the_numbers_are_found_again_and_predict_another_plan(devices: int, byte
         other = random_plan(devices, seed)
         predicted = evaluate(trace, other, found.topology, found.workload).step_s
         assert predicted == pytest.approx(evaluate(trace, other, true_machine, TRUTH).step_s, rel=0.01)
+
+
+def test_turns_of_a_block_have_windows_of_their_own() -> None:
+    """DGMoE: what one turn sends is hidden, what the other sends is not, and halving the traffic saves half of the latter alone."""
+    turns = (Windows(0.2, 0.2, 0.2, 0.2), Windows())
+    truth = dataclasses.replace(TRUTH, window=Windows(0.1, 0.1, 0.1, 0.1), turn_windows=turns)
+    machine_, trace, plan = machine(1.5e6, 1e-4), skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
+    measured = pretend(trace, plan, machine_, 1e-4, truth)
+    sizes = dataclasses.replace(SIZES, turn_windows=(Windows(),) * 2)
+    found = calibrate(measured, plan, dataclasses.replace(machine_, measured=True), sizes, AS_CONFIGURED)
+    for window, true in zip(found.workload.turn_windows, turns, strict=True):
+        assert dataclasses.asdict(window) == pytest.approx(dataclasses.asdict(true), abs=1e-12)
+    fast = machine(3e6, 1e-4)
+    true_saving = measured.step_s - evaluate(trace, plan, fast, truth).step_s
+    halved = dataclasses.replace(fast, flop_per_s_R=found.topology.flop_per_s_R)
+    assert measured.step_s - evaluate(trace, plan, halved, found.workload).step_s == pytest.approx(true_saving, rel=0.01)
+    as_one = calibrate(measured, plan, dataclasses.replace(machine_, measured=True), SIZES, AS_CONFIGURED)
+    assert measured.step_s - evaluate(trace, plan, halved, as_one.workload).step_s < 0.5 * true_saving
 
 
 def test_measured_links_are_kept() -> None:
