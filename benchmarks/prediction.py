@@ -14,7 +14,7 @@ popularity. Columns, bytes in one step over all ranks:
     counted_*, predicted_*, forecast_*   by link class: the runtime's ledger; the evaluator's replay of those very steps (equal, or the
                        program fails); what the plan promised from the fit half
     interface_bytes    what the nodes' interfaces sent; interface_over_expected: that over the ledger's bytes between nodes (tokens,
-                       metadata, counts) and one reduction of the dense gradients as measured; the rest is headers
+                       metadata, counts, gradients of copies) and one reduction of the dense gradients as measured; the rest is headers
     predicted_s, step_s, error_percent   the step as predicted from the fit half by the calibration in the same rounds, and as measured:
                        median of the slowest rank's seconds
     promised_s         what the calibration before all rounds predicted

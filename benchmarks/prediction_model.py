@@ -66,7 +66,7 @@ class Shape:
             "num_experts": self.num_experts,
             "top_k": 1 if self.block.startswith("dgmoe") else 2,
             "gate": {"kind": "softmax_topk"},
-            "schedule": {"overlap": False},
+            "schedule": {"overlap": self.block not in ("top_k", "shared_expert")},
         }
         return RunConfig.model_validate(
             {

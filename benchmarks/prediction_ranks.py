@@ -112,7 +112,7 @@ def _summed(values: list[int], mesh: Mesh) -> list[int]:
 
 
 def _between_nodes(step: Step) -> int:
-    return sum(bytes_by_class(step.flights, kind)[OTHER_NODE] for kind in ("tokens", "metadata", "counts", "weights"))
+    return sum(bytes_by_class(step.flights, kind)[OTHER_NODE] for kind in ("tokens", "metadata", "counts", "weights", "gradients"))
 
 
 def timed(bench: Bench, trainees: Mapping[str, Trainee], repeats: int) -> dict[str, list[Turn]]:
