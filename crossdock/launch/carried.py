@@ -1,7 +1,6 @@
 """Which library carries the all-to-alls of a run: torch, or MPI where mpirun started the ranks and `parallel.transport` asks for it."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,8 +11,6 @@ from crossdock.placement.cost import WireName, row_bytes
 from crossdock.runtime.data import sequences_per_rank
 from crossdock.runtime.transport.carrier import Carrier
 from crossdock.runtime.transport.mesh import Mesh
-
-_PEERS_S = 2.0  # what the others get to report, before mpirun ends them because this rank has ended
 
 
 @contextlib.contextmanager
@@ -47,8 +44,6 @@ def carried(mesh: Mesh, config: RunConfig, env: WorkerEnv) -> Iterator[Mesh]:
     except BaseException:
         mpi.abandon()  # leaving in order would wait for ranks that do not come
         progress.close(failed=True)
-        if env.rank != 0:
-            time.sleep(_PEERS_S)
         raise
     progress.close(failed=False)
     mpi.leave()

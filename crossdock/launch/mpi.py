@@ -7,12 +7,14 @@ MPI is asked twice, for the place and for a port number, and then left, unless i
 import atexit
 import functools
 import ipaddress
+import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from crossdock.errors import Unavailable
 
 Told = TypeVar("Told")
+_PEERS_S = 2.0  # what the others get to report
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,12 @@ def leave() -> None:
 
 
 def abandon() -> None:
-    """End without the others: this rank has failed, or another one has, and leaving in order would wait for it for ever."""
+    """End without the others: this rank has failed, or another one has, and leaving in order would wait for it for ever.
+
+    mpirun ends them as soon as this process has ended, so it ends a little later: one of them has a result to write.
+    """
     atexit.unregister(leave)
+    atexit.register(time.sleep, _PEERS_S)
 
 
 def reachable_address(addresses_R: list[list[str]]) -> str:

@@ -118,7 +118,6 @@ def main(store: str, out: str, what: str) -> int:
     progress.close(failed=what == "farewell" and place.rank == 1)
     if what == "farewell":
         mpi.abandon()
-        time.sleep(2.0)  # mpirun may end the others as soon as one has ended
         return 0
     shutdown()
     mpi.leave()
