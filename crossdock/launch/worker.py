@@ -14,6 +14,7 @@ import torch
 
 from crossdock import atomic
 from crossdock.errors import BadConfig, CrossdockError, OutOfMemory, PeerLost, Unavailable
+from crossdock.launch.carried import carried
 from crossdock.launch.config import RunConfig
 from crossdock.launch.doctor.ranks import doctor
 from crossdock.launch.jobs import JOBS
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
     from crossdock.placement.topology import Topology
 
+_LOST_S = 0.5  # to leave a world that has lost a rank: nothing is waited for there
+
 MEETING_JOBS = {"doctor": doctor}
 """Jobs that need the others' word alone, and must do where no process group can be formed: `(request, env, store) -> fields`."""
-
-_LOST_S = 0.5  # to leave a world that has lost a rank: nothing is waited for there
 
 
 def main(config: RunConfig, env: WorkerEnv) -> Result:
@@ -123,8 +124,8 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
     crew = Crew.gather(store, env, RunDirectory(run_directory(config)).stacks if trains else None)
     patience_s = SHUTDOWN_S
     try:
-        with crew.watching(explain):
-            yield mesh
+        with crew.watching(explain), carried(mesh, config, env) as mesh_of_run:
+            yield mesh_of_run
     except Lost:
         patience_s = _LOST_S
         raise
