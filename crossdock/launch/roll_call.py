@@ -32,7 +32,7 @@ PATIENCE_S = 2.0
 """How long a silent rank of which nothing is known may take to answer."""
 _STORE_S = 0.5
 _POLL_S = 0.05
-_WAITING = ("transport/exchange.py", "transport/collectives.py", "transport/all_to_all.py")
+_WAITING = ("transport/exchange.py", "transport/mpi_exchange.py", "transport/collectives.py", "transport/all_to_all.py")
 _WAITS = "waits for others"
 _ENDED_BY_OTHERS = ("local", "ray")
 """Launchers that end what is left of a start themselves, and at once; others would wait for a rank that is stopped."""
