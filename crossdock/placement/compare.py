@@ -164,8 +164,9 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
 
 def problem_for(trace: Trace, like: Problem) -> Problem:
     """The same question about another trace, without a load cap or pins: for scoring plans, not for solving."""
-    slots = Constraints(slots=like.constraints.slots)
-    return replace(like, affinity=Affinity.from_trace(trace), constraints=slots, also=())
+    asked = like.constraints
+    room = Constraints(slots=asked.slots, spare_slots=asked.spare_slots, spare_bytes=asked.spare_bytes, replicas=asked.replicas)
+    return replace(like, affinity=Affinity.from_trace(trace), constraints=room, also=())
 
 
 def describe(trace: Trace, path: str, topology: Topology, workload: Workload, problem: Problem) -> dict[str, object]:

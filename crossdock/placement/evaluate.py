@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.cost import NUM_DIRECTIONS, BlockCost, Dispatch, Workload, block_cost, step_seconds
-from crossdock.placement.hops import check_nodes, two_hops
+from crossdock.placement.cost import NUM_DIRECTIONS, BlockCost, Workload, block_cost, step_seconds
+from crossdock.placement.hops import hops_of_copies
 from crossdock.placement.plan import Plan, choose_replica
+from crossdock.placement.replication import gradient_bytes, gradient_bytes_by_class, gradient_seconds
 from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace
 
@@ -38,6 +39,8 @@ class Evaluation:
     cross_node_hops     the same of nodes
     load_max_over_mean  mean over layers of the busiest device's rows over the mean device's
     block               cost of each block, fields of shape [L], for one micro-batch of the workload
+    gradient_bytes_by_class   what the gradients of experts with several copies send in one step, over same_device, ... links
+    gradient_s          seconds of a step for that
     step_s              predicted seconds of a step
     """
 
@@ -53,6 +56,8 @@ class Evaluation:
     cross_node_hops: float
     load_max_over_mean: float
     block: BlockCost
+    gradient_bytes_by_class: tuple[int, int, int]
+    gradient_s: float
     step_s: float
 
     @property
@@ -71,8 +76,8 @@ class Evaluation:
         return tuple(size * num_tokens / self.num_tokens for size in self.bytes_by_class)
 
 
-def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload) -> Evaluation:
-    """Replay `trace` under `plan`.
+def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload, trained: Plan | None = None) -> Evaluation:
+    """Replay `trace` under `plan`. `trained` is the plan whose copies sum their gradients, where some of `plan`'s are but gathered weights.
 
     Step time is that of a step with `workload.tokens_per_rank` tokens on every device and the trace's proportions. Raises `BadData` where
     the plan is for another model or number of devices, or a home lies outside the topology; `UsageError` for a plan of mode coherent.
@@ -84,7 +89,7 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload) -
     replay = _replay(trace, plan, topology)
     totals = replay.totals
     sent_LRR = replay.rows_LRR if workload.dispatch == "flat" else replay.copies_LRR
-    hops_HLRR = _hops(sent_LRR, replay.node_copies_LRN, topology, workload.dispatch)
+    hops_HLRR = hops_of_copies(sent_LRR, replay.node_copies_LRN, topology.node_of_R, workload.dispatch)
     rows_LR = replay.rows_LRR.sum(axis=1)
     tokens_per_trace_token = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
     first_LRR, *then = hops_HLRR * tokens_per_trace_token
@@ -93,6 +98,8 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload) -
     unit_bytes = NUM_DIRECTIONS * workload.copy_bytes
     sent = [hops_HLRR[..., topology.link_class_RR == link_class].sum() * unit_bytes for link_class in range(len(LINK_CLASSES))]
     same_device, same_node, other_node = (int(size) if exact else float(size) for size in sent)
+    gradient_bytes_RR = gradient_bytes(trained or plan, workload)
+    gradient_s = float(gradient_seconds(gradient_bytes_RR, topology))
     return Evaluation(
         num_tokens=trace.num_tokens,
         exact=exact,
@@ -106,7 +113,9 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload) -
         cross_node_hops=totals.node_hops / max(totals.hops, 1),
         load_max_over_mean=_load_max_over_mean(rows_LR),
         block=block,
-        step_s=step_seconds(block, workload),
+        gradient_bytes_by_class=gradient_bytes_by_class(gradient_bytes_RR, topology),
+        gradient_s=gradient_s,
+        step_s=step_seconds(block, workload) + gradient_s,
     )
 
 
@@ -129,13 +138,6 @@ class _Replay:
     node_copies_LRN: Counts
     rows_LRR: Counts
     totals: _Totals
-
-
-def _hops(sent_LRR: Counts, node_copies_LRN: Counts, topology: Topology, dispatch: Dispatch) -> Counts:
-    """[H, L, R, R]. Nodes of one device, and one node alone, leave hierarchical dispatch one hop."""
-    if dispatch != "hierarchical" or check_nodes(topology.node_of_R) in (1, topology.num_devices):
-        return sent_LRR[None]
-    return two_hops(sent_LRR, node_copies_LRN, topology.node_of_R)
 
 
 def _replay(trace: Trace, plan: Plan, topology: Topology) -> _Replay:

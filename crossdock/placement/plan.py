@@ -242,21 +242,29 @@ def choose_replica(plan: Plan, node_of_R: Sequence[int]) -> NDArray[np.int32]:
     if node_R.shape != (plan.num_devices,):
         raise BadData(f"the plan is for {plan.num_devices} devices, and nodes are given for {len(node_R)}; give one node per device")
     slot_LRE = plan.slot_LRE
-    holds_LRE = slot_LRE != EMPTY
-    chosen_LRE = np.where(holds_LRE, np.arange(plan.num_devices)[None, :, None], EMPTY)
-    everyone_R = np.ones(plan.num_devices, dtype=bool)
-    for members_R in [*(node_R == node for node in np.unique(node_R)), everyone_R]:
-        _take_turns(chosen_LRE, holds_LRE, np.flatnonzero(members_R))
+    chosen_LRE = choose_devices(slot_LRE != EMPTY, node_R, np.arange(plan.num_experts))
     slot_of_chosen_LRE = np.take_along_axis(slot_LRE, chosen_LRE, axis=1)
     return (chosen_LRE * plan.slots_per_device + slot_of_chosen_LRE).astype(np.int32)
 
 
-def _take_turns(chosen_LRE: NDArray[np.int64], holds_LRE: NDArray[np.bool_], members_M: NDArray[np.int64]) -> None:
+def choose_devices(holds_LRX: NDArray[np.bool_], node_R: NDArray[np.int64], expert_X: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [L, R, X]: the device whose copy each home uses, by the rule of `choose_replica`, where `holds_LRX` bool [L, R, X] says which
+    devices hold which of the experts `expert_X`; -1 where nobody holds one."""
+    chosen_LRX = np.where(holds_LRX, np.arange(len(node_R))[None, :, None], EMPTY)
+    everyone_R = np.ones(len(node_R), dtype=bool)
+    for members_R in [*(node_R == node for node in np.unique(node_R)), everyone_R]:
+        _take_turns(chosen_LRX, holds_LRX, np.flatnonzero(members_R), expert_X)
+    return chosen_LRX
+
+
+def _take_turns(
+    chosen_LRE: NDArray[np.int64], holds_LRE: NDArray[np.bool_], members_M: NDArray[np.int64], expert_E: NDArray[np.int64]
+) -> None:
     """Give the homes among `members_M` that still lack a copy the copies held among `members_M`, in turn. Writes into `chosen_LRE`."""
     holds_LME = holds_LRE[:, members_M]
     waiting_LME = chosen_LRE[:, members_M] == EMPTY
     num_copies_LE = holds_LME.sum(axis=1)
-    turn_LME = np.cumsum(waiting_LME, axis=1) - 1 + np.arange(holds_LRE.shape[2])
+    turn_LME = np.cumsum(waiting_LME, axis=1) - 1 + expert_E
     copy_LME = turn_LME % np.maximum(num_copies_LE, 1)[:, None, :]
     holders_first_LME = np.argsort(~holds_LME, axis=1, kind="stable")
     holder_LME = members_M[np.take_along_axis(holders_first_LME, copy_LME, axis=1)]

@@ -32,6 +32,9 @@ class Constraints:
 
     load_cap          the busiest device of a layer gets at most this multiple of the mean load, 1.0 or more; None for no cap
     slots             slots of every device in every layer; None for as many as one copy of each expert needs
+    spare_slots       in place of slots: so many more than one copy of each expert needs, for copies of hot experts
+    spare_bytes       in place of slots: as many more as fit into so much memory of each device, with optimizer state, over all layers
+    replicas          at most so many copies in a layer beyond the first of every expert; without slots they get just the room they need
     memory_fraction   share of each device's memory that experts with their optimizer state may take, over all layers; None for no limit
     pins              copies that must be where they are
     """
@@ -40,6 +43,9 @@ class Constraints:
     slots: int | None = None
     memory_fraction: float | None = None
     pins: tuple[Pin, ...] = ()
+    spare_slots: int | None = None
+    spare_bytes: float | None = None
+    replicas: int | None = None
 
     def __post_init__(self) -> None:
         if self.load_cap is not None and not (np.isfinite(self.load_cap) and self.load_cap >= 1.0):
@@ -48,6 +54,20 @@ class Constraints:
             raise UsageError(f"slots is {self.slots}; give at least 1")
         if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
             raise UsageError(f"memory fraction is {self.memory_fraction}; give more than 0 and at most 1")
+        rooms = [name for name in ("slots", "spare_slots", "spare_bytes") if getattr(self, name) is not None]
+        if len(rooms) > 1:
+            raise UsageError(f"{' and '.join(rooms).replace('_', ' ')} both say how many slots there are; give one of them")
+        if self.spare_slots is not None and self.spare_slots < 0:
+            raise UsageError(f"spare slots is {self.spare_slots}; give 0 or more")
+        if self.spare_bytes is not None and not (np.isfinite(self.spare_bytes) and self.spare_bytes >= 0):
+            raise UsageError(f"spare bytes is {self.spare_bytes}; give a finite number, 0 or more")
+        if self.replicas is not None and self.replicas < 0:
+            raise UsageError(f"replicas is {self.replicas}; give 0 or more")
+
+    @property
+    def asks_for_replicas(self) -> bool:
+        """Whether copies are asked for by name, and not merely possible for want of better use of `slots`."""
+        return bool(self.spare_slots or self.replicas or self.spare_bytes is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +116,8 @@ class Problem:
                 f"{self.slots_R.max()} each); give {-(-num_experts // self.num_devices)} slots per device, more memory or more devices"
             )
         self._check_pins()
+        if self.constraints.asks_for_replicas:
+            self._check_replicas()
 
     @property
     def num_layers(self) -> int:
@@ -112,12 +134,33 @@ class Problem:
     @property
     def slots_R(self) -> NDArray[np.int64]:
         """int64 [R]: how many experts of one layer each device may hold."""
-        wanted = self.constraints.slots or -(-self.num_experts // self.num_devices)
+        wanted = self._slots_wanted
         slots_R = np.full(self.num_devices, min(wanted, self.num_experts), dtype=np.int64)
         if self.constraints.memory_fraction is None:
             return slots_R
         layer_bytes_R = self.topology.memory_bytes_R * self.constraints.memory_fraction / self.num_layers
         return np.minimum(slots_R, (layer_bytes_R // self.workload.expert_state_bytes).astype(np.int64))
+
+    @property
+    def wants_replicas(self) -> bool:
+        """Whether experts may have several copies: the constraints say how many slots there are."""
+        return self.constraints.slots is not None or self.constraints.asks_for_replicas
+
+    @property
+    def plan_slots(self) -> int | None:
+        """Slots that a plan is written with; None for as many as it fills."""
+        return self.constraints.slots or (int(self.slots_R.max()) if self.wants_replicas else None)
+
+    @property
+    def _slots_wanted(self) -> int:
+        """Slots per device and layer, before memory has its say."""
+        constraints = self.constraints
+        fewest = -(-self.num_experts // self.num_devices)
+        if constraints.spare_bytes is not None:
+            return fewest + int(constraints.spare_bytes // (self.num_layers * self.workload.expert_state_bytes))
+        if constraints.spare_slots is not None:
+            return fewest + constraints.spare_slots
+        return constraints.slots or fewest + -(-(constraints.replicas or 0) // self.num_devices)
 
     @property
     def loads(self) -> list[NDArray[np.int64]]:
@@ -146,6 +189,25 @@ class Problem:
             )
         if self.objective not in ("seconds", "hops"):
             raise UsageError(f"in mode coherent a token is on one device; objective {self.objective} says nothing, choose seconds or hops")
+
+    def _check_replicas(self) -> None:
+        constraints, state_bytes = self.constraints, self.workload.expert_state_bytes
+        if self.mode != "home" or self.objective == "hops":
+            raise UsageError(
+                f"copies of experts are priced in mode home under objectives seconds, devices and nodes, and this is mode {self.mode}, "
+                f"objective {self.objective}; choose one of those, or ask for no copies"
+            )
+        if constraints.spare_bytes is not None and constraints.spare_bytes < self.num_layers * state_bytes:
+            raise InfeasiblePlan(
+                f"spare bytes {constraints.spare_bytes:,.0f} hold no copy: a slot in each of {self.num_layers} layers takes "
+                f"{self.num_layers * state_bytes:,.0f} bytes with optimizer state; give at least that"
+            )
+        if constraints.memory_fraction is not None and int(self.slots_R.sum()) <= self.num_experts:
+            raise InfeasiblePlan(
+                f"memory fraction {constraints.memory_fraction:g} leaves no room for copies: {self.slots_R.min()} to {self.slots_R.max()} "
+                f"slots on {self.num_devices} devices hold {self.num_experts} experts and no more, at {state_bytes:,.0f} bytes for each "
+                f"in each of {self.num_layers} layers; give a higher fraction, or ask for no copies"
+            )
 
     def _check_pins(self) -> None:
         pinned_LR = np.zeros((self.num_layers, self.num_devices), dtype=np.int64)

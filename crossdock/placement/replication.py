@@ -20,22 +20,27 @@ def share_sizes(num_elements: int, num_holders: int) -> NDArray[np.int64]:
     return small + (np.arange(num_holders) < larger).astype(np.int64)
 
 
-def holders(plan: Plan, layer: int) -> dict[int, NDArray[np.int64]]:
-    """The devices, ascending, of every expert of a layer that has several copies."""
-    holds_RE = plan.slot_LRE[layer] != EMPTY
+def holders(holds_RE: NDArray[np.bool_]) -> dict[int, NDArray[np.int64]]:
+    """The devices, ascending, of every expert of a layer that has several copies; `holds_RE` says which device holds which expert."""
     return {int(expert): np.flatnonzero(holds_RE[:, expert]) for expert in np.flatnonzero(holds_RE.sum(axis=0) > 1)}
 
 
-def gradient_bytes(plan: Plan, workload: Workload) -> NDArray[np.int64]:
-    """int64 [R, R]: bytes that the copies' gradients send from row to column in the first hop of a step; the second sends them back."""
-    bytes_RR = np.zeros((plan.num_devices, plan.num_devices), dtype=np.int64)
-    if not plan.has_replicas:
-        return bytes_RR
-    for layer in range(plan.num_layers):
-        for devices in holders(plan, layer).values():
-            bytes_RR[np.ix_(devices, devices)] += share_sizes(workload.expert_parameters, len(devices)) * workload.gradient_bytes
+def layer_gradient_bytes(holds_RE: NDArray[np.bool_], workload: Workload) -> NDArray[np.int64]:
+    """int64 [R, R]: bytes that the copies' gradients of one layer send from row to column in the first hop; the second sends them back."""
+    bytes_RR = np.zeros((len(holds_RE), len(holds_RE)), dtype=np.int64)
+    for devices in holders(holds_RE).values():
+        bytes_RR[np.ix_(devices, devices)] += share_sizes(workload.expert_parameters, len(devices)) * workload.gradient_bytes
     np.fill_diagonal(bytes_RR, 0)  # its own share needs no journey
     return bytes_RR
+
+
+def gradient_bytes(plan: Plan, workload: Workload) -> NDArray[np.int64]:
+    """int64 [R, R]: the same of all layers of a plan."""
+    total_RR = np.zeros((plan.num_devices, plan.num_devices), dtype=np.int64)
+    if plan.has_replicas:
+        for slot_RE in plan.slot_LRE:
+            total_RR += layer_gradient_bytes(slot_RE != EMPTY, workload)
+    return total_RR
 
 
 def gradient_seconds(bytes_RR: ArrayLike, topology: Topology) -> Float:

@@ -54,7 +54,7 @@ def evaluate_strategies(trace: Trace, plan: Plan, topology: Topology, workload: 
     gathered_L = [strategy.gathered for strategy in strategies]
     seen = gathered_plan(plan, gathered_L) if any(gathered_L) else plan
     dispatches = sorted({strategy.dispatch for strategy in strategies})
-    whole = evaluate(trace, seen, topology, dataclasses.replace(workload, dispatch=dispatches[0]))
+    whole = evaluate(trace, seen, topology, dataclasses.replace(workload, dispatch=dispatches[0]), trained=plan)
     if len(dispatches) == 1:
         return whole
     num_hops = 2 if "hierarchical" in dispatches else 1
@@ -82,7 +82,7 @@ def evaluate_strategies(trace: Trace, plan: Plan, topology: Topology, workload: 
         hops_HLRR=hops_HLRR,
         bytes_by_class=(first, second, third),
         block=block,
-        step_s=step_seconds(block, workload),
+        step_s=step_seconds(block, workload) + whole.gradient_s,
     )
 
 

@@ -1,5 +1,6 @@
 """The evaluator: an example worked by hand, a slow obvious evaluator that it must equal, and what must hold for any trace and plan."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.cost import Workload, step_cost
+from crossdock.placement.cost import Workload, step_cost, transfer_seconds
 from crossdock.placement.evaluate import Evaluation, evaluate
 from crossdock.placement.plan import Plan, choose_replica
 from crossdock.placement.topology import Topology
@@ -83,7 +84,22 @@ def assert_equal_to_slow(fast: Evaluation, trace: Trace, plan: Plan, topology: T
     assert fast.cross_device_hops == pytest.approx(float(slow.device_hops / slow.hops) if slow.hops else 0.0)
     assert fast.cross_node_hops == pytest.approx(float(slow.node_hops / slow.hops) if slow.hops else 0.0)
     scale = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
-    assert fast.step_s == pytest.approx(step_cost(copies_LRR * scale, rows_LR * scale, topology, workload))
+    gradient_s = slow_gradient_seconds(plan, topology, workload)
+    assert fast.gradient_s == pytest.approx(gradient_s)
+    assert fast.step_s == pytest.approx(step_cost(copies_LRR * scale, rows_LR * scale, topology, workload) + gradient_s)
+
+
+def slow_gradient_seconds(plan: Plan, topology: Topology, workload: Workload) -> float:
+    """Holder j of an expert's m copies gets share j from all others, parameter p belonging to share p mod m; then it sends the sum back."""
+    hops = np.zeros((2, plan.num_devices, plan.num_devices))
+    for slots_RS in plan.slots_LRS.tolist():
+        for expert in range(plan.num_experts):
+            holders = [device for device, slots_S in enumerate(slots_RS) if expert in slots_S]
+            shares = [len(range(share, workload.expert_parameters, len(holders))) for share in range(len(holders))]
+            for one, other in itertools.permutations(range(len(holders)), 2):
+                hops[0, holders[one], holders[other]] += shares[other] * workload.gradient_bytes
+                hops[1, holders[one], holders[other]] += shares[one] * workload.gradient_bytes
+    return float(transfer_seconds(hops, topology).sum()) if hops.any() else 0.0
 
 
 # Two tokens, two layers, experts 0 1 | 2 3 on devices 0 | 1 in layer 0 and swapped in layer 1.

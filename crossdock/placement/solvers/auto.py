@@ -2,22 +2,28 @@
 
 Few experts: `dp`, which is exact. Otherwise the quick methods make plans to start from, and most of the time goes to the method that is
 strongest for the objective: `columns` where devices add up and their contents can be listed, the chain search for hops, `coherent` for the
-seconds of tokens that stay, `anneal` for the rest. Where layers are independent, the best of all plans is taken layer by layer.
+seconds of tokens that stay, `anneal` for the rest. Where layers are independent, the best of all plans is taken layer by layer. Where
+slots are left, `replicas` adds copies of hot experts to the best plan, and to one in as few slots as can be.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.errors import InfeasiblePlan
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, chain, chain_search, coherent, columns, dp, eplb, starts, sweep
+from crossdock.placement.solvers import anneal, chain, chain_search, coherent, columns, dp, eplb, replicas, starts, sweep
+from crossdock.placement.solvers.constraints import broken_constraint
 from crossdock.placement.solvers.search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 IntArray = NDArray[np.int64]
 
 SWEEP_SHARE = 0.25  # of the time, before the strongest method
+SINGLE_SHARE = 0.6  # of the time, before copies, where there is room for them
+BASE_SHARE = 0.4  # of what is left then, for a plan with other freedom to begin with
 DP_STATES = 20_000  # states above which dp may take longer than a search that finds the same
 
 
@@ -28,21 +34,51 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
 
 def improved(problem: Problem, seconds: float, seed: int, begun: Iterable[Solution]) -> Solution:
     """The same, from the solutions of other methods as well: never worse than any of them that keeps to the constraints."""
-    deadline = Deadline(seconds)
-    given = list(begun)
+    deadline, known = Deadline(seconds), list(begun)
+    if problem.wants_replicas and problem.mode == "home":
+        known += [solver(problem, seconds, seed) for solver in (eplb.solve, eplb.solve_global)]
+    found = [solution for solution in known if broken_constraint(problem, solution) is None]
+    try:
+        if replicas.has_room(problem):
+            found.append(_with_copies(problem, deadline, seed, known))
+        else:
+            found.append(_of_single_copies(problem, deadline, seed, known))
+    except InfeasiblePlan:
+        if not found:
+            raise
+    best = min(reversed(found), key=lambda solution: solution.cost)  # of equal ones that of this method, which knows its bound
+    return replace(best, plan=replace(best.plan, method="auto", seed=seed), seconds=deadline.elapsed_s)
+
+
+def _with_copies(problem: Problem, deadline: Deadline, seed: int, given: list[Solution]) -> Solution:
+    """Copies added to the best plan found without them, and to a quick one.
+
+    Seconds want experts spread evenly, and copies fill what slots are left; the best of the other objectives fill some devices first.
+    """
+    tight = replicas.within_fewest_slots(problem)
+    strong, quick = (tight, problem) if problem.objective == "seconds" else (problem, tight)
+    begin = []
+    try:
+        fitting = [solution for solution in given if (np.count_nonzero(solution.plan.slots_LRS >= 0, axis=2) <= strong.slots_R).all()]
+        best = _of_single_copies(strong, deadline.share(1.0 / SINGLE_SHARE), seed, fitting)
+        begin.append(best.plan.slots_LRS.astype(np.int64))
+    except InfeasiblePlan:
+        pass  # copies may keep to a load cap that single experts cannot keep to, and are tried on the other plan
+    begin.append(replicas.base(quick, seed, deadline.share(1.0 / BASE_SHARE)))
+    return replicas.best_of(problem, begin, seed, deadline, "auto")
+
+
+def _of_single_copies(problem: Problem, deadline: Deadline, seed: int, given: list[Solution]) -> Solution:
+    """The best plan with one copy of each expert, from the single-copy plans among those given."""
     known = [solution.plan.device_of_LE().astype(np.int64) for solution in given if not solution.plan.has_replicas]
     known = [device_LE for device_LE in known if _keeps_pins(problem, device_LE)]
     if coherent.is_about(problem):
-        found = _of_staying(problem, seed, deadline, known)
-    elif not dp.unsuited(problem) and dp._num_states(problem) <= DP_STATES:
-        found = _relabelled(problem, dp.solve(problem, seconds, seed), seed, deadline)
-    elif problem.objective == "hops":
-        found = _of_chain(problem, seed, deadline, known)
-    else:
-        found = _of_layers(problem, seed, deadline, known)
-    replicated = [*given, *_replicated(problem, seconds, seed)]
-    better = [solution for solution in replicated if solution.plan.has_replicas and solution.cost < found.cost]
-    return min(better, key=lambda solution: solution.cost) if better else found
+        return _of_staying(problem, seed, deadline, known)
+    if not dp.unsuited(problem) and dp._num_states(problem) <= DP_STATES:
+        return _relabelled(problem, dp.solve(problem, deadline.left_s, seed), seed, deadline)
+    if problem.objective == "hops":
+        return _of_chain(problem, seed, deadline, known)
+    return _of_layers(problem, seed, deadline, known)
 
 
 def _of_chain(problem: Problem, seed: int, deadline: Deadline, known: list[IntArray]) -> Solution:
@@ -72,18 +108,6 @@ def _of_layers(problem: Problem, seed: int, deadline: Deadline, known: list[IntA
     anneal.check_load_cap(problem, placed_L)
     device_LE = np.stack([placed.device_I[: problem.num_experts] for placed in placed_L])
     return solution_of(problem, device_LE, method="auto", seed=seed, seconds=deadline.elapsed_s, stopped_by=stopped_by, bound=bound)
-
-
-def _replicated(problem: Problem, seconds: float, seed: int) -> list[Solution]:
-    """Plans with replicas, where the constraints leave room for them."""
-    if problem.constraints.slots is None or problem.slots_R.sum() <= problem.num_experts or problem.constraints.load_cap is not None:
-        return []
-    found = [solver(problem, seconds, seed) for solver in (eplb.solve, eplb.solve_global)]
-    return [solution for solution in found if all(_pinned(problem, solution))]
-
-
-def _pinned(problem: Problem, solution: Solution) -> list[bool]:
-    return [bool(solution.plan.slot_LRE[pin.layer, pin.device, pin.expert] >= 0) for pin in problem.constraints.pins]
 
 
 def _keeps_pins(problem: Problem, device_LE: IntArray) -> bool:

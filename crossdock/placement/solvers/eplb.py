@@ -40,11 +40,11 @@ def _solved(problem: Problem, node_R: IntArray, method: str, seconds: float, see
 def _place(problem: Problem, node_R: IntArray, load_E: FloatArray, slots_RS: IntArray) -> None:
     """Fill the slots of one layer."""
     slots_N = np.bincount(node_R, problem.slots_R).astype(np.int64)
-    spread = slots_N if problem.constraints.slots is None else _even(len(load_E), slots_N)
+    spread = _even(len(load_E), slots_N) if problem.wants_replicas else slots_N
     node_E = pack(load_E, np.arange(len(load_E)), spread)
     for node in range(len(slots_N)):
         devices, experts = np.flatnonzero(node_R == node), np.flatnonzero(node_E == node)
-        most = int(slots_N[node]) if problem.constraints.slots is not None else len(experts)
+        most = int(slots_N[node]) if problem.wants_replicas else len(experts)
         copies_X = replicated(load_E[experts], min(most, len(experts) * len(devices)))
         expert_C = np.repeat(experts, copies_X)
         device_C = pack(np.repeat(load_E[experts] / copies_X, copies_X), expert_C, problem.slots_R[devices])

@@ -10,6 +10,7 @@ from crossdock.placement.cost import block_cost, step_seconds
 from crossdock.placement.hops import two_hops
 from crossdock.placement.plan import EMPTY, Plan, choose_replica
 from crossdock.placement.problem import Problem, Solution
+from crossdock.placement.replication import gradient_bytes, gradient_seconds
 from crossdock.placement.solvers import coherent
 from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.price import has_two_hops
@@ -38,7 +39,7 @@ def solution_of(
     plan = Plan.from_devices(
         device_LE,
         problem.num_devices,
-        problem.constraints.slots,
+        problem.plan_slots,
         mode=problem.mode,
         objective=problem.objective,
         method=method,
@@ -81,7 +82,8 @@ def cost_of_plan(problem: Problem, plan: Plan) -> float:
     rows = [[np.bincount(device_E, load_E, R) for device_E, load_E in zip(device_LE, load_LE, strict=True)] for device_LE in homes]
     copies = [copies_to(problem, device_LE, R) for device_LE in homes]
     node_copies = [copies_to(problem, node_R[device_LE], problem.topology.num_nodes) for device_LE in homes]
-    return _step_s(problem, *(np.stack([np.asarray(count) for count in counts], axis=1) / R for counts in (rows, copies, node_copies)))
+    tokens_s = _step_s(problem, *(np.stack([np.asarray(count) for count in counts], axis=1) / R for counts in (rows, copies, node_copies)))
+    return tokens_s + float(gradient_seconds(gradient_bytes(plan, problem.workload), problem.topology))
 
 
 def device_loads(problem: Problem, plan: Plan) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.placement.plan import Plan
+from crossdock.placement.plan import EMPTY, Plan
 from crossdock.placement.replication import holders, share_sizes
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
@@ -52,7 +52,7 @@ class CopySums:
         for bank, gradients in banks:
             copies = self._copies.setdefault(gradients[0].dtype, [])
             num_elements = sum(gradient[0].numel() for gradient in gradients)
-            for expert, devices in sorted(holders(plan, bank.layout.layer).items()):
+            for expert, devices in sorted(holders(plan.slot_LRE[bank.layout.layer] != EMPTY).items()):
                 if mesh.expert_rank in devices:
                     share_of = dict(zip(devices.tolist(), share_sizes(num_elements, len(devices)).tolist(), strict=True))
                     copies.append(_Copy(tuple(gradients), bank.layout.local_experts.index(expert), share_of))
