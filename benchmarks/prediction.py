@@ -22,6 +22,7 @@ popularity. Columns, bytes in one step over all ranks:
     speedup            median of the paired ratios contiguous / method with the bootstrap's 95 % interval
     communication_share   of the step: what the rank that waits longest waits for tokens, metadata and counts
     load_max_over_mean    rows of the busiest rank over the mean, mean over layers
+    homing_saved       part of what copies cost the links, had every sequence been processed where it was read, that homes saved
     loss               mean over the measured steps; methods differ in the order of sums alone
 """
 

@@ -19,7 +19,9 @@ from crossdock.launch.config import RunConfig, read_config, save_resolved
 from crossdock.launch.jobs import build_model
 from crossdock.models.moe import MoELayer
 from crossdock.models.transformer import Transformer
+from crossdock.placement.forecast import Forecast
 from crossdock.placement.plan import Plan
+from crossdock.placement.topology import Topology
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.adaptation.choice import strategies_of
 from crossdock.runtime.adaptation.windows import Measured, Window
@@ -27,6 +29,7 @@ from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.data import Corpus
 from crossdock.runtime.optimization.engine import Engine
 from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.training.homing import Homing
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.training.steps import Step, Stepper
 from crossdock.runtime.transport.mesh import Mesh
@@ -112,14 +115,23 @@ class Trainee:
     """The trained model on this rank under one plan, and its next steps; all trainees read the same batches."""
 
     def __init__(
-        self, directory: RunDirectory, config: RunConfig, corpus: Corpus, mesh: Mesh, plan: Plan, bias_LE: Tensor | None = None
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        corpus: Corpus,
+        mesh: Mesh,
+        plan: Plan,
+        bias_LE: Tensor | None = None,
+        homing: tuple[Forecast, Topology] | None = None,
     ) -> None:
+        """bias_LE: see `favour`. homing: by what sequences are given to ranks; None: as they are read."""
         self.config, self.mesh, self.plan = config, mesh, plan
         self.model = build_model(config, mesh, plan)
         self.engine = Engine(self.model, mesh, plan, config.train.optimizer)
         folder, manifest, _ = checkpoint.latest(directory.checkpoints, mesh)
         self.state = checkpoint.restore(folder, manifest, self.engine).state.data
-        self.stepper = Stepper(self.model, self.engine, corpus, config.data.seq_len, config.train, mesh)
+        homes = Homing(homing[0], self.model, mesh, homing[1]) if homing is not None else None
+        self.stepper = Stepper(self.model, self.engine, corpus, config.data.seq_len, config.train, mesh, homes)
         self.number = config.train.steps
         if bias_LE is not None:
             favour(self.model, bias_LE)

@@ -20,7 +20,7 @@ TIMES = [
     "speedup",
     "speedup_low",
 ]
-TIMES += ["speedup_high", "communication_share", "load_max_over_mean", "devices_per_token", "loss", "solve_s"]
+TIMES += ["speedup_high", "communication_share", "load_max_over_mean", "devices_per_token", "homing_saved", "loss", "solve_s"]
 BYTES = ["method", "link class", "predicted", "counted", "equal", "forecast", "forecast off by percent"]
 INTERFACES = ["method", "interface_bytes", "interface_over_expected"]
 CASES = {"text": "Routing as the text has it", "hot": "Some experts far more popular: Zipf's law with exponent 1.2"}

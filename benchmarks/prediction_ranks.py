@@ -4,6 +4,7 @@ import argparse
 import functools
 import gc
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,11 @@ from benchmarks.prediction_model import Trainee, fit_zipf, model_of
 from crossdock.launch.config import RunConfig
 from crossdock.launch.jobs import read_corpus
 from crossdock.placement.affinity import Affinity
+from crossdock.placement.choice import Strategy
 from crossdock.placement.cost import Workload
+from crossdock.placement.evaluate import Evaluation
+from crossdock.placement.forecast import Forecast
+from crossdock.placement.homing_score import Setting, solve_with_homes
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Problem
 from crossdock.placement.solvers import solve
@@ -42,17 +47,31 @@ CALIBRATION = "random"  # the plan under which the cost model is calibrated; no 
 
 @dataclass(frozen=True)
 class Method:
-    """A row: who makes the plan, and what it may use. `extra_slots`: places for further copies of experts, on every device and layer."""
+    """A row: who makes the plan, and what it may use.
+
+    extra_slots: places for further copies of experts, on every device in every layer. homing: experts and homes are planned together, and
+    the sequences of each batch go to ranks by a forecast of their experts.
+    """
 
     solver: str
     extra_slots: int = 0
+    homing: bool = False
 
 
 METHODS: dict[str, dict[str, Method]] = {
-    "text": {name: Method(name) for name in ("contiguous", "moetuner", "exflow", "auto")},
+    "text": {name: Method(name) for name in ("contiguous", "moetuner", "exflow", "auto")} | {"auto_homing": Method("auto", homing=True)},
     "hot": {"contiguous": Method("contiguous"), "auto": Method("auto"), "auto_replicas": Method("auto", extra_slots=2)},
 }
 """The rows of each case: routing as the text has it, and with some experts far more popular than others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A method's plan, the forecast by which sequences are given to ranks where they are, and how long both took to find."""
+
+    plan: Plan
+    forecast: Forecast | None
+    solve_s: float
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,11 @@ class Bench:
     bias_LE: torch.Tensor | None = None
     topology: Topology | None = field(default=None)
 
-    def trainee(self, plan: Plan) -> Trainee:
-        return Trainee(self.directory, self.config, self.corpus, self.mesh, plan, self.bias_LE)
+    def trainee(self, plan: Plan, forecast: Forecast | None = None) -> Trainee:
+        """The model under `plan`; with a forecast, sequences go where their experts are."""
+        assert self.topology is not None or forecast is None, "homes are chosen by links that were measured"
+        homing = None if self.topology is None or forecast is None else (forecast, self.topology)
+        return Trainee(self.directory, self.config, self.corpus, self.mesh, plan, self.bias_LE, homing)
 
     def turn(self, trainee: Trainee) -> Turn:
         """One step that all ranks begin together."""
@@ -138,13 +160,31 @@ def _workload(trainee: Trainee) -> Workload:
     return workload_of(trainee.model.moe_layers[0], trainee.stepper.tokens_per_rank, trainee.config.train.accumulate)
 
 
-def solved(bench: Bench, method: Method, topology: Topology, workload: Workload, seconds: float) -> tuple[Plan, float]:
-    """The method's plan for the fit half, and how long it took."""
-    num_experts, num_devices = bench.fit.num_experts, topology.num_devices
-    slots = -(-num_experts // num_devices) + method.extra_slots
-    problem = Problem(Affinity.from_trace(bench.fit), topology, workload, constraints=Constraints(slots=slots))
+def problem_of(bench: Bench, method: Method, model: Calibrated) -> Problem:
+    """What the method's solver is asked: the fit half on the links and devices as measured."""
+    slots = -(-bench.fit.num_experts // model.topology.num_devices) + method.extra_slots
+    return Problem(Affinity.from_trace(bench.fit), model.topology, model.workload, constraints=Constraints(slots=slots))
+
+
+def solved(bench: Bench, method: Method, model: Calibrated, seconds: float) -> Answer:
+    """The method's plan for the fit half; `seconds` caps each search."""
+    begin_s = time.perf_counter()
+    problem = problem_of(bench, method, model)
     solution = solve(problem, method.solver, seconds, seed=0)
-    return solution.plan, solution.seconds
+    forecast = None
+    if method.homing:
+        forecast = Forecast.fit(bench.fit)
+        solution = solve_with_homes(Setting.of(problem, bench.fit), [solution], forecast, seconds, seed=0)
+    return Answer(solution.plan, forecast, time.perf_counter() - begin_s)
+
+
+def promised(bench: Bench, method: Method, answer: Answer, model: Calibrated, strategies: Sequence[Strategy]) -> Evaluation:
+    """What the plan does to the fit half, which was drawn into batches and given homes where the method does so, by a calibrated model."""
+    if answer.forecast is None:
+        return evaluate_strategies(bench.fit, answer.plan, model.topology, model.workload, strategies)
+    setting = Setting.of(problem_of(bench, method, model), bench.fit)
+    costs = answer.forecast.costs(answer.plan, setting.costs)
+    return setting.evaluated(answer.plan, costs.of_trace(bench.fit, setting.sequence_T))
 
 
 def recorded(bench: Bench, steps: int) -> Trace:
@@ -164,16 +204,14 @@ def case_rows(bench: Bench, case: str, names: Sequence[str], options: argparse.N
     another = bench.trainee(solve(blank, CALIBRATION, seed=1).plan)
     first = timed(bench, {CALIBRATION: another}, options.window)[CALIBRATION]
     before = calibrated_by(bench, another, slowest(mesh, [turn.step_s for turn in first]))
-    answers: dict[str, tuple[Plan, float]] | None = None
-    if before is not None:
-        answers = {name: solved(bench, method, before.topology, before.workload, options.seconds) for name, method in methods.items()}
-    answers = broadcast_object(answers, mesh)
-    trainees = {name: bench.trainee(plan) for name, (plan, _) in answers.items()}
+    found = {name: solved(bench, method, before, options.seconds) for name, method in methods.items()} if before is not None else None
+    answers: dict[str, Answer] = broadcast_object(found, mesh)
+    trainees = {name: bench.trainee(answer.plan, answer.forecast) for name, answer in answers.items()}
     turns = timed(bench, {**trainees, CALIBRATION: another}, options.repeats)
     dense_bytes = bench.dense_interface_bytes(another)
-    seconds = {name: slowest(mesh, [turn.step_s for turn in found]) for name, found in turns.items()}
-    exposed = {name: slowest(mesh, [turn.exposed_s for turn in found]) for name, found in turns.items()}
-    ledger = {name: _summed([turn.ledger_bytes for turn in found], mesh) for name, found in turns.items()}
+    seconds = {name: slowest(mesh, [turn.step_s for turn in done]) for name, done in turns.items()}
+    exposed = {name: slowest(mesh, [turn.exposed_s for turn in done]) for name, done in turns.items()}
+    ledger = {name: _summed([turn.ledger_bytes for turn in done], mesh) for name, done in turns.items()}
     beside = calibrated_by(bench, another, seconds[CALIBRATION])
     rows = []
     for name, trainee in trainees.items():
@@ -181,7 +219,8 @@ def case_rows(bench: Bench, case: str, names: Sequence[str], options: argparse.N
         if measured is None or before is None or beside is None:
             continue
         head = {"case": case, "link_bit_per_s": rate, "method": name}
-        held = held_against(measured, trainee, (before, beside), bench)
+        promises = [promised(bench, methods[name], answers[name], model, trainee.strategies) for model in (before, beside)]
+        held = held_against(measured, trainee, promises, beside, mesh)
         interface = [turn.interface_bytes for turn in turns[name]]
         rows.append(
             {
@@ -194,22 +233,22 @@ def case_rows(bench: Bench, case: str, names: Sequence[str], options: argparse.N
                 **step_times(name, seconds, held["predicted_s"]),
                 "communication_share": statistics.median(e / s for e, s in zip(exposed[name], seconds[name], strict=True)),
                 "loss": statistics.fmean(step.loss for step in trainee.steps),
-                "solve_s": answers[name][1],
+                "homing_saved": statistics.fmean(step.metrics.get("homing_saved", 0.0) for step in trainee.steps),
+                "solve_s": answers[name].solve_s,
                 "repeats": options.repeats,
             }
         )
     return rows
 
 
-def held_against(measured: Measured, trainee: Trainee, calibrated: tuple[Calibrated, Calibrated], bench: Bench) -> dict[str, Any]:
-    """What was promised beside what was counted, by the calibrations before all rounds and in them.
+def held_against(measured: Measured, trainee: Trainee, promises: Sequence[Evaluation], model: Calibrated, mesh: Mesh) -> dict[str, Any]:
+    """What was promised beside what was counted, by the calibrations before all rounds and in them; `model` is the latter.
 
     Fails where the evaluator's replay of the very steps is not what was counted.
     """
     plan, strategies = trainee.plan, trainee.strategies
-    promises = [evaluate_strategies(bench.fit, plan, model.topology, model.workload, strategies) for model in calibrated]
-    workload, topology = calibrated[1].workload, calibrated[1].topology
-    replay = predicted_bytes(measured, plan, topology, workload, strategies, bench.mesh)
+    workload, topology = model.workload, model.topology
+    replay = predicted_bytes(measured, plan, topology, workload, strategies, mesh)
     assert replay == measured.counted, f"the evaluator's {replay} are not the ledger's {measured.counted}"
     replayed = evaluate_strategies(measured.trace, plan, topology, workload, strategies)
     forecast = dict(zip(LINK_CLASSES, promises[1].bytes_for(replayed.num_tokens), strict=True))
