@@ -44,22 +44,29 @@ def copies_to_nodes(problem: Problem) -> FloatArray:
     return _copies(problem, _node_capacity(problem))
 
 
-def layer_seconds(problem: Problem) -> FloatArray:
-    """[L]: seconds that each layer adds to the step, at least."""
+def layer_seconds(problem: Problem, device_copies_L: FloatArray | None = None, node_copies_L: FloatArray | None = None) -> FloatArray:
+    """[L]: seconds that each layer adds to the step, at least, from the copies that are proven; from those of this file where left out."""
     seconds = BlockSeconds.of(problem)
     load_LE, flop_per_s_R = problem.affinity.load_LE, problem.topology.flop_per_s_R
     flat = problem.workload.dispatch == "flat"
-    sent_L = load_LE.sum(axis=1).astype(np.float64) if flat else copies_to_devices(problem)
+    if device_copies_L is None:
+        device_copies_L = copies_to_devices(problem)
+    sent_L = load_LE.sum(axis=1).astype(np.float64) if flat else device_copies_L
     groups = [(np.arange(problem.num_devices), sent_L)]  # counts of the ports, and what they sum to at least
     if len(seconds.dispatch) > 1:
-        groups.append((problem.num_devices + np.arange(problem.topology.num_nodes), copies_to_nodes(problem)))
+        groups.append(
+            (
+                problem.num_devices + np.arange(problem.topology.num_nodes),
+                copies_to_nodes(problem) if node_copies_L is None else node_copies_L,
+            )
+        )
     scale = problem.tokens_per_trace_token
     slowest_L = (
         np.maximum(load_LE.sum(axis=1) / flop_per_s_R.sum(), load_LE.max(axis=1) / flop_per_s_R.max()) * scale * problem.workload.row_flop
     )
     times = [
         [
-            sum(_least_busiest(hop, [(columns, float(least_L[layer]) * scale) for columns, least_L in groups]) for hop in hops)
+            sum(_least_busiest(hop, [(columns, float(sum_L[layer]) * scale) for columns, sum_L in groups]) for hop in hops)
             for layer in range(len(sent_L))
         ]
         for hops in (seconds.dispatch, seconds.combine)

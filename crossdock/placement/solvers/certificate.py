@@ -2,7 +2,10 @@
 
 hops       co-location bounds (`colocation.py`) for groups of a device and, where hops between nodes cost more, for groups of a node; they
            know the load cap. Devices, and nodes, need equally many slots
-devices    the linear relaxation of `columns.py`, which knows load cap and pins, where the sets of experts can be listed
+devices    the linear relaxation of `columns.py`, which knows load cap and pins, where the sets of experts can be listed, else the convex
+           one of `together.py`, which knows the load cap. Devices need equally many slots
+nodes      that of `together.py` for groups of a node, which need equally many slots
+seconds    the copies that these prove, through the linear program of `bounds.py`
 all        else, and never less than, the bounds of `bounds.py`, which cost milliseconds
 """
 
@@ -11,9 +14,11 @@ from numpy.typing import NDArray
 
 from crossdock.placement.problem import Problem
 from crossdock.placement.solvers import columns
-from crossdock.placement.solvers.bounds import lower_bound
+from crossdock.placement.solvers.bounds import copies_to_devices, copies_to_nodes, layer_seconds, lower_bound
 from crossdock.placement.solvers.colocation import most_kept
+from crossdock.placement.solvers.price import has_two_hops
 from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.together import fewest_copies
 
 FloatArray = NDArray[np.float64]
 
@@ -26,9 +31,37 @@ def certified(problem: Problem, seconds: float) -> float:
     if problem.objective == "devices" and not columns.unsuited(problem):
         answers = columns.solve_layers(problem, deadline, bounds_only=True)
         return max(cheap, sum(answer.bound for answer in answers) / (problem.affinity.num_tokens * problem.num_layers))
+    if problem.objective == "devices":
+        return max(cheap, float(_copies_to_devices(problem, deadline).sum()) / (problem.affinity.num_tokens * problem.num_layers))
+    if problem.objective == "nodes":
+        return max(cheap, float(_copies_to_nodes(problem, deadline).sum()) / (problem.affinity.num_tokens * problem.num_layers))
+    if problem.objective == "seconds" and problem.mode == "home" and problem.workload.dispatch != "flat":
+        return max(cheap, _seconds(problem, deadline))
     if problem.objective == "hops" and problem.affinity.transitions_LEE.sum():
         return max(cheap, _hops(problem, deadline))
     return cheap
+
+
+def _copies_to_devices(problem: Problem, deadline: Deadline) -> FloatArray:
+    """[L]: copies to distinct devices, at least; layer by layer the better of the cheap bound and of the relaxation."""
+    cheap_L = copies_to_devices(problem)
+    if len(set(problem.slots_R.tolist())) > 1:
+        return cheap_L
+    return np.maximum(cheap_L, fewest_copies(problem, problem.num_devices, deadline, capped=True))
+
+
+def _copies_to_nodes(problem: Problem, deadline: Deadline) -> FloatArray:
+    """[L]: the same for nodes; a device's load cap is its node's as well."""
+    cheap_L, slots_N = copies_to_nodes(problem), np.bincount(problem.topology.node_of_R, problem.slots_R)
+    if len(set(slots_N.tolist())) > 1:
+        return cheap_L
+    return np.maximum(cheap_L, fewest_copies(problem, problem.topology.num_nodes, deadline, capped=True))
+
+
+def _seconds(problem: Problem, deadline: Deadline) -> float:
+    to_nodes_L = _copies_to_nodes(problem, deadline.share(NODE_SHARE)) if has_two_hops(problem) else None
+    proven = layer_seconds(problem, _copies_to_devices(problem, deadline), to_nodes_L)
+    return problem.workload.other_s + float(proven.sum())
 
 
 def _hops(problem: Problem, deadline: Deadline) -> float:
