@@ -17,13 +17,16 @@ from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.agreement import StepReport, agree, clip_factor
 from crossdock.runtime.optimization.copies import CopySums
 from crossdock.runtime.optimization.engines import Piece
+from crossdock.runtime.optimization.fsdp import is_part, local_part, rows_before, set_gradient_sync
 from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig
 from crossdock.runtime.optimization.reduction import GradientReducer
+from crossdock.runtime.transport import collectives
+from crossdock.runtime.transport.exchange import naming_lost_peers
 from crossdock.runtime.transport.mesh import Mesh
 
 
 class Engine:
-    """The native engine, in plain torch: see `engines.AnyEngine` for what a step is. Its state is whole on every rank, and can migrate."""
+    """The native engine, in plain torch: see `engines.AnyEngine` for what a step is. Experts can move; dense parameters may be in parts."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan | None, config: OptimizerConfig) -> None:
         self.model, self.mesh, self.config = model, mesh, config
@@ -43,12 +46,17 @@ class Engine:
         bank_of = {name: bank for bank, names in self.expert_names.items() for name in names}
         named = dict(self.model.named_parameters())
         experts, dense = self.mesh.expert_replica_group, self.mesh.dense_group
-        self.reducer = GradientReducer([(parameter, experts if name in bank_of else dense) for name, parameter in named.items()])
+        self._parts = {name: parameter for name, parameter in named.items() if is_part(parameter)}
+        kept = [(name, parameter) for name, parameter in named.items() if name not in self._parts]
+        self.reducer = GradientReducer([(parameter, experts if name in bank_of else dense) for name, parameter in kept])
+        gradient_of = {name: self.reducer.gradient_of[parameter] for name, parameter in kept}
+        self._part_gradients = {name: torch.zeros_like(local_part(parameter)) for name, parameter in self._parts.items()}
         for name, parameter in named.items():
             # matrices decay; norms, biases and scalars do not. An expert tensor has its slots in front
             decays = parameter.ndim - (name in bank_of) >= 2
-            self.optimizer.add(name, parameter, self.reducer.gradient_of[parameter], decays, states.get(name))
-        gradient_of = {name: self.reducer.gradient_of[parameter] for name, parameter in named.items()}
+            here = local_part(parameter) if name in self._parts else parameter
+            gradient = self._part_gradients[name] if name in self._parts else gradient_of[name]
+            self.optimizer.add(name, here, gradient, decays, states.get(name))
         self._dense_gradients = [gradient for name, gradient in gradient_of.items() if name not in bank_of]
         self._expert_gradients = [(gradient, bank_of[name]) for name, gradient in gradient_of.items() if name in bank_of]
         self._weight_of: dict[str, Tensor] = {}
@@ -76,16 +84,26 @@ class Engine:
         return state if piece.slot is None else {key: values[piece.slot] for key, values in state.items()}
 
     def collect(self, pieces: Collection[Piece]) -> dict[Piece, dict[str, Tensor]]:
-        """The live state of `pieces`; nothing travels."""
-        return {piece: self._piece(piece) for piece in pieces}
+        """The live state of `pieces`; of those in parts a copy, for which the parts of all ranks travel one by one."""
+        found = {piece: self._piece(piece) for piece in pieces if piece.parameter not in self._parts}
+        for name in self._parts:
+            for key, here in self.optimizer.state_of(name).items():
+                whole = torch.cat(collectives.all_gather_rows(here, self.mesh.dense_group))
+                if Piece(name, None) in pieces:
+                    found.setdefault(Piece(name, None), {})[key] = whole
+        return found
 
     def wants(self, piece: Piece) -> bool:
-        """All of it is kept here."""
-        return True
+        """Whether any of it is kept here: all, but for parameters in parts."""
+        return piece.parameter not in self._parts or len(self._part_gradients[piece.parameter]) > 0
 
     def fill(self, piece: Piece, state: str, values: Tensor) -> None:
-        """Overwrite one state of `piece`."""
-        self._piece(piece)[state].copy_(values)
+        """Overwrite one state of `piece`, or this rank's part of it."""
+        here = self._piece(piece)[state]
+        if piece.parameter in self._parts:
+            begin = rows_before(len(values), self.mesh.rank, self.mesh.world_size)
+            values = values[begin : begin + len(here)]
+        here.copy_(values)
 
     def filled(self, num_updates: int) -> None:
         """Parameters follow their masters; updates are counted from `num_updates`."""
@@ -105,13 +123,19 @@ class Engine:
         """Accumulate gradients; on the `last` micro-batch of a step their reduction starts as they come."""
         if last:
             self.reducer.arm()
-        loss.backward()
+        set_gradient_sync(self.model, last)
+        with naming_lost_peers():
+            loss.backward()
 
     def reduce(self) -> None:
         """Wait until every gradient is the sum over all ranks and copies that share the parameter."""
         self.reducer.finish()
         if self._sum_copies is not None:
             self._sum_copies()
+        for name, parameter in self._parts.items():
+            if parameter.grad is not None:
+                self._part_gradients[name].copy_(local_part(parameter.grad))
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self, step: int, lr: float, scalars: Mapping[str, Tensor | float]) -> StepReport:
@@ -121,19 +145,27 @@ class Engine:
         before the update, where a loss or the norm of any rank is not finite.
         """
         dense_sq, expert_sq = self._squared_norms()
+        own_sq = expert_sq / self.mesh.num_replicas
+        if parts := [part for part in self._part_gradients.values() if part.numel()]:
+            own_sq = own_sq + torch.stack(torch._foreach_norm(parts)).double().square().sum()
         try:
-            sums, squared = agree(step, scalars, dense_sq, expert_sq / self.mesh.num_replicas, self.mesh)
+            sums, squared = agree(step, scalars, dense_sq, own_sq, self.mesh)
         except NonFiniteLoss:
-            self.reducer.zero()
+            self._zero()
             raise
         scale = 1.0 / self.mesh.world_size
         grad_norm = scale * squared**0.5
         clip = clip_factor(grad_norm, self.config.clip_norm)
         if scale * clip != 1.0:
-            torch._foreach_mul_([bucket.flat for bucket in self.reducer.buckets], scale * clip)
+            torch._foreach_mul_([*(bucket.flat for bucket in self.reducer.buckets), *parts], scale * clip)
         self.optimizer.update(lr)
-        self.reducer.zero()
+        self._zero()
         return StepReport(grad_norm, sums)
+
+    def _zero(self) -> None:
+        self.reducer.zero()
+        for part in self._part_gradients.values():
+            part.zero_()
 
     def _squared_norms(self) -> tuple[Tensor, Tensor]:
         """Squared norms of the summed gradients: of all dense parameters, and of this rank's experts, each copy counted by its share."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from crossdock.strict_yaml import StrictModel
@@ -49,7 +49,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(eq=False)
 class _Entry:
-    parameter: nn.Parameter
+    parameter: Tensor
     gradient: Tensor  # in master precision; the reducer's view
     weight: Tensor  # the master; shares the parameter's memory where the dtypes agree
     exp_avg: Tensor
@@ -66,7 +66,7 @@ class MasterAdamW:
         self.num_updates = 0
         self._entry_of: dict[str, _Entry] = {}
 
-    def add(self, name: str, parameter: nn.Parameter, gradient: Tensor, decays: bool, state: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, name: str, parameter: Tensor, gradient: Tensor, decays: bool, state: Mapping[str, Tensor] | None = None) -> None:
         """Take charge of `parameter`. With `state` (keys `STATES`) its moments are adopted and the parameter takes the master's value."""
         dtype = master_dtype(parameter.dtype)
         weight = parameter.detach()
