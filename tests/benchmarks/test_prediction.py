@@ -59,10 +59,10 @@ def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "prediction.md"
-    arguments = ["--short", "--json", "--work", str(tmp_path), "--cases", "text", "--methods", "contiguous,auto", "--page", str(page)]
+    arguments = ["--short", "--json", "--work", str(tmp_path), "--cases", "text", "--methods", "contiguous,auto_homing", "--page", str(page)]
     assert main(arguments) == 0
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    assert list(rows) == ["contiguous", "auto"]
+    assert list(rows) == ["contiguous", "auto_homing"]
     for row in rows.values():
         assert all(row[f"counted_{name}"] == row[f"predicted_{name}"] for name in LINK_CLASSES)
         assert row["counted_other_node"] > 0
@@ -71,5 +71,5 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["predicted_s"] > 0
         assert row["step_s"] > 0
     assert rows["contiguous"]["speedup"] == 1.0
-    assert rows["auto"]["loss"] == pytest.approx(rows["contiguous"]["loss"], rel=1e-3)
-    assert "| auto | other_node |" in page.read_text()
+    assert rows["auto_homing"]["loss"] == pytest.approx(rows["contiguous"]["loss"], rel=1e-3)
+    assert "| auto_homing | other_node |" in page.read_text()
