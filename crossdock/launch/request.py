@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock import atomic, strict_yaml
+from crossdock.bounded import json_value, read_bytes
 from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput
 from crossdock.launch.config import RunConfig, resolved
 from crossdock.runtime.data import sequences_per_rank
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from crossdock.placement.plan import Plan
     from crossdock.placement.topology import Topology
 
+MAX_RESULT_BYTES = 1 << 26
 STATUS_OF_CODE = {0: "done", 75: "preempted", 130: "interrupted"}
 
 
@@ -148,8 +150,8 @@ def prepare_directory(config: RunConfig) -> bool:
 def read_result(path: Path) -> dict[str, Any]:
     """The object of a run directory's `result.json`; empty where there is none."""
     try:
-        value = json.loads((path / "result.json").read_text())
-    except (OSError, ValueError):
+        value = json_value(read_bytes(path / "result.json", MAX_RESULT_BYTES, "the result of a run"), str(path))
+    except CrossdockError:
         return {}
     return value if isinstance(value, dict) else {}
 
