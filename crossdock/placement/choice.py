@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from crossdock.errors import BadData
 from crossdock.placement.cost import BACKWARD_FLOP_RATIO, Dispatch, Workload, transfer_seconds
 from crossdock.placement.overlap_rule import Interference
-from crossdock.placement.pipeline import chunked_makespan
+from crossdock.placement.pipeline import BlockTimes, chunked_makespan, mismatch_slot
 from crossdock.placement.topology import Topology
 
 Float = NDArray[np.float64]
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -79,6 +79,8 @@ class Choice:
     """The best candidate of every family, fastest first."""
     num_candidates: int
     reason: str
+    mismatch: Priced | None = None
+    """The same strategy with the experts where ScMoE's own rule puts them; None where no stage can run while tokens travel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +182,20 @@ def choose(problem: LayerProblem, current: Strategy, min_saving: float = 0.0) ->
             families[candidate.strategy.family] = candidate
     alternatives = tuple(sorted(families.values(), key=_rank))
     reason = _reason(now, best, keeps, min_saving, alternatives)
-    return Choice(problem.layer, taken.strategy, problem.wire, taken.total_s, now.total_s, alternatives, len(candidates), reason)
+    ruled = by_mismatch(problem, taken.strategy)
+    return Choice(problem.layer, taken.strategy, problem.wire, taken.total_s, now.total_s, alternatives, len(candidates), reason, ruled)
+
+
+def by_mismatch(problem: LayerProblem, strategy: Strategy) -> Priced | None:
+    """`strategy` with the expert slot of ScMoE's rule (arXiv 2404.05019, section 3.3), priced by the makespan like every candidate.
+
+    None where no stage can run while tokens travel. Raises `BadData` where the problem does not know the strategy's traffic.
+    """
+    if not problem.times.stage_s:
+        return None
+    block = _Block(problem, traffic_under(problem, strategy))
+    times = BlockTimes(problem.times.stage_s, block.whole_out_s, block.rows_s, block.whole_back_s)
+    return block.of(replace(strategy, expert_slot=mismatch_slot(times), overlap=True))
 
 
 def price_all(problem: LayerProblem) -> Iterable[Priced]:
@@ -200,9 +215,14 @@ def price_all(problem: LayerProblem) -> Iterable[Priced]:
 
 def price(problem: LayerProblem, strategy: Strategy) -> Priced:
     """Predicted seconds of one strategy. Raises `BadData` where the problem does not know its traffic."""
+    return _Block(problem, traffic_under(problem, strategy)).of(strategy)
+
+
+def traffic_under(problem: LayerProblem, strategy: Strategy) -> Traffic:
+    """What was counted for the strategy's dispatch and gathered experts. Raises `BadData` where nothing was."""
     for traffic in problem.traffics:
         if (traffic.dispatch, traffic.gathered) == (strategy.dispatch, strategy.gathered):
-            return _Block(problem, traffic).of(strategy)
+            return traffic
     known = ", ".join(f"{traffic.dispatch} with {len(traffic.gathered)} gathered" for traffic in problem.traffics)
     raise BadData(f"layer {problem.layer}: no traffic was counted for {strategy.dispatch} gathering {strategy.gathered}; counted: {known}")
 
@@ -222,6 +242,16 @@ class _Block:
         self.packing_s = problem.times.row_s_per_byte * float(handled_HR.max(axis=1).sum())
         self._out: dict[int, float] = {}
         self._back: dict[int, float] = {}
+
+    @property
+    def whole_out_s(self) -> float:
+        """Seconds of all tokens on their way to the experts, in one piece."""
+        return self._out_s(1, 1)
+
+    @property
+    def whole_back_s(self) -> float:
+        """The same on their way home."""
+        return self._back_s(1, 1)
 
     def of(self, strategy: Strategy) -> Priced:
         """Both directions, in the pieces that the strategy cuts the tokens into."""
@@ -339,6 +369,9 @@ def explain(choices: Choices) -> str:
             times = " ".join(f"{_ms(seconds):>11}" for seconds in (priced.forward_s, priced.backward_s, priced.total_s))
             lines.append(f" {mark} {strategy.dispatch:<13} {len(strategy.gathered) or '-':>8} {slot:>5} {chunks:>7} {times}")
         lines += _wrapped(f"why: {choice.reason}", 76)
+        if choice.mismatch is not None:
+            ruled = choice.mismatch
+            lines += _wrapped(f"ScMoE's rule of least mismatch would take slot {ruled.strategy.expert_slot}, at {_ms(ruled.total_s)}", 76)
     return "\n".join(lines)
 
 
@@ -353,8 +386,13 @@ def _ms(seconds: float) -> str:
 
 
 def _choice_from(value: Mapping[str, Any]) -> Choice:
-    alternatives = tuple(Priced(_strategy_from(one["strategy"]), one["forward_s"], one["backward_s"]) for one in value["alternatives"])
-    return Choice(**{**value, "strategy": _strategy_from(value["strategy"]), "alternatives": alternatives})
+    alternatives = tuple(_priced_from(one) for one in value["alternatives"])
+    mismatch = None if value["mismatch"] is None else _priced_from(value["mismatch"])
+    return Choice(**{**value, "strategy": _strategy_from(value["strategy"]), "alternatives": alternatives, "mismatch": mismatch})
+
+
+def _priced_from(value: Mapping[str, Any]) -> Priced:
+    return Priced(_strategy_from(value["strategy"]), value["forward_s"], value["backward_s"])
 
 
 def _strategy_from(value: Mapping[str, Any]) -> Strategy:

@@ -230,7 +230,7 @@ def test_a_record_reads_back_and_its_hash_notices_everything() -> None:
     ]
     assert len({record.digest, *(other.digest for other in others)}) == 4
     with pytest.raises(BadData, match="version 9"):
-        Choices.from_canonical(record.canonical.replace('"version":1', '"version":9'))
+        Choices.from_canonical(record.canonical.replace('"version":2', '"version":9'))
 
 
 def test_the_table_fits_a_terminal_and_shows_what_was_chosen() -> None:
@@ -284,3 +284,17 @@ def test_traffic_of_a_micro_batch_is_the_evaluators() -> None:
     assert traffic.weight_hops_HRR[0, 0, 1] == 2 * each
     assert traffic.weight_hops_HRR[0, 0, 2:].sum() == 2 * each
     assert traffic.weight_hops_HRR[1, 2:, 2:].sum() == 2 * each
+
+
+def test_the_rule_of_least_mismatch_stands_beside_the_choice() -> None:
+    """Long late stages hide the combine; the rule, blind to the experts and to what is hidden, may still put the experts later."""
+    topology = machine(2, 2)
+    asked = problem(topology, routed(topology), ("deduplicated",), times=LayerTimes((2e-3, 9e-2, 1e-3), exchange_s=2e-4))
+    found = choose(asked, NOW)
+    assert found.mismatch is not None
+    travel_s = float(transfer_seconds(asked.traffics[0].hops_HRR[0] * WORKLOAD.copy_bytes, topology))
+    apart = [abs(sum(asked.times.stage_s[:slot]) - travel_s) + abs(sum(asked.times.stage_s[slot:]) - travel_s) for slot in range(4)]
+    assert found.mismatch.strategy == dataclasses.replace(found.strategy, expert_slot=int(np.argmin(apart)), overlap=True)
+    assert found.mismatch.total_s == price(asked, found.mismatch.strategy).total_s >= found.predicted_s
+    assert f"would take slot {int(np.argmin(apart))}" in explain(Choices(1, (found,)))
+    assert choose(dataclasses.replace(asked, times=LayerTimes(())), Strategy("deduplicated", 0, overlap=False)).mismatch is None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from crossdock.errors import BadData, CrossdockError
-from crossdock.placement.choice import Choice, Choices, LayerProblem, LayerTimes, Strategy, choose
+from crossdock.placement.choice import Choice, Choices, LayerProblem, LayerTimes, Priced, Strategy, choose
 from crossdock.placement.cost import Dispatch, Workload
 from crossdock.placement.gather import GatherCost, choose_gathered
 from crossdock.placement.overlap_rule import Interference
@@ -274,13 +274,16 @@ def _layer_event(choice: Choice, old: Strategy) -> dict[str, Any]:
         "changed": choice.strategy != old,
         "predicted_s": choice.predicted_s,
         "old_predicted_s": choice.current_s,
-        "alternatives": [
-            {**dataclasses.asdict(other.strategy), "forward_s": other.forward_s, "backward_s": other.backward_s, "total_s": other.total_s}
-            for other in choice.alternatives
-        ],
+        "alternatives": [_priced_event(other) for other in choice.alternatives],
         "candidates": choice.num_candidates,
         "reason": choice.reason,
+        "mismatch": None if choice.mismatch is None else _priced_event(choice.mismatch),
     }
+
+
+def _priced_event(priced: Priced) -> dict[str, Any]:
+    seconds = {"forward_s": priced.forward_s, "backward_s": priced.backward_s, "total_s": priced.total_s}
+    return {**dataclasses.asdict(priced.strategy), **seconds}
 
 
 __all__ = ["AdaptConfig", "StageTimes", "Watch", "agreed", "apply", "as_event", "decide", "strategies_of"]
