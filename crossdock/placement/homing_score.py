@@ -20,7 +20,7 @@ from crossdock.placement.forecast import Forecast
 from crossdock.placement.homing import Batches, CopyCosts, IntArray, known_costs, sequences_of
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import homed, load_peaks
+from crossdock.placement.solvers import homed, load_peaks, starts
 from crossdock.placement.trace import Trace
 
 
@@ -114,19 +114,17 @@ def solve_with_homes(setting: Setting, begun: Sequence[Solution], forecast: Fore
     """Experts and homes planned together from other methods' plans, and the best of all of these with homes as they will be found.
 
     The search knows the routing; which of the plans is the best is decided by the evaluator, with the forecast's homes where there is one.
-    Raises `UsageError` where every plan to begin from has replicas.
+    It searches plans with one copy of each expert; a plan with replicas to begin from is held against what it finds.
     """
     problem = setting.problem
-    single = [solution for solution in begun if not solution.plan.has_replicas]
-    if not single:
-        raise UsageError("homes are planned for one copy of each expert, and every plan to begin from has replicas; use method auto")
-    devices = [solution.plan.device_of_LE().astype(np.int64) for solution in single]
+    devices = [solution.plan.device_of_LE().astype(np.int64) for solution in begun if not solution.plan.has_replicas]
+    devices = [starts.balanced(problem), starts.clustered(problem), *devices]
     found = homed.improve(problem, setting.trace, setting.sequence_T, setting.costs, devices, seconds, seed)
     names: dict[str, Any] = {"mode": problem.mode, "objective": problem.objective, "seed": seed, "topology_hash": problem.topology.digest}
     names |= {"method": f"{begun[-1].plan.method}+homing", "trace_hash": problem.affinity.trace_digest}
     joint = Plan.from_devices(found.device_LE, problem.num_devices, problem.constraints.slots, **names)
     cap = problem.constraints.load_cap
-    plans = [joint, *(solution.plan for solution in single if cap is None or max(load_peaks(problem, solution)) <= cap + 1e-9)]
+    plans = [joint, *(solution.plan for solution in begun if cap is None or max(load_peaks(problem, solution)) <= cap + 1e-9)]
     scores = [_objective(setting, plan, forecast) for plan in plans]
     best = int(np.argmin(scores))
     plan = replace(plans[best], method=str(names["method"]), cost=scores[best], bound=None)

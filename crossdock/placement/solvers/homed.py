@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from crossdock.errors import UsageError
 from crossdock.placement.homing import CopyCosts, assign_homes
 from crossdock.placement.problem import Problem
 from crossdock.placement.solvers import starts
@@ -34,7 +33,8 @@ FloatArray = NDArray[np.float64]
 
 NUM_DRAWS = 8  # of homes, around which each plan to begin from is relabelled
 MAX_TURNS = 30  # homes and labels in turn, until nothing changes
-QUIET_ROUNDS = 2  # rounds without improvement after which the search ends
+SHAKEN_SHARE = 0.3  # of the sequences, whose homes are exchanged after a round without improvement
+QUIET_ROUNDS = 3  # rounds without improvement after which the search ends
 PROPOSALS_PER_PAIR = 20.0
 MOST_SWAPS = 400
 TEMPERATURES = ((0.03, 0.003), (0.1, 0.01), (0.32, 0.016))  # hot, cold, as a share of the layer's cost per item; rounds take them in turn
@@ -186,11 +186,9 @@ def improve(
 ) -> Homed:
     """The best plan with homes found in `seconds`, never worse than any of `begun` [L, E] with the best homes for it.
 
-    `sequence_T` numbers the sequence of each token of the trace that the problem counts (`homing.sequences_of`). Raises `UsageError` for
-    slots beyond one copy of each expert that replicas would fill: homes are planned for single copies.
+    `sequence_T` numbers the sequence of each token of the trace that the problem counts (`homing.sequences_of`).
     """
-    if not begun:
-        raise UsageError("no plan to begin from; give at least one")
+    assert begun, "the search needs a plan to begin from"
     deadline = Deadline(seconds)
     joint = _Joint(problem, trace, sequence_T, costs)
     rng = np.random.default_rng(seed)
@@ -214,8 +212,16 @@ def improve(
             best, best_value, quiet = (device_LE, home_Q), value, 0
         else:
             quiet += 1
-        here, turn = best, turn + 1
+        here, turn = (best[0], best[1] if is_better else _shaken(best[1], rng)), turn + 1
     return Homed(*best, best_value[1], "seconds" if deadline.passed else "done")
+
+
+def _shaken(home_Q: IntArray, rng: np.random.Generator) -> IntArray:
+    """Some of the sequences exchange their homes: experts that are swapped for these may leave a local optimum."""
+    chosen = np.flatnonzero(rng.random(len(home_Q)) < SHAKEN_SHARE)
+    shaken_Q = home_Q.copy()
+    shaken_Q[chosen] = home_Q[rng.permutation(chosen)]
+    return shaken_Q
 
 
 def _price(problem: Problem, costs: CopyCosts, share: float) -> Price:
