@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench clean fuzz audit
 
 demo: $(STAMP)
 	$(BIN)/crossdock demo
@@ -27,6 +27,14 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Twenty thousand broken files of every kind; the tests read a thousand.
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),20000) --seed $(or $(SEED),1)
+
+audit: $(STAMP)
+	$(BIN)/python .ci/audit.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layer --short

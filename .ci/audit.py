@@ -1,0 +1,156 @@
+"""Audit of what Crossdock depends on: `make audit`. Against known vulnerabilities where their database can be reached; offline in any case.
+
+Offline: every pin of constraints.txt is what is installed, every installed file has the checksum that its package lists, and every
+licence is one that permits use and distribution beside ours. Ends with 1 for a finding; that the database cannot be reached is told,
+and is no finding.
+"""
+
+import base64
+import csv
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 180
+PERMISSIVE = (
+    "apache",
+    "bsd",
+    "mit",
+    "mit-0",
+    "isc",
+    "psf",
+    "python",
+    "mpl",
+    "mozilla",
+    "unlicense",
+    "zlib",
+    "0bsd",
+    "cc0",
+    "hpnd",
+    "boost",
+    "bsl",
+)
+COPYLEFT = re.compile(r"\b(A?GPL|LGPL|SSPL|BUSL|EUPL|CC-BY-NC)", re.IGNORECASE)
+LINKED_BY_EXCEPTION = ("gcc-exception", "linking-exception")
+"""GPL with one of these may be linked with anything: the Fortran run-time library that numpy and scipy bring."""
+
+
+def main() -> int:
+    """Print the findings; the exit code says whether there are any."""
+    names = reachable("crossdock")
+    findings = [*pins(ROOT / "constraints.txt"), *licences(names), *checksums(names)]
+    vulnerable, told = vulnerabilities(ROOT / "constraints.txt")
+    findings += vulnerable
+    for finding in findings:
+        print(f"FOUND: {finding}")
+    print(f"offline: pins, licences and checksums of {len(names)} distributions that Crossdock may import, {len(findings)} findings")
+    print(f"known vulnerabilities: {told}")
+    return 1 if findings else 0
+
+
+def reachable(name: str) -> list[str]:
+    """Installed distributions that `name` needs, itself left out, with all of its extras but `dev`."""
+    waiting, seen = [(name, True)], set()
+    while waiting:
+        this, with_extras = waiting.pop()
+        for requirement in metadata.requires(this) or []:
+            needed = canonical(re.match(r"[A-Za-z0-9._-]+", requirement)[0])  # type: ignore[index]
+            extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
+            if needed in seen or needed == name or (extra and (not with_extras or extra[1] == "dev")):
+                continue
+            try:
+                metadata.distribution(needed)
+            except metadata.PackageNotFoundError:  # for another system, or an extra that is not installed
+                continue
+            seen.add(needed)
+            waiting.append((needed, False))
+    return sorted(seen)
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as the indexes spell it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(constraints: Path) -> list[str]:
+    """Pins that something else is installed for."""
+    findings = []
+    for line in constraints.read_text().split():
+        name, _, version = line.partition("==")
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if installed.partition("+")[0] != version:
+            findings.append(f"{name} {installed} is installed, and {constraints.name} pins {version}")
+    return findings
+
+
+def licences(names: list[str]) -> list[str]:
+    """Distributions whose stated licence is none of the permissive ones; one that states several may be had under any of them."""
+    findings = []
+    for name in names:
+        fields = metadata.metadata(name)
+        classifiers = [text.rpartition("::")[2].strip() for text in fields.get_all("Classifier") or [] if text.startswith("License ::")]
+        stated = fields.get("License-Expression") or "; ".join(classifiers) or (fields.get("License") or "").split("\n")[0]
+        words = {word.lower() for word in re.findall(r"[A-Za-z0-9-]+", stated)}
+        is_permissive = any(word.startswith(PERMISSIVE) for word in words) or any(part in stated.lower() for part in LINKED_BY_EXCEPTION)
+        if COPYLEFT.search(stated) and not is_permissive:
+            findings.append(f"{name} is under {stated}, which asks for more than notice")
+        elif not is_permissive and not _has_permissive_text(name):
+            findings.append(f"{name} states the licence {stated[:60]!r}, which is not known to be permissive")
+    return findings
+
+
+def _has_permissive_text(name: str) -> bool:
+    """Whether a licence file of the distribution begins like a permissive one."""
+    for file in metadata.files(name) or []:
+        if re.search(r"licen[cs]e|copying", file.name, re.IGNORECASE):
+            head = Path(str(file.locate())).read_text(errors="replace")[:1500].lower()
+            if any(sign in head for sign in ("permission is hereby granted", "redistribution and use", "apache license", "permissive")):
+                return True
+    return False
+
+
+def checksums(names: list[str]) -> list[str]:
+    """Installed files that are not what their package's RECORD says."""
+    findings = []
+    for name in names:
+        record = metadata.distribution(name).read_text("RECORD")
+        for path, digest, _ in csv.reader((record or "").splitlines()):
+            kind, _, expected = digest.partition("=")
+            file = Path(str(metadata.distribution(name).locate_file(path)))
+            if kind != "sha256" or not file.is_file():
+                continue
+            with file.open("rb") as opened:
+                found = base64.urlsafe_b64encode(hashlib.file_digest(opened, "sha256").digest()).rstrip(b"=").decode()
+            if found != expected:
+                findings.append(f"{path} of {name} was changed after it was installed")
+    return findings
+
+
+def vulnerabilities(constraints: Path) -> tuple[list[str], str]:
+    """(findings of pip-audit, one line on how that went)."""
+    if importlib.util.find_spec("pip_audit") is None:
+        return [], "NOT CHECKED, because pip-audit is not installed here; run: pip install pip-audit"
+    command = [sys.executable, "-m", "pip_audit", "--requirement", str(constraints), "--no-deps", "--disable-pip", "--progress-spinner=off"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return [], f"NOT CHECKED, because their database did not answer within {TIMEOUT_S} s"
+    rows = [line for line in ended.stdout.splitlines() if re.match(r"\S+\s+\d\S*\s+(PYSEC|GHSA|CVE|OSV)-", line)]
+    if rows:
+        return rows, f"{len(rows)} found by pip-audit"
+    if ended.returncode == 0:
+        return [], "none, says pip-audit"
+    reason = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return [], f"NOT CHECKED, because their database could not be reached ({reason})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
