@@ -98,6 +98,11 @@ class RunConfig(StrictModel):
                 f"{ranks} ranks (parallel.ranks) do not divide into expert groups of {expert} (parallel.expert); "
                 f"choose parallel.expert from {_divisors(ranks)}, or a multiple of {expert} ranks"
             )
+        if self.data.homing is not None and (self.model.block == "dense" or self.model.traffic == "coherent"):
+            raise BadConfig(
+                f"data.homing {self.data.homing} gives sequences to the ranks of their experts, for tokens that travel there and home; "
+                "leave data.homing out with model.block dense and with model.traffic coherent"
+            )
         if self.adapt.mode_asked != "off" and self.model.traffic == "coherent":
             raise BadConfig(
                 f"adapt.mode {self.adapt.mode_asked} chooses how tokens travel to their experts and home, and model.traffic coherent "

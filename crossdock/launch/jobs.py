@@ -87,6 +87,7 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
                 profile=config.profile,
                 checkpoint=config.checkpoint,
                 topology=inputs.topology,
+                forecast=inputs.forecast,
                 progress=progress,
                 resume=bool(resume),
                 keep_plan=config.plan is not None,
