@@ -13,6 +13,7 @@ from crossdock import __version__, atomic
 from crossdock.errors import BadConfig
 from crossdock.launch.config import RunConfig, save_resolved
 from crossdock.launch.progress import watched
+from crossdock.launch.redaction import recorded, redacted
 from crossdock.launch.request import Request, read_inputs, run_directory
 from crossdock.launch.worker_env import WorkerEnv
 from crossdock.models.transformer import Transformer
@@ -97,8 +98,8 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe_environment(env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
-    """What `env.json` records: versions, machine, launcher and nodes; no variables, which may hold secrets."""
-    return {
+    """What `env.json` records: versions, machine, launcher, nodes, and the variables that a run depends on, without secrets."""
+    facts = {
         "crossdock": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -112,7 +113,9 @@ def describe_environment(env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
         "world_size": env.world_size,
         "node_of_rank": list(mesh.node_of_rank),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": recorded(os.environ),
     }
+    return {name: redacted(value, name) for name, value in facts.items()}
 
 
 def probe(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""What may be written down of the environment of a run: the variables that change how it goes, and no secrets."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "(hidden)"
+RECORDED = re.compile(
+    r"(NCCL|GLOO|TORCH|TORCHELASTIC|PYTORCH|CUDA|OMP|MKL|KMP|OPENBLAS|MPICH|OMPI_MCA|UCX|FI|SLURM|RAY|CROSSDOCK|HF)_.*|MASTER_ADDR|MASTER_PORT"
+)
+"""Names of variables that a run depends on; everything else is not recorded."""
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|PASSPHRASE|KEY|CREDENTIAL|AUTH(?!_MODE)|COOKIE", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]*@")
+
+
+def recorded(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables to write down, by name, with secrets hidden."""
+    return {name: hidden(name, environ[name]) for name in sorted(environ) if RECORDED.fullmatch(name)}
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """A copy of a tree of mappings, lists and scalars with every secret hidden: values of tell-tale names, and users in URLs."""
+    if isinstance(value, Mapping):
+        return {key: redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item, name) for item in value]
+    return hidden(name, value) if isinstance(value, str) else value
+
+
+def hidden(name: str, value: str) -> str:
+    """`value` as it may be shown under `name`."""
+    if _SECRET_NAME.search(name) and value:
+        return HIDDEN
+    return _USER_IN_URL.sub(rf"\g<scheme>{HIDDEN}@", value)

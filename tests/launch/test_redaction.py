@@ -1,0 +1,69 @@
+"""Secrets do not reach env.json."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crossdock.launch import cli
+from crossdock.launch.redaction import HIDDEN, hidden, recorded, redacted
+
+SECRET = "s3cr3t-0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "CROSSDOCK_SECRET",
+        "RAY_AUTH_TOKEN",
+        "SLURM_PASSWORD",
+        "AWS_ACCESS_KEY_ID",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "api_key",
+        "Cookie",
+    ],
+)
+def test_tell_tale_names(name: str) -> None:
+    assert hidden(name, SECRET) == HIDDEN
+
+
+def test_users_in_urls() -> None:
+    assert hidden("RAY_ADDRESS", f"https://me:{SECRET}@host:8265/x?y") == f"https://{HIDDEN}@host:8265/x?y"
+    assert hidden("NCCL_NET", f"s3://{SECRET}@bucket and ssh://u@h") == f"s3://{HIDDEN}@bucket and ssh://{HIDDEN}@h"
+    assert hidden("X", "https://host/path") == "https://host/path"
+    assert hidden("RAY_AUTH_MODE", "token") == "token"
+
+
+def test_only_what_a_run_depends_on_is_recorded() -> None:
+    environ = {
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "1",
+        "HOME": "/home/me",
+        "MY_NOTES": SECRET,
+        "HF_TOKEN": SECRET,
+        "CROSSDOCK_SECRET": SECRET,
+    }
+    assert recorded(environ) == {"CROSSDOCK_SECRET": HIDDEN, "HF_TOKEN": HIDDEN, "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
+
+
+def test_trees_are_searched() -> None:
+    tree = {"a": [{"password": SECRET, "n": 1}], "tokens": ["x", "y"], "url": f"http://u:{SECRET}@h", "none": None}
+    assert SECRET not in json.dumps(redacted(tree))
+    assert redacted(tree)["a"][0]["n"] == 1
+
+
+def test_no_file_of_a_run_and_no_output_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"CROSSDOCK_SECRET": SECRET, "HF_TOKEN": SECRET, "NCCL_X": f"http://u:{SECRET}@h", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.run(["train", "tiny", "train.steps=2", f"run.dir={tmp_path / 'run'}"]) == 0
+    printed = capfd.readouterr()
+    assert SECRET not in printed.out + printed.err
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+    environment = json.loads((tmp_path / "run" / "env.json").read_text())["environment"]
+    assert environment["HF_TOKEN"] == HIDDEN
+    assert environment["NCCL_X"] == f"http://{HIDDEN}@h"
+    assert environment["OMP_NUM_THREADS"] == "1"
