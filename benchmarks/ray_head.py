@@ -1,4 +1,4 @@
-"""A Ray head with a dashboard in a session of its own, as `ray start --head` makes it, and jobs submitted to it from a shell."""
+"""A Ray head with a dashboard, in a session of its own, as `ray start --head` makes it, and jobs submitted to it from a shell."""
 
 import contextlib
 import os
@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from crossdock.errors import Unavailable
 
 RAY = Path(sys.executable).with_name("ray")
 START_S, JOB_S, END_S = 180.0, 240.0, 60.0
@@ -43,7 +45,10 @@ class Head:
 
 @contextlib.contextmanager
 def ray_head(cores: int, *, with_token: bool) -> Iterator[Head]:
-    """A fresh head on `cores` cores; with authentication by token, or with none. Its temporary folder is short: sockets lie in it."""
+    """A fresh head on `cores` cores; with authentication by token, or with none. Its temporary folder is short: sockets lie in it.
+
+    Raises `Unavailable` where it does not come up.
+    """
     with tempfile.TemporaryDirectory(prefix="xr", dir="/tmp") as text:
         folder = Path(text)
         environment = _environment(folder, with_token)
@@ -89,8 +94,7 @@ def _free_ports(number: int) -> list[int]:
 
 def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline_s = time.monotonic() + START_S
-    while time.monotonic() < deadline_s:
-        assert process.poll() is None, log.read_text()
+    while process.poll() is None and time.monotonic() < deadline_s:
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return
@@ -100,4 +104,5 @@ def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         except OSError:
             pass
         time.sleep(0.2)
-    raise TimeoutError(f"no dashboard at {url} after {START_S:g} s: {log.read_text()}")
+    said = log.read_text(errors="replace").strip().splitlines()
+    raise Unavailable(f"no Ray head answers at {url} within {START_S:g} s; it said last: {said[-1] if said else 'nothing'}")

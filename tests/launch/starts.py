@@ -49,3 +49,10 @@ def torchrun_on_two_nodes(arguments: Sequence[str], num_ranks: int) -> None:
 def mpirun(arguments: Sequence[str], num_ranks: int) -> None:
     """mpirun on this host."""
     _ended_well([str(MPIRUN), "-n", str(num_ranks), sys.executable, "-m", "crossdock", *arguments])
+
+
+def printed(arguments: Sequence[str]) -> str:
+    """What `crossdock ARGUMENTS` prints."""
+    process = ended([sys.executable, "-m", "crossdock", *arguments])
+    assert process.returncode == 0, process.stderr
+    return process.stdout

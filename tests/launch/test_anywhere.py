@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import netlab
+from benchmarks.ray_head import ray_head
 from tests.launch import starts
-from tests.launch.ray_head import ray_head
 
 REASON = netlab.unavailable_reason()
 RUN = ("train", "configs/tiny.yaml", "capture.steps=0", "train.eval_batches=1")

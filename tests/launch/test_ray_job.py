@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ray_head import ray_head
 from crossdock.launch import cli
-from tests.launch.ray_head import ray_head
 
 pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

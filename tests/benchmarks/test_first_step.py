@@ -1,0 +1,49 @@
+"""Time to the first step: the short form from a shell, and what its page says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import first_step
+from benchmarks.first_step import KINDS, main
+from crossdock.errors import PeerLost
+
+
+def test_the_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A first step comes after an empty script: the kinds really are what they are called."""
+    page = tmp_path / "x.md"
+    assert main(["--short", "--json", "--launchers", "alone,torchrun", "--page", str(page)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["launcher"] for row in document["rows"]] == ["alone", "torchrun"]
+    for row in document["rows"]:
+        assert 0 < row["empty"] < row["first_step"]
+        assert row["above_meeting"] == pytest.approx(row["first_step"] - row["meeting"])
+    text = page.read_text()
+    assert f"Load when it began: {document['load_at_start']:g}" in text
+    assert text.count("| torchrun |") == 1
+
+
+def test_a_start_that_fails_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["sh", "-c", "echo out of luck; exit 5"]
+    with pytest.raises(PeerLost, match="ended with code 5: out of luck"):
+        first_step.seconds(lambda kind, folder: command, "empty", {"PATH": "/usr/bin:/bin"})
+
+
+def test_rows_are_medians_over_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"empty": iter([1.0, 3.0, 2.0]), "meeting": iter([4.0, 5.0, 6.0]), "first_step": iter([9.0, 7.0, 8.0])}
+
+    def seconds(start: Any, kind: str, environment: Any) -> float:
+        return next(told[kind])
+
+    monkeypatch.setattr(first_step, "seconds", seconds)
+    (row,) = first_step.measure(["alone"], repeats=3, warmup=0)
+    assert [row[kind] for kind in KINDS] == [2.0, 5.0, 8.0]
+    assert (row["first_step_low"], row["first_step_high"], row["above_meeting"]) == (7.0, 9.0, 2.0)  # of 5, 2 and 2
+
+
+def test_an_unknown_launcher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--launchers", "carrier-pigeon"])
+    assert "no launcher carrier-pigeon here; choose from alone, torchrun" in capsys.readouterr().err
