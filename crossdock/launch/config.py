@@ -41,6 +41,8 @@ class ParallelConfig(StrictModel):
     """Ranks of one expert-parallel group, the R of a plan; the rest of the world is copies of that group."""
     ranks: int | None = pydantic.Field(default=None, ge=1, le=256)
     """Ranks to start where no launcher did: `parallel.expert` of them where left out. Launchers bring their own number."""
+    dense_sharding: Literal["none", "fsdp2"] = "none"
+    """fsdp2: every rank keeps 1/world of the dense parameters, of their gradients and their optimizer state (`docs/engines.md`)."""
     timeout_s: float = pydantic.Field(default=300.0, gt=0.0)
     """How long a collective may take before its ranks give up on their peers."""
     transport: Literal["torch", "mpi", "auto"] = "torch"
@@ -120,6 +122,11 @@ class RunConfig(StrictModel):
             )
         if self.engine == "deepspeed":
             self._check_deepspeed()
+        if self.parallel.dense_sharding != "none" and self.model.traffic == "coherent":
+            raise BadConfig(
+                f"parallel.dense_sharding {self.parallel.dense_sharding} gathers one block after the other, and model.traffic coherent "
+                "runs parts of several at once; set parallel.dense_sharding: none, or model.traffic: home"
+            )
         if self.precision.compute == "fp64" and self.precision.wire is not None:
             raise BadConfig(f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out")
         return self
@@ -131,6 +138,8 @@ class RunConfig(StrictModel):
             refused.append(f"move experts and their partitioned state in the run (replan.at_step {self.replan.at_step}; leave it out)")
         if self.precision.compute == "fp64":
             refused.append("keep float64 masters (precision.compute fp64; choose fp32 or bf16)")
+        if self.parallel.dense_sharding != "none":
+            refused.append(f"divide what is divided already (parallel.dense_sharding {self.parallel.dense_sharding}; set none)")
         if refused:
             raise BadConfig(f"engine deepspeed cannot {', nor '.join(refused)}; or set engine: native")
 

@@ -33,11 +33,13 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
     zero = None
     if config.engine == "deepspeed":
         zero = Zero(config.deepspeed.stage, world_size, world_size // num_ranks, config.deepspeed.bucket_elements)
+    fsdp_ranks = world_size if config.parallel.dense_sharding == "fsdp2" else 1
     memory = []
     for rank in range(num_ranks):
         visitors = 0 if plan is None else _visitors(plan, rank, model.gathered_experts)
         slots = 0 if plan is None else plan.slots_per_device
-        needed = rank_memory(model, config.precision.compute, slots, tokens, config.data.seq_len, rows_LR[:, rank].tolist(), visitors, zero)
+        rows = rows_LR[:, rank].tolist()
+        needed = rank_memory(model, config.precision.compute, slots, tokens, config.data.seq_len, rows, visitors, zero, fsdp_ranks)
         memory.append({"expert_rank": rank, **needed.as_json()})
     return {
         "world_size": world_size,

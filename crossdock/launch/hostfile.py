@@ -31,8 +31,8 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     except OSError as failure:
         raise MissingInput(f"cannot read the hostfile {path}: {failure.strerror}") from failure
     except UnicodeDecodeError as failure:
-        line = content[: failure.start].count(b"\n") + 1
-        raise BadData(f"{path}:{line}: a byte that is no ASCII; a hostfile holds lines such as `node1 slots=8`") from failure
+        bad_line = content[: failure.start].count(b"\n") + 1
+        raise BadData(f"{path}:{bad_line}: a byte that is no ASCII; a hostfile holds lines such as `node1 slots=8`") from failure
     if len(content) > MOST_BYTES:
         raise BadData(f"{path} is larger than {MOST_BYTES:,} bytes; a hostfile holds lines such as `node1 slots=8`")
     hosts: dict[str, Host] = {}

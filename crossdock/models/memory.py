@@ -78,11 +78,13 @@ def rank_memory(
     rows: Sequence[float],
     visitors: int = 0,
     zero: Zero | None = None,
+    fsdp_ranks: int = 1,
 ) -> Memory:
     """Bytes of a rank that holds `slots` expert slots a layer and brings `tokens` a micro-batch, in sequences of `seq_len`.
 
     rows: for each MoE layer, how many (token, expert) pairs its experts compute for one turn. visitors: over all layers, gathered experts
-    that live elsewhere. zero: None for the native engine, which keeps the whole state on every rank.
+    that live elsewhere. zero: None for the native engine. fsdp_ranks: ranks over which FSDP2 cuts what is dense and no gate; the blocks
+    that it gathers for a moment are not counted, as nothing is that comes and goes.
     """
     width, count = Widths.of(precision), parameter_count(config)
     experts = config.num_moe_layers * slots * _expert_parameters(config)
@@ -90,6 +92,11 @@ def rank_memory(
     total = plain + count.routers
     parameters = plain * width.compute + count.routers * width.wide
     masters = plain * width.master if width.compute != width.master else 0
+    if fsdp_ranks > 1:
+        part = -(-(plain - experts) // fsdp_ranks)  # in master precision, and its own master
+        parameters = part * width.master + experts * width.compute + count.routers * width.wide
+        masters = experts * width.master if width.compute != width.master else 0
+        total = part + experts + count.routers
     biases = config.num_moe_layers * config.num_experts * (width.wide + 8) if config.gate.kind == "deepseek_v3" else 0
     rotations = seq_len * config.head_width * width.wide
     gradients, optimizer = total * width.master, 2 * total * width.master + masters

@@ -60,6 +60,14 @@ def test_zero_divides_the_state(capsys: pytest.CaptureFixture[str]) -> None:
     assert second["gradients"] < first["gradients"] / 2.5 < native["gradients"]
 
 
+def test_fsdp_divides_what_is_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of_8 = ("tiny", "parallel.expert=4", "--world-size", "8", "train.batch_sequences=8")
+    whole, parts = (said(capsys, *run_of_8, f"parallel.dense_sharding={how}")["memory"][0] for how in ("none", "fsdp2"))
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert whole[kind] / 8 < parts[kind] < whole[kind] / 2
+    assert parts["activations"] == whole["activations"]
+
+
 def test_for_people_it_is_yaml_with_comments(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "tiny", "--dry-run", "--world-size", "8"]) == 0
     out = capsys.readouterr().out

@@ -15,6 +15,7 @@ from crossdock.models.transformer import Transformer
 from crossdock.placement.plan import Plan
 from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
 from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.fsdp import is_part, local_part, shard_dense
 from crossdock.runtime.optimization.optimizer import OptimizerConfig
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.training.steps import cross_entropy
@@ -157,3 +158,31 @@ def test_zero(ranks: Pool, precision: str, stage: int) -> None:
         assert predicted.optimizer == pytest.approx(optimizer, rel=0.01)
         # of fp32 tensors that its part cuts through, stage 2 keeps the whole: much of so small a model
         assert predicted.gradients == pytest.approx(gradients, rel=0.15 if (precision, stage) == ("fp32", 2) else 0.02)
+
+
+# ---- FSDP2 -------------------------------------------------------------------------------------------------------
+
+
+def measured_in_parts(rank: int, world_size: int, options: dict[str, Any], precision: str) -> tuple[int, int, int]:
+    """(bytes of parameters, of gradients, of optimizer state beside the parameters) with dense parameters in parts."""
+    config, mesh = ModelConfig.model_validate(options), mesh_for(rank, world_size, 2)
+    plan = Plan.contiguous(config.num_moe_layers, config.num_experts, 2)
+    model = Transformer(config, mesh, plan, DTYPES[precision])
+    shard_dense(model, model.blocks, {parameter for moe in model.moe_layers for parameter in moe.parameters()}, mesh)
+    engine = Engine(model, mesh, plan, OptimizerConfig())
+    parameters, known = bytes_of(local_part(p) if is_part(p) else p for p in model.parameters())
+    gradients, _ = bytes_of([*(bucket.flat for bucket in engine.reducer.buckets), *engine._part_gradients.values()])
+    states = [value for state in engine.states().values() for value in state.values()]
+    kept, _ = bytes_of(value for value in states if value.untyped_storage()._cdata not in known)
+    return parameters, gradients, kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fsdp(ranks: Pool, precision: str) -> None:
+    options = BASE | {"top_k": 2, "block": "top_k"}
+    config = ModelConfig.model_validate(options)
+    predicted = rank_memory(config, precision, 4, SEQUENCES * POSITIONS, POSITIONS, [256.0, 256.0], fsdp_ranks=4)
+    for parameters, gradients, optimizer in ranks.run(4, measured_in_parts, options, precision):
+        assert predicted.parameters == pytest.approx(parameters, rel=0.01)
+        assert predicted.gradients == pytest.approx(gradients, rel=0.01)
+        assert predicted.optimizer == pytest.approx(optimizer, rel=0.01)
