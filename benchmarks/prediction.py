@@ -1,6 +1,6 @@
 """Do the planner's predictions come true, and what is each method's plan worth, on 2 emulated nodes with 2 ranks each?
 
-    python -m benchmarks.prediction --work DIR [--rates 300e6] [--repeats 15] [--cases text,hot] [--methods contiguous,auto]
+    python -m benchmarks.prediction --work DIR [--rates 1e9,700e6] [--repeats 15] [--cases text,hot] [--methods contiguous,auto]
                                     [--out FILE.json] [--page FILE.md] [--json] [--short]              (root: it makes namespaces)
 
 A model (top-2 of 16 experts in each of 4 layers, de-duplicated dispatch, nothing overlapped) is trained once on the default corpus until
@@ -39,7 +39,7 @@ from benchmarks.on_ranks import started
 from benchmarks.prediction_model import Shape, add_options, shape_of, trained
 from benchmarks.prediction_page import write_page
 from benchmarks.prediction_ranks import METHODS, told, worker
-from crossdock.errors import CrossdockError
+from crossdock.errors import CrossdockError, UsageError
 
 NODES, RANKS_PER_NODE = 2, 2
 COLUMNS = ["case", "link_bit_per_s", "method", "step_s", "predicted_s", "error_percent", "speedup", "speedup_low", "speedup_high"]
@@ -53,7 +53,7 @@ def _list(text: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = on_ranks.parser("benchmarks.prediction", __doc__, repeats=15)
-    parser.set_defaults(rates=[300e6])
+    parser.set_defaults(rates=[1e9, 700e6])
     parser.add_argument("--work", type=Path, default=Path("runs/prediction"), help="where the trained model is kept")
     parser.add_argument("--cases", type=_list, default=list(METHODS))
     parser.add_argument("--methods", type=_list, help="rows to measure; contiguous is always one")
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.short:
         options.rates, options.repeats, options.window, options.seconds = [500e6], 3, 2, 1.0
         vars(options).update(SHORT)
-    if unknown := [name for name in options.cases if name not in METHODS]:
-        print(f"no case {', '.join(unknown)}; choose from {', '.join(METHODS)}", file=sys.stderr)
-        return 2
+    if refusal := _refusal(options):
+        print(refusal, file=sys.stderr)
+        return UsageError.exit_code
     shape = shape_of(options)
     document: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -89,13 +89,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows += started("benchmarks.prediction", lab, RANKS_PER_NODE, shape, asked, *told(options, directory.path, case))
                 last = case == options.cases[-1] and rate == options.rates[-1]
                 if last or not options.json:
-                    document = publish(rows, title(shape), options.out, options.json, COLUMNS)
+                    document = publish(rows, title(shape), options.out, options.json, COLUMNS, {"command": command(options)})
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     if options.page is not None:
         write_page(options.page, document)
     return 0
+
+
+def _refusal(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, if anything."""
+    methods = list(dict.fromkeys(name for case in METHODS.values() for name in case))
+    for kind, asked, known in (("case", options.cases, list(METHODS)), ("method", options.methods or [], methods)):
+        if unknown := [name for name in asked if name not in known]:
+            return f"no {kind} {', '.join(unknown)}; choose from {', '.join(known)}"
+    return None
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command that measures the same, but for where it puts things."""
+    rates = ",".join("none" if rate is None else f"{rate:g}" for rate in options.rates)
+    words = ["sudo python -m benchmarks.prediction", f"--rates {rates} --repeats {options.repeats} --cases {','.join(options.cases)}"]
+    words += [f"--methods {','.join(options.methods)}"] if options.methods else []
+    words += ["--short"] if options.short else []
+    return " ".join([*words, f"--window {options.window} --seconds {options.seconds:g}"])
 
 
 def title(shape: Shape) -> str:

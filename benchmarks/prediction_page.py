@@ -34,15 +34,16 @@ def write_page(path: Path, document: Mapping[str, Any]) -> None:
     worst = max(abs(row["error_percent"]) for row in rows)
     text = f"""# Predictions, and what came of them
 
-    sudo python -m benchmarks.prediction --out {path.stem}.json --page {path.name}
+    {document["command"]} --out {path.stem}.json --page {path.name}
 
 Commit {document["commit"]}. Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]},
-torch {host["torch"]}, load average {host["load_average_1min"]}. {document["what"]}.
-Raw numbers: [{path.stem}.json]({path.stem}.json). Medians over {rows[0]["repeats"]} paired steps of each method; bytes are those of
-one step over all ranks; the columns are explained in `benchmarks/prediction.py`.
+torch {host["torch"]}, load average {host["load_average_1min"]}.
+{document["what"]}.
+Raw numbers: [{path.stem}.json]({path.stem}.json). Medians over {rows[0]["repeats"]} paired steps of each method; bytes are those of one
+step over all ranks; the columns are explained in `benchmarks/prediction.py`.
 
-Predicted and counted bytes are equal in every row, or the program fails. The prediction of
-a step's seconds is off by {worst:.1f} % at most.
+In every row the bytes that the evaluator predicts for the very steps equal those that the runtime counted, or the program fails. The
+prediction of a step's seconds is off by {worst:.1f} % at most.
 
 {"".join(parts)}"""
     write_text(path, text)

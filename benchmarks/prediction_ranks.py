@@ -298,6 +298,7 @@ def worker(options: argparse.Namespace) -> None:
 
 def told(options: argparse.Namespace, model: Path, case: str) -> list[str]:
     """The arguments that carry options to `worker`, behind those that `on_ranks.started` passes itself."""
-    names = [name for name in (options.methods or METHODS[case]) if name in METHODS[case]]
+    asked = METHODS[case] if options.methods is None else ["contiguous", *options.methods]
+    names = [name for name in METHODS[case] if name in asked]
     words = {"--model": model, "--case": case, "--methods": ",".join(names), "--window": options.window, "--seconds": options.seconds}
     return [str(word) for pair in words.items() for word in pair]

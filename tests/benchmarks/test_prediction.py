@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,9 +12,14 @@ import torch
 from benchmarks.measure import bootstrap_interval
 from benchmarks.netlab import unavailable_reason
 from benchmarks.prediction import main
-from benchmarks.prediction_model import Shape, zipf_shares
+from benchmarks.prediction_model import Shape, Trainee, fit_zipf, zipf_shares
 from benchmarks.prediction_page import byte_lines
+from crossdock.models.transformer import Transformer
+from crossdock.placement.plan import Plan
 from crossdock.placement.topology import LINK_CLASSES
+from crossdock.runtime.data import DataState, Sampler
+from crossdock.runtime.training.context import StepContext
+from crossdock.runtime.transport.mesh import Mesh
 
 
 def test_shares_are_zipf_in_another_order_for_each_layer() -> None:
@@ -21,6 +28,24 @@ def test_shares_are_zipf_in_another_order_for_each_layer() -> None:
     falling_LE = share_LE.sort(dim=1, descending=True).values
     assert torch.allclose(falling_LE[:, 0] / falling_LE[:, 1], torch.full((3,), 2**1.2, dtype=torch.float64))
     assert len(set(share_LE.argmax(dim=1).tolist())) > 1
+
+
+def test_biases_make_the_routing_zipf() -> None:
+    """A model of random weights, whose gates are made as sure of themselves as trained ones are, stands for the trained one."""
+    config = Shape(num_layers=2, model_width=32, expert_width=16, sequences=4, sequence=64).config(Path("nowhere"))
+    mesh = Mesh.single()
+    model = Transformer(config.model, mesh, Plan.contiguous(2, 16, 1), seed=0)
+    with torch.no_grad():
+        for layer in model.moe_layers:
+            layer.gate.weight_ED.mul_(10.0)
+    tokens = np.random.default_rng(0).integers(0, 256, size=100_000).astype(np.uint8)
+    sampler = Sampler(tokens, 64, 256, 0, "noise")
+    stepper = SimpleNamespace(sampler=sampler, after=lambda state: sampler.after(state, 16))
+    fit_zipf(cast(Trainee, SimpleNamespace(config=config, mesh=mesh, model=model, stepper=stepper, state=DataState())))
+    token_QP = torch.from_numpy(tokens[-4096:].astype(np.int64)).view(64, 64)
+    with torch.no_grad():
+        load_LE = model(token_QP, StepContext(0, 0, False, token_QP.reshape(-1), 0)).load_LE
+    assert (load_LE / load_LE.sum(dim=1, keepdim=True) - zipf_shares(2, 16)).abs().sum() / 4 < 0.1
 
 
 def test_the_model_kept_is_known_by_its_sizes() -> None:
@@ -51,15 +76,17 @@ def test_lines_of_bytes_tell_where_counts_differ() -> None:
     assert lines[2]["forecast off by percent"] is None
 
 
-def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cases", "cold"]) == 2
-    assert "choose from text, hot" in capsys.readouterr().err
+    assert "no case cold; choose from text, hot" in capsys.readouterr().err
+    assert main(["--methods", "contiguous,luck"]) == 2
+    assert "no method luck; choose from contiguous, moetuner" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "prediction.md"
-    arguments = ["--short", "--json", "--work", str(tmp_path), "--cases", "text", "--methods", "contiguous,auto_homing", "--page", str(page)]
+    arguments = ["--short", "--json", "--work", str(tmp_path), "--cases", "text", "--methods", "auto_homing", "--page", str(page)]
     assert main(arguments) == 0
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert list(rows) == ["contiguous", "auto_homing"]
