@@ -24,6 +24,7 @@ from crossdock.runtime.adaptation.probe import probe as measure
 from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.data import Corpus, Sampler, load_corpus
 from crossdock.runtime.optimization.engine import Engine
+from crossdock.runtime.optimization.fsdp import shard_dense
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.training.train import Training
@@ -40,6 +41,14 @@ def build_model(config: RunConfig, mesh: Mesh, plan: Plan | None) -> Transformer
     """The configured model on this rank, its experts where `plan` puts them."""
     dtype = DTYPES[config.precision.compute]
     return Transformer(config.model, mesh, plan, dtype, config.train.seed, dispatch=config.dispatch, wire=config.precision.wire)
+
+
+def build_for_training(config: RunConfig, mesh: Mesh, plan: Plan | None) -> Transformer:
+    """The configured model, its dense parameters in parts where the configuration asks for that and there is somebody to share with."""
+    model = build_model(config, mesh, plan)
+    if config.parallel.dense_sharding == "fsdp2" and mesh.world_size > 1:
+        shard_dense(model, model.blocks, {parameter for moe in model.moe_layers for parameter in moe.parameters()}, mesh)
+    return model
 
 
 def read_corpus(config: RunConfig) -> Corpus:
@@ -65,7 +74,7 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
     if plan is None and config.model.num_moe_layers:
         plan = Plan.contiguous(config.model.num_moe_layers, config.model.num_experts, mesh.expert_parallel)
     corpus = read_corpus(config)
-    model = build_model(config, mesh, plan)
+    model = build_for_training(config, mesh, plan)
     if config.fault.inject is not None:
         from crossdock.launch.faults import inject
 
