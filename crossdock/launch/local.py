@@ -27,7 +27,8 @@ from crossdock.launch.worker_env import local_environment
 
 INTERRUPTED = 130
 _POLL_S = 0.05
-_PEERS_S = 5.0  # what the other ranks get to notice a death and to report it
+_PEERS_S = 5.0  # what the other ranks get to notice that one has gone, and to report it
+_KILLED_S = 1.0  # the same where it was killed: their reports would say no more than its exit code
 _INTERRUPT_S = 3.0
 _TERMINATE_S = 120.0  # to write a checkpoint after SIGTERM
 _PR_SET_PDEATHSIG = 1
@@ -157,7 +158,8 @@ def _watch(children: Sequence[Child], caught: list[int], outcome_paths: Sequence
         if first_dead is None:
             first_dead = next((rank for rank, child in enumerate(children) if child.poll() not in (None, 0)), None)
             if first_dead is not None and stopped_by is None:
-                deadline_s = time.monotonic() + _PEERS_S
+                was_killed = (children[first_dead].returncode or 0) < 0
+                deadline_s = time.monotonic() + (_KILLED_S if was_killed else _PEERS_S)
         if deadline_s is not None and time.monotonic() > deadline_s:
             break
         if first_dead is not None and _living(children) <= _named(outcome_paths):

@@ -197,6 +197,10 @@ def _bounded(work: Callable[[], Result]) -> Result | None:
             box.append(work())
 
     thread = threading.Thread(target=do, daemon=True, name="roll-call")
-    thread.start()
-    thread.join(PATIENCE_S + _STORE_S)
+    try:
+        thread.start()
+    except RuntimeError:  # there is no memory for another thread's stack, which may be why the roll is called
+        do()
+    else:
+        thread.join(PATIENCE_S + _STORE_S)
     return box[0] if box else None

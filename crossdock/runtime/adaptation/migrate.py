@@ -81,11 +81,13 @@ def exchange_of(before: Plan, after: Plan, layer: int, rank: int, node_of_R: Seq
 def migrate(engine: Engine, layers: Sequence[RoutedLayer], after: Plan, mesh: Mesh) -> Migration:
     """Move experts and their optimizer state from `engine.plan` to `after`, and hand layers and engine their new layouts.
 
-    Values stay bitwise what they were. Raises `BadData` where `after` is for another model.
+    Values stay bitwise what they were. Raises `BadData` where `after` is for another model, and `BadConfig` on every rank, before anything
+    moves, where ranks hold different plans.
     """
     before = engine.plan
     assert before is not None
     after.check_model(before.num_layers, before.num_experts, before.num_devices)
+    collectives.check_same({"plans to migrate to": after.digest}, mesh)
     sent_bytes = 0
     new_states: dict[str, dict[str, Tensor]] = {}
     bank_names = {bank: name for name, bank in engine.banks.items()}

@@ -176,7 +176,10 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            before_bytes = os.fstat(descriptor).st_size
             written = os.write(descriptor, line.encode())  # one write, so that readers never see half a line of a living run
+            if written != len(line.encode()):
+                os.ftruncate(descriptor, before_bytes)  # a full disk took a part of it
         finally:
             os.close(descriptor)
     except OSError as error:

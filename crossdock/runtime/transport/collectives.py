@@ -3,6 +3,7 @@
 Every rank of a group must make the same calls in the same order.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossdock.errors import BadConfig
 from crossdock.runtime.transport.exchange import Pending, naming_lost_peers
 from crossdock.runtime.transport.mesh import Group, Mesh
 
@@ -113,6 +115,16 @@ def broadcast_object(value: Any, mesh: Mesh, source_rank: int = 0) -> Any:
     with naming_lost_peers():
         dist.broadcast_object_list(box, src=source_rank, group=mesh.control_group)
     return box[0]
+
+
+def check_same(facts: Mapping[str, str], mesh: Mesh) -> None:
+    """Raise `BadConfig` on every rank, naming the fact and the ranks, unless all ranks hold the same `facts` (by name)."""
+    facts_R = all_gather_objects(dict(facts), mesh)
+    for name, value in facts_R[0].items():
+        others = [rank for rank, facts_of_rank in enumerate(facts_R) if facts_of_rank.get(name) != value]
+        if others:
+            which = f"rank {others[0]}" if len(others) == 1 else f"ranks {', '.join(map(str, others[:8]))}"
+            raise BadConfig(f"{which} of {mesh.world_size} and rank 0 were given different {name}; start all ranks with the same files")
 
 
 def barrier(mesh: Mesh) -> None:

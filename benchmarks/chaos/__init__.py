@@ -1,0 +1,9 @@
+"""Scripted disasters, many times over: what a run survives, who is blamed, how soon it goes on, and whether a bit is lost.
+
+    python -m benchmarks.chaos --short           every fault a few times, at least 20 SIGKILLs and 100 damaged checkpoints
+    python -m benchmarks.chaos                   200 SIGKILLs, 1,000 damaged checkpoints
+    python -m benchmarks.chaos --only kill --trials 50 --out kills.json
+
+`runs.py` starts runs and reads what they left, `local_faults.py` has the faults of one host, `node_faults.py` those of emulated hosts,
+`page.py` the table. A trial that does not keep its promise stays in the table with the reason, and the command ends with code 1.
+"""

@@ -1,0 +1,226 @@
+"""One small run, many times: started in the background, disturbed, read afterwards and held against the undisturbed one."""
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crossdock.launch.faults import Fault, Script, log_of, struck
+
+STEPS = 24
+EVERY = 4
+"""Steps between checkpoints."""
+MIGRATION_STEP = 11
+NUM_RANKS = 2
+TEXT = "the quick brown fox jumps over the lazy dog. " * 200
+RUN = (
+    "model.model_width=32",
+    "model.num_heads=2",
+    "model.expert_width=32",
+    "data.kind=text",
+    "data.seq_len=16",
+    "device=cpu",
+    f"train.steps={STEPS}",
+    "train.batch_sequences=4",
+    "train.eval_batches=0",
+    f"checkpoint.every={EVERY}",
+    "checkpoint.at_end=true",
+    # a plan that follows from the seed alone, so that a run is the same run whatever it has measured on the way
+    "topology=2x1-local",
+    f"replan={{at_step: {MIGRATION_STEP}, method: random, objective: devices, seconds: 1.0, capture_steps: 2}}",
+)
+LIMIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One blow and what became of it; None where a thing cannot be said of this fault."""
+
+    survived: bool
+    """The run ended as promised: on target, or with the right exit code and what it had saved."""
+    named: bool | None = None
+    bitwise: bool | None = None
+    detection_s: float | None = None
+    recovery_s: float | None = None
+    note: str = ""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether every promise was."""
+        return self.survived and self.named is not False and self.bitwise is not False
+
+
+@dataclass
+class Row:
+    """A fault and its trials."""
+
+    fault: str
+    promise: str
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def is_kept(self) -> bool:
+        return bool(self.trials) and all(
+            trial.survived and trial.named is not False and trial.bitwise is not False for trial in self.trials
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Counts, medians and worst cases, and what went wrong."""
+
+        def share(name: str) -> str | None:
+            said = [getattr(trial, name) for trial in self.trials if getattr(trial, name) is not None]
+            return f"{sum(said)}/{len(said)}" if said else None
+
+        def seconds(name: str) -> dict[str, float | None]:
+            found = [getattr(trial, name) for trial in self.trials if getattr(trial, name) is not None]
+            return {name: round(statistics.median(found), 3) if found else None, f"{name}_max": round(max(found), 3) if found else None}
+
+        return {
+            "fault": self.fault,
+            "trials": len(self.trials),
+            "survived": share("survived"),
+            "named": share("named"),
+            **seconds("detection_s"),
+            **seconds("recovery_s"),
+            "bitwise": share("bitwise"),
+            "promise": self.promise,
+            "notes": sorted({trial.note for trial in self.trials if trial.note})[:5],
+        }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run computed: losses and gradient norms by step, and the checksums of its last checkpoint."""
+
+    rows: tuple[tuple[int, float, float], ...]
+    shards: tuple[str, ...]
+
+    @classmethod
+    def of(cls, directory: Path) -> "Curve":
+        rows = tuple((row["step"], row["loss"], row["grad_norm"]) for row in lines(directory / "metrics.jsonl"))
+        folders = sorted((directory / "checkpoints").glob("step-*"))
+        manifest = json.loads((folders[-1] / "manifest.json").read_text()) if folders else {"shards": []}
+        return cls(rows, tuple(shard["sha256"] for shard in manifest["shards"]))
+
+
+class Workshop:
+    """A folder for runs, with the data and the undisturbed run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = 0
+        (folder / "text.txt").write_text(TEXT)
+        self._undisturbed: Curve | None = None
+
+    def directory(self) -> Path:
+        """For a new run."""
+        self.number += 1
+        return self.folder / f"run-{self.number:04d}"
+
+    def arguments(self, directory: Path, *overrides: str) -> list[str]:
+        """`train` and its arguments; a later override wins."""
+        data, ranks = f"data.path={self.folder / 'text.txt'}", f"parallel.expert={NUM_RANKS}"
+        return ["train", "tiny", *RUN, ranks, data, f"run.dir={directory}", *overrides]
+
+    def start(
+        self, directory: Path, *overrides: str, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[str]":
+        """`crossdock train`, alone or under the launcher `command`; its output is in `<directory>.out` and `.err`."""
+        full = [*(command or (sys.executable, "-m", "crossdock")), *self.arguments(directory, *overrides)]
+        with directory.with_suffix(".out").open("w") as out, directory.with_suffix(".err").open("a") as err:
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+            return subprocess.Popen(full, stdout=out, stderr=err, text=True, env=variables, start_new_session=True)
+
+    def run(self, directory: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> int:
+        """The exit code of a run to its end."""
+        return ended(self.start(directory, *overrides, environment=environment))
+
+    @property
+    def undisturbed(self) -> Curve:
+        """The curve of the run that nobody disturbs."""
+        if self._undisturbed is None:
+            directory = self.directory()
+            assert self.run(directory) == 0, errors_of(directory)
+            self._undisturbed = Curve.of(directory)
+            assert [row[0] for row in self._undisturbed.rows] == list(range(1, STEPS + 1))
+        return self._undisturbed
+
+    def is_undisturbed(self, directory: Path) -> bool:
+        """Whether a run computed what the undisturbed one did, bit by bit."""
+        return Curve.of(directory) == self.undisturbed
+
+    def script(self, directory: Path, faults: Sequence[Fault]) -> str:
+        """`faults` written down for the run in `directory`; the override that makes it suffer them."""
+        Script(tuple(faults)).save(script_of(directory))
+        return f"fault.inject={script_of(directory)}"
+
+    def suffer(self, faults: Sequence[Fault], *overrides: str, environment: Mapping[str, str] | None = None) -> tuple[Path, int]:
+        """(run directory, exit code) of a run that suffers `faults`; every one of them must have struck."""
+        directory = self.directory()
+        code = self.run(directory, self.script(directory, faults), *overrides, environment=environment)
+        missed = [fault for number, fault in enumerate(faults) if not struck(log_of(script_of(directory)), number)]
+        assert not missed, f"never struck: {missed}\n{errors_of(directory)}"
+        return directory, code
+
+
+def ended(process: "subprocess.Popen[str]", limit_s: float = LIMIT_S) -> int:
+    """The exit code; a process that outlives the limit is ended with its session, and its code is that of the signal."""
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        return process.wait()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a torn last line is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+
+def script_of(directory: Path) -> Path:
+    """Where the faults of a run stand: beside its directory."""
+    return directory.with_suffix(".faults.json")
+
+
+def result_of(directory: Path) -> dict[str, Any]:
+    """`result.json`, empty where there is none."""
+    path = directory / "result.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def errors_of(directory: Path) -> str:
+    """The last of what a run said."""
+    path = directory.with_suffix(".err")
+    return path.read_text(errors="replace")[-1500:] if path.exists() else ""
+
+
+def wait_for_steps(directory: Path, steps: int, limit_s: float = LIMIT_S) -> None:
+    """Until a run has made so many steps. Raises `TimeoutError`."""
+    deadline_s = time.monotonic() + limit_s
+    while len(lines(directory / "metrics.jsonl")) < steps:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{directory} made no {steps} steps in {limit_s:g} s: {errors_of(directory)}")
+        time.sleep(0.02)
+
+
+def answers(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, float | None]]:
+    """For each blow in order: the blow, the restart that answered it, and seconds until training went on."""
+    events = lines(directory / "events.jsonl")
+    restarts = [number for number, event in enumerate(events) if event["event"] == "restart"]
+    to_wall_s = time.time() - time.monotonic()
+    for blow, number in itertools.zip_longest(struck(log_of(script_of(directory))), restarts):
+        if number is None:
+            yield blow, None, None
+            continue
+        # a restart resumes, unless there was no checkpoint yet: then the ranks that start are the sign of life
+        sign = "resumed" if events[number]["step"] else "rank_started"
+        going = next((event["time"] - blow["monotonic_s"] - to_wall_s for event in events[number:] if event["event"] == sign), None)
+        yield blow, events[number], going
