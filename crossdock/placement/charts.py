@@ -69,7 +69,7 @@ def heat_map(values: ArrayLike, *, title: str, rows: str, columns: str, most: fl
 def line_chart(series: Sequence[Series], *, title: str, x_label: str, markers: Sequence[Marker] = (), from_zero: bool = False) -> str:
     """Lines over a common x axis, with a legend above and marked events."""
     drawn = [_thinned(one) for one in series if len(one.x)]
-    left, right, top, bottom, height = 46.0, 8.0, 46.0, 34.0, 260.0
+    left, right, top, bottom, height = 46.0, 16.0, 46.0, 34.0, 260.0
     x_low, x_high = _range([x for one in drawn for x in one.x], False)
     y_low, y_high = _range([y for one in drawn for y in one.y], from_zero)
 

@@ -264,6 +264,7 @@ def report_command(
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="Without a run: a plan.json; the last one is shown in full.")] = None,
     workload: WorkloadOption = None,
     num_experts: NumExpertsOption = None,
+    bound_seconds: BoundSecondsOption = 5.0,
     out: Annotated[Path | None, typer.Option("--out", help="Where the page goes; report.html, beside the run if there is one.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -283,11 +284,12 @@ def report_command(
             raise UsageError(
                 "a run directory brings its own trace, topology and plan; give either RUN_DIR or --trace, --topology and --plan"
             )
-        page, target = render_run_report(run), out or run / "report.html"
+        page, target = render_run_report(run, bound_seconds=bound_seconds), out or run / "report.html"
     elif trace and topology and plan:
         asked = Asked.read(trace, topology, workload_path=workload, num_experts=num_experts)
         plans = {path.name: Plan.load(path) for path in plan}
-        page = render_plan_report(asked.trace, asked.topology, asked.workload, plans, title=f"Plans for {trace.name}")
+        title = f"Plans for {trace.name}"
+        page = render_plan_report(asked.trace, asked.topology, asked.workload, plans, title=title, bound_seconds=bound_seconds)
         target = out or Path("report.html")
     else:
         raise UsageError("nothing to report on; give a run directory, or --trace, --topology and --plan")

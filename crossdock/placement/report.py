@@ -11,13 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from crossdock import __version__
 from crossdock.errors import BadData
 from crossdock.placement.affinity import Affinity
-from crossdock.placement.charts import heat_map, readable
+from crossdock.placement.charts import bar_chart, heat_map, readable
 from crossdock.placement.compare import Candidate, Row, row_of
 from crossdock.placement.cost import NUM_DIRECTIONS, Workload
 from crossdock.placement.evaluate import Evaluation
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Problem
 from crossdock.placement.solvers.bounds import lower_bound
+from crossdock.placement.solvers.certificate import certified
 from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace
 
@@ -67,12 +68,15 @@ class Tile:
     kind: str = ""
 
 
-def render_plan_report(trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan], *, title: str = "Plans") -> str:
+def render_plan_report(
+    trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan], *, title: str = "Plans", bound_seconds: float = 0.0
+) -> str:
     """A page on `plans` by name, held against consecutive experts on consecutive devices; the last one is shown in full.
 
+    `bound_seconds` go to a certificate of how far from the best plan they are; without them the quick bound is shown.
     Raises `BadData` where a plan, the trace and the topology do not fit one another.
     """
-    rows, before, after, chosen = _scored(trace, topology, workload, plans)
+    rows, before, after, chosen = _scored(trace, topology, workload, plans, bound_seconds)
     first, last = rows[0], rows[-1]
     saved = 1.0 - last.cost_s / first.cost_s if first.cost_s > 0 else 0.0
     tiles = [
@@ -88,9 +92,10 @@ def render_plan_report(trace: Trace, topology: Topology, workload: Workload, pla
     return page(title, lead, tiles, [*plan_sections(rows, before, after, topology, workload, chosen), inputs(trace, topology, workload)])
 
 
-def render_run_report(run_dir: Path) -> str:
+def render_run_report(run_dir: Path, *, bound_seconds: float = 0.0) -> str:
     """A page on a finished, stopped or running run, from the files of its directory; parts whose files are absent are left out.
 
+    `bound_seconds` as for `render_plan_report`.
     Raises `MissingInput` where there is neither a result nor a metrics file, `BadData` for damaged ones.
     """
     from crossdock.placement.run_report import read_run, run_sections, run_tiles
@@ -99,7 +104,8 @@ def render_run_report(run_dir: Path) -> str:
     sections = run_sections(run)
     if run.trace is not None and run.topology is not None and run.plan is not None:
         try:
-            rows, before, after, chosen = _scored(run.trace, run.topology, run.workload, {run.plan.method or "plan": run.plan})
+            plans = {run.plan.method or "plan": run.plan}
+            rows, before, after, chosen = _scored(run.trace, run.topology, run.workload, plans, bound_seconds)
         except BadData as error:
             sections.append(Section("Plan", text=f"The plan cannot be replayed on the run's trace: {error}"))
         else:
@@ -127,6 +133,7 @@ def plan_sections(
             "layer. Load: the busiest device over the mean, mean over layers. Hops: first choices that change device from layer to layer. "
             "Gap: proven distance of the step to that of the best plan." + ("" if topology.measured else _UNMEASURED),
         ),
+        *distance_section(rows),
         Section(
             "Traffic from device to device",
             text=f"MiB of one step, all layers and all four transfers, from the tokens' home (row) to the device of their expert (column). "
@@ -152,6 +159,25 @@ def plan_sections(
                 for name, matrix in zip(names, load, strict=True)
             ],
         ),
+    ]
+
+
+def distance_section(rows: Sequence[Row]) -> list[Section]:
+    """Every plan's step beside what no plan can be faster than, and the gaps; nothing where no bound is known."""
+    bound = next((row.bound for row in rows if row.bound is not None), None)
+    if bound is None or any(row.gap_cost is None for row in rows):
+        return []
+    bars = [(row.method, row.cost_s * 1e3) for row in rows] + [("no plan below", bound * 1e3)]
+    cells = [[row.method, *("-" if gap is None else f"{gap:.1%}" for gap in (row.gap_cost, row.gap_moved, row.gap_kept))] for row in rows]
+    return [
+        Section(
+            "Distance to the best plan",
+            text=f"No plan with one copy of each expert has a step below {seconds(bound)}: that is proven. Whether "
+            "anything between it and the best one here is possible is not known.",
+            table=Table(["plan", "of the step", "of moved", "of kept"], cells, chosen=len(rows) - 1),
+            note="Gaps, at most: of the step's time, of the copies that move, and of those that could be kept.",
+            figures=[Figure("predicted step, ms", bar_chart([("", bars)], title="Predicted step of every plan, and the bound", unit="ms"))],
+        )
     ]
 
 
@@ -212,13 +238,13 @@ def seconds(value: float | None) -> str:
 
 
 def _scored(
-    trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan]
+    trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan], bound_seconds: float
 ) -> tuple[list[Row], Evaluation, Evaluation, str]:
     """Rows of contiguous and of every plan, the evaluations of the first and the last, and the last one's name."""
     problem = Problem(Affinity.from_trace(trace), topology, workload)
     contiguous = Plan.contiguous(trace.num_layers, trace.num_experts, topology.num_devices)
     candidates = [Candidate("contiguous", contiguous), *(Candidate(name, plan) for name, plan in plans.items())]
-    bound = lower_bound(problem)
+    bound = certified(problem, bound_seconds) if bound_seconds > 0 else lower_bound(problem)
     scored = [row_of(candidate, problem, trace, fitted=False, bound=bound) for candidate in candidates]
     return [row for row, _ in scored], scored[0][1], scored[-1][1], candidates[-1].label
 

@@ -83,8 +83,9 @@ def tokens_command(
         return
     print("\n" + "\n".join(curve_table(points, reference, objective)))
     where = "other text" if asked.eval_trace is not None else "held-out blocks of the same text"
-    print(f"\nheld out: {other.num_tokens:,} tokens, {where}. saved: what contiguous costs, less")
-    print(f"the plan. {enough:,} tokens are enough: within {ENOUGH:.0%} of the best held out.")
+    print(f"\nheld out: {other.num_tokens:,} tokens, {where}")
+    print("saved: share of what contiguous costs")
+    print(f"{enough:,} tokens are enough: within {ENOUGH:.0%} of the best held out")
 
 
 @plan_app.command("drift")

@@ -112,7 +112,7 @@ def test_plan_report_shows_the_evaluators_numbers() -> None:
     load = evaluation.rows_LR / evaluation.rows_LR.mean(axis=1, keepdims=True)
     for layer, device in np.ndindex(load.shape):
         assert f"layer {layer}, device {device}: {load[layer, device]:.2f}" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
 
@@ -214,3 +214,21 @@ def test_numbers_for_people() -> None:
     assert [seconds(value) for value in (None, 0, 2.5e-7, 1.5e-3, 0.2117, 75.0, 4321.0)] == [
         "-", "0", "0.25 us", "1.5 ms", "212 ms", "75 s", "4,321 s",
     ]  # fmt: skip
+
+
+def test_the_distance_to_the_bound_stands_in_words_a_table_and_bars() -> None:
+    trace, plan = random_trace(6, num_tokens=400, top_k=3), random_plan(1)
+    quick, proven = (render_plan_report(trace, TOPOLOGY, Workload(), {"mine": plan}, bound_seconds=asked) for asked in (0.0, 2.0))
+    for page in (quick, proven):
+        text = Reader(page).text
+        assert "Distance to the best plan" in text
+        assert "no plan below" in text
+        assert "of the step of moved of kept" in text
+    limits = [float(re.search(r"no plan below.*?>([0-9.]+) ms<", page, re.S)[1]) for page in (quick, proven)]  # type: ignore[index]
+    assert limits[0] <= limits[1]
+
+
+def test_a_plan_with_replicas_has_no_distance_to_a_bound_that_does_not_hold_for_it() -> None:
+    trace, plan = random_trace(6, num_tokens=400), random_plan(1, num_slots=4)
+    assert plan.has_replicas
+    assert "Distance to the best plan" not in render_plan_report(trace, TOPOLOGY, Workload(), {"copies": plan})
