@@ -106,7 +106,10 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
     device = choose_device(config, env, store)
     started = tuple(int(node) for node in exchange(store, env, "node", str(env.node)))
     if env.world_size == 1:
-        yield Mesh.single(device)
+        try:
+            yield Mesh.single(device)
+        finally:
+            shutdown()  # an engine may have made a world of this one rank
         return
     timeout_s = config.parallel.timeout_s
     with network_interface(env):
