@@ -1,5 +1,6 @@
 """The jobs that ranks do together once they have joined: each is `(request, env, mesh) -> fields of its JSON object`."""
 
+import json
 import os
 import platform
 import time
@@ -11,7 +12,7 @@ import torch
 
 from crossdock import __version__, atomic
 from crossdock.errors import BadConfig
-from crossdock.launch.config import RunConfig, save_resolved
+from crossdock.launch.config import RunConfig, resolved, save_resolved
 from crossdock.launch.progress import watched
 from crossdock.launch.redaction import recorded, redacted
 from crossdock.launch.request import Request, read_inputs, run_directory
@@ -74,6 +75,7 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
     if plan is None and config.model.num_moe_layers:
         plan = Plan.contiguous(config.model.num_moe_layers, config.model.num_experts, mesh.expert_parallel)
     corpus = read_corpus(config)
+    collectives.check_same(given(config, plan, corpus), mesh)
     model = build_for_training(config, mesh, plan)
     if config.fault.inject is not None:
         from crossdock.launch.faults import inject
@@ -104,6 +106,12 @@ def train(request: Request, env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
             )
         )
     return result.as_json()
+
+
+def given(config: RunConfig, plan: Plan | None, corpus: Corpus) -> dict[str, str]:
+    """What all ranks must have been given alike, by name: ranks that differ in it would train apart, and say nothing."""
+    values = {f"settings {section}": json.dumps(value, sort_keys=True) for section, value in resolved(config).items() if section != "plan"}
+    return {**values, "plans": "none" if plan is None else plan.digest, "data": corpus.digest}
 
 
 def describe_environment(env: WorkerEnv, mesh: Mesh) -> dict[str, Any]:
