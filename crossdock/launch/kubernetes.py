@@ -26,7 +26,7 @@ def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> di
     """
     head = f"{run.name}-workers-0-0.{run.name}"
     script = _POD_SCRIPT.format(command=shell(torchrun(shape, run, head, _PORT, restarts=0)), directory=shell((str(run.directory),)))
-    container = _container(shape, image, claim) | {"command": ["sh", "-c", script], "ports": [{"containerPort": _PORT}]}
+    container = _container(shape, image, claim) | {"command": ["sh", "-c", script], "ports": [{"containerPort": _PORT}], "env": [_secret(run)]}
     fails_for_good = {"containerName": "crossdock", "operator": "In", "values": list(final_codes())}
     job = {
         "parallelism": shape.nodes,
@@ -55,8 +55,9 @@ def ray_job(shape: Shape, run: Run, image: str, claim: str, restarts: int, ray_v
     """
     command = ("crossdock", "launch", "ray", run.config, *run.overrides)
     sizes = ("--nodes", str(shape.nodes), "--ranks-per-node", str(shape.ranks_per_node), "--cores-per-rank", str(shape.cores_per_rank))
-    head = {"name": "ray-head", "image": image, "resources": {"limits": {"cpu": "2", "memory": "4Gi"}}, **_mounts(claim)}
-    worker = _container(shape, image, claim) | {"name": "ray-worker"}
+    no_reports = {"env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]}
+    head = {"name": "ray-head", "image": image, "resources": {"limits": {"cpu": "2", "memory": "4Gi"}}, **no_reports, **_mounts(claim)}
+    worker = _container(shape, image, claim) | {"name": "ray-worker", **no_reports}
     group = {"groupName": "workers", "replicas": shape.nodes, "minReplicas": shape.nodes, "maxReplicas": shape.nodes}
     return {
         "apiVersion": "ray.io/v1",
@@ -75,6 +76,12 @@ def ray_job(shape: Shape, run: Run, image: str, claim: str, restarts: int, ray_v
             },
         },
     }
+
+
+def _secret(run: Run) -> dict[str, Any]:
+    """What the ranks sign their messages with, from a Secret that the user makes; a manifest is no place for one."""
+    reference = {"name": f"{run.name}-secret", "key": "secret", "optional": True}
+    return {"name": "CROSSDOCK_SECRET", "valueFrom": {"secretKeyRef": reference}}
 
 
 def _container(shape: Shape, image: str, claim: str) -> dict[str, Any]:

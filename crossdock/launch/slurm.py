@@ -18,6 +18,10 @@ _SCRIPT = """\
 # {grace_s} s before the time is over the ranks get SIGTERM: they save a checkpoint and end with exit code 75
 #SBATCH --signal=TERM@{grace_s}
 
+# what the ranks of this job sign their messages with; srun hands it down, and nothing prints it
+CROSSDOCK_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
+export CROSSDOCK_SECRET
+
 # a rank's death is noticed by the others, which report it; srun ends what is left after a minute
 srun --wait=60 --kill-on-bad-exit=0 {command}
 code=$?

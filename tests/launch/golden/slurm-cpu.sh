@@ -10,6 +10,10 @@
 # 60 s before the time is over the ranks get SIGTERM: they save a checkpoint and end with exit code 75
 #SBATCH --signal=TERM@60
 
+# what the ranks of this job sign their messages with; srun hands it down, and nothing prints it
+CROSSDOCK_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
+export CROSSDOCK_SECRET
+
 # a rank's death is noticed by the others, which report it; srun ends what is left after a minute
 srun --wait=60 --kill-on-bad-exit=0 crossdock train configs/small.yaml run.dir=/runs/small parallel.expert=16 train.batch_sequences=32
 code=$?
