@@ -35,11 +35,18 @@ class Lines:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _payback(details: Mapping[str, Any]) -> str:
+    """When the moves of a re-planning pay back, and what follows."""
+    steps = details["payback_steps"]
+    when = "never pay back" if steps is None else f"pay back after {steps} steps"
+    return f"{details['moves']} moves {when}" + ("" if details["accepted"] else f", not within {details['limit_steps']}: the plan stays")
+
+
 def sentence(event: str, details: Mapping[str, Any]) -> str | None:
     """An event in words; None for those that only files need."""
     match event:
         case "replan":
-            return f"-- planned by {details['method']} in {details['seconds']:.1f} s ({details['stopped_by']})"
+            return f"-- planned by {details['method']} in {details['seconds']:.1f} s ({details['stopped_by']}); {_payback(details)}"
         case "plan_applied" if details["step"] or details["moves"]:
             return f"-- {details['moves']} experts moved, {readable_bytes(details['bytes'])} with their optimizer state"
         case "checkpoint_saved":

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import pydantic
 
@@ -11,18 +11,25 @@ from crossdock.errors import BadConfig, CrossdockError
 from crossdock.placement.affinity import Affinity
 from crossdock.placement.choice import Strategy
 from crossdock.placement.cost import Dispatch, Window, WireName, Workload
+from crossdock.placement.moving import Move, price_of_move, steps_to_pay_back
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Constraints, Objective, Problem, Solution
+from crossdock.placement.relabel import relabelled
 from crossdock.placement.solvers import solve
 from crossdock.placement.topology import LINK_CLASSES, Topology
+from crossdock.placement.trace import Trace
 from crossdock.placement.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.migrate import RoutedLayer
 from crossdock.runtime.adaptation.windows import Measured
+from crossdock.runtime.optimization.optimizer import master_dtype
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
 from crossdock.runtime.transport.wire import wire_of
 from crossdock.strict_yaml import StrictModel
+
+ALIKE = 0.1
+"""Devices whose measured speeds differ by less than this share may stand for one another in a new plan; what that costs is weighed."""
 
 
 class ReplanConfig(StrictModel):
@@ -30,7 +37,7 @@ class ReplanConfig(StrictModel):
 
     at_step: int | None = pydantic.Field(default=None, ge=1)
     """After this step; never where left out."""
-    method: str = "anneal"
+    method: str = "auto"
     objective: Objective = "seconds"
     seconds: float = pydantic.Field(default=5.0, gt=0.0)
     """Cap on the search; training stands still meanwhile."""
@@ -38,6 +45,11 @@ class ReplanConfig(StrictModel):
     """Steps recorded before and after; `capture.steps` where left out."""
     load_cap: float | None = pydantic.Field(default=None, ge=1.0)
     """The busiest device of a layer gets at most this multiple of the mean load."""
+    spare_slots: int = pydantic.Field(default=0, ge=0)
+    """Slots of each device and layer beyond one copy of each expert, for copies of hot ones; they take memory, filled or not."""
+    pays_back_within: int | None = pydantic.Field(default=None, ge=0)
+    """Experts move only where the predicted gain makes up for the move within so many steps; those left in the run where left out. 0 moves
+    them whatever it costs."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,7 @@ def workload_of(layer: RoutedLayer, tokens_per_rank: int, accumulate: int) -> Wo
         expert_width=bank.expert_width,
         wire=cast(WireName, wire_of(dispatcher.wire, bank.inner.dtype).name),
         expert_matrices=bank.activation.num_inputs + 1,
+        gradient_bytes=master_dtype(bank.inner.dtype).itemsize,
         dispatch=cast(Dispatch, dispatcher.name),
         micro_batches=accumulate * layer.turns,  # every turn travels by itself
         turn_windows=(Window(),) * layer.turns if layer.turns > 1 else (),
@@ -118,19 +131,88 @@ def predicted_bytes(
     return dict(zip(LINK_CLASSES, total, strict=True))
 
 
-def decide(config: ReplanConfig, measured: Measured | None, calibrated: Calibrated | None, mesh: Mesh, seed: int) -> Solution:
-    """Solve on rank 0 (which has the window) and tell everybody; a solver's error is raised on every rank."""
-    answer: Solution | CrossdockError | None = None
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a re-planning came to. `plan` is the one to go on with: the new one, or the old one where moving would not pay.
+
+    solution is the solver's; move is what going from the old plan to its plan takes, under the names that were found best. Seconds of a
+    step are predictions. payback_steps: after how many steps the move has paid, None for never; limit_steps: how many it may take.
+    """
+
+    solution: Solution
+    plan: Plan
+    is_accepted: bool
+    move: Move
+    step_before_s: float
+    step_after_s: float
+    payback_steps: int | None
+    limit_steps: int
+
+    def as_event(self) -> dict[str, Any]:
+        """What events.jsonl holds of it."""
+        return {
+            "cost": self.solution.cost,
+            "bound": self.solution.bound,
+            "seconds": self.solution.seconds,
+            "stopped_by": self.solution.stopped_by,
+            "accepted": self.is_accepted,
+            "moves": self.move.moves,
+            "move_bytes": self.move.bytes,
+            "move_s": self.move.seconds,
+            "step_before_s": self.step_before_s,
+            "step_after_s": self.step_after_s,
+            "payback_steps": self.payback_steps,
+            "limit_steps": self.limit_steps,
+        }
+
+
+def decide(
+    config: ReplanConfig,
+    measured: Measured | None,
+    calibrated: Calibrated | None,
+    current: Plan,
+    strategies: Sequence[Strategy],
+    steps_left: int,
+    mesh: Mesh,
+    seed: int,
+) -> Decision:
+    """Solve on rank 0 (which has the window), weigh the move, and tell everybody; a solver's error is raised on every rank."""
+    answer: Decision | CrossdockError | None = None
     if measured is not None and calibrated is not None:
         try:
             affinity = Affinity.from_trace(measured.trace)
-            constraints = Constraints(load_cap=config.load_cap)
+            constraints = Constraints(load_cap=config.load_cap, spare_slots=config.spare_slots or None)
             problem = Problem(affinity, calibrated.topology, calibrated.workload, objective=config.objective, constraints=constraints)
-            answer = solve(problem, config.method, config.seconds, seed)
+            solution = solve(problem, config.method, config.seconds, seed)
+            limit_steps = steps_left if config.pays_back_within is None else config.pays_back_within
+            answer = weigh(solution, current, measured.trace, calibrated, strategies, limit_steps)
         except CrossdockError as error:
             answer = error
     answer = collectives.broadcast_object(answer, mesh)
     if isinstance(answer, CrossdockError):
         raise answer
-    assert isinstance(answer, Solution)
+    assert isinstance(answer, Decision)
     return answer
+
+
+def weigh(
+    solution: Solution, current: Plan, trace: Trace, calibrated: Calibrated, strategies: Sequence[Strategy], limit_steps: int
+) -> Decision:
+    """Whether to go from `current` to the solution's plan, and under which names of its devices: what saves most within `limit_steps`.
+
+    With 0 steps it goes, and under the names that take the shortest move.
+    """
+    topology, workload = calibrated.topology, calibrated.workload
+
+    def step_s(plan: Plan) -> float:
+        return evaluate_strategies(trace, plan, topology, workload, strategies).step_s
+
+    before_s = step_s(current)
+    decisions = []
+    for plan in {id(plan): plan for plan in (solution.plan, relabelled(solution.plan, current, topology, tolerance=ALIKE))}.values():
+        move, after_s = price_of_move(current, plan, topology, workload), step_s(plan)
+        payback_steps = steps_to_pay_back(move.seconds, before_s, after_s)
+        pays = limit_steps == 0 or (payback_steps is not None and payback_steps <= limit_steps and after_s <= before_s)
+        decision = Decision(solution, plan if pays else current, pays, move, before_s, after_s, payback_steps, limit_steps)
+        decisions.append((limit_steps * (before_s - after_s) - move.seconds, decision))
+    return max(decisions, key=lambda scored: (scored[1].is_accepted, scored[0]))[1]

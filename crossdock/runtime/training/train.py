@@ -315,18 +315,13 @@ class _Run:
         if replan.at_step is not None and window is not None:
             if measured is not None:
                 measured.trace.save(self.directory.trace)
-            solution = decide(replan, measured, calibrated, self.mesh, self.config.seed)
-            self.event(
-                "replan",
-                step=self.step,
-                method=replan.method,
-                objective=replan.objective,
-                cost=solution.cost,
-                bound=solution.bound,
-                seconds=solution.seconds,
-                stopped_by=solution.stopped_by,
-            )
-            self._apply(solution.plan)
+            steps_left = self.config.steps - self.step
+            found = decide(replan, measured, calibrated, plan, self._strategies(), steps_left, self.mesh, self.config.seed)
+            self.event("replan", step=self.step, method=replan.method, objective=replan.objective, **found.as_event())
+            if found.is_accepted:
+                self._apply(found.plan)
+            else:
+                self.moves = 0
         self.window = self._new_window()
 
     def _apply(self, plan: Plan) -> None:

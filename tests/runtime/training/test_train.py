@@ -130,7 +130,7 @@ def test_a_replanning_moves_experts_and_the_loss_does_not_notice(
     ranks: Pool, folder: str, world_size: int, expert_parallel: int, method: str
 ) -> None:
     plan = Plan.contiguous(2, 8, expert_parallel)
-    replan = ReplanConfig(at_step=6, method=method, seconds=1.0, capture_steps=4)
+    replan = ReplanConfig(at_step=6, method=method, seconds=1.0, capture_steps=4, pays_back_within=0)
     moved = ranks.run(world_size, run_with, folder, plan, {"replan": replan}, {"name": "moved", "dtype": torch.float64})
     stayed = ranks.run(world_size, run_with, folder, plan, {}, {"name": "stayed", "dtype": torch.float64})
     result, metrics, events = files(folder, "moved")
@@ -146,7 +146,8 @@ def test_a_replanning_moves_experts_and_the_loss_does_not_notice(
     assert applied[1]["plan_hash"] == result["plan"]["hash"] == new_plan.digest
     assert applied[1]["method"] == result["plan"]["method"] == method
     assert applied[1]["moves"] == result["moves"] == len(plan.moves_to(new_plan)) > 0
-    assert applied[1]["bytes"] > 0
+    assert applied[1]["bytes"] == replanned["move_bytes"] * (world_size // expert_parallel) > 0
+    assert replanned["accepted"]
     for window, wanted in ((result, new_plan), (result["before"], plan)):
         assert window["bytes"]["counted"] == window["bytes"]["predicted"]
         assert window["bytes"]["steps"] == 4
@@ -199,10 +200,27 @@ def test_the_evaluation_loss_does_not_depend_on_the_world(ranks: Pool, folder: s
 # ---- stopping and continuing ---------------------------------------------------------------------------------
 
 
+def test_a_move_that_does_not_pay_back_is_refused_and_training_goes_on(ranks: Pool, folder: str) -> None:
+    plan = Plan.contiguous(2, 8, 2)
+    replan = ReplanConfig(at_step=6, method="random", capture_steps=4, pays_back_within=1)
+    results = ranks.run(2, run_with, folder, plan, {"replan": replan}, {})
+    result, metrics, events = files(folder)
+    (replanned,) = [event for event in events if event["event"] == "replan"]
+    assert (replanned["accepted"], replanned["limit_steps"]) == (False, 1)
+    assert replanned["payback_steps"] is None or replanned["payback_steps"] > 1
+    assert (replanned["moves"] > 0, replanned["move_s"] > 0) == (True, True)
+    assert [event["step"] for event in events if event["event"] == "plan_applied"] == [0]
+    assert (result["plan"]["hash"], result["moves"], len(metrics)) == (plan.digest, 0, 12)
+    assert results[0][0]["loss"] == result["loss"]
+
+
 @pytest.mark.parametrize(("world_size", "expert_parallel"), [(1, 1), (2, 2), (4, 2)])
 def test_a_stopped_run_continues_bitwise(ranks: Pool, folder: str, world_size: int, expert_parallel: int) -> None:
     plan = tiny.random_plan(expert_parallel, 1)
-    options = {"replan": ReplanConfig(at_step=4, method="contiguous", capture_steps=2), "capture": CaptureConfig(steps=2)}
+    options = {
+        "replan": ReplanConfig(at_step=4, method="contiguous", capture_steps=2, pays_back_within=0),
+        "capture": CaptureConfig(steps=2),
+    }
     straight = ranks.run(world_size, run_with, folder, plan, options, {"name": "straight"})
     stopped = ranks.run(world_size, run_with, folder, plan, options, {"actions": {7: "SIGTERM"}})
     for result, _ in stopped:
