@@ -68,7 +68,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_two_ranks_reach_the_target_and_leave_the_files(run_dir: Path) -> None:
-    process = alone(run_dir, "train.steps=6", "topology=2x1-local", "replan.at_step=3", "replan.seconds=0.5", "checkpoint.at_end=true")
+    process = alone(
+        run_dir,
+        "train.steps=6",
+        "topology=2x1-local",
+        "replan.at_step=3",
+        "replan.seconds=0.5",
+        "replan.pays_back_within=0",
+        "checkpoint.at_end=true",
+    )
     result, err = finished(process)
     assert process.returncode == 0, err
     assert result == json.loads((run_dir / "result.json").read_text())
@@ -102,7 +110,7 @@ def test_two_ranks_reach_the_target_and_leave_the_files(run_dir: Path) -> None:
 def test_the_demo_in_small(tmp_path: Path) -> None:
     small = [
         "train.steps=8",
-        "replan={at_step: 4, method: anneal, seconds: 0.5, capture_steps: 3}",
+        "replan={at_step: 4, seconds: 0.5, capture_steps: 3, pays_back_within: 0}",
         "data.seq_len=32",
         "model.model_width=64",
     ]
