@@ -16,7 +16,18 @@ import numpy as np
 import yaml
 
 from tests.fuzz.mutations import NUMBERS, TEXTS, json_text, mutated_bytes, mutated_text, mutated_value
-from tests.fuzz.seeds import CHECKPOINT_TENSORS, CONFIG, HUGGING_FACE, PLAN, RESULT, SHARD, TOPOLOGY_LONG, TOPOLOGY_SHORT, WORKLOAD
+from tests.fuzz.seeds import (
+    CHECKPOINT_TENSORS,
+    CONFIG,
+    HOSTFILE,
+    HUGGING_FACE,
+    PLAN,
+    RESULT,
+    SHARD,
+    TOPOLOGY_LONG,
+    TOPOLOGY_SHORT,
+    WORKLOAD,
+)
 
 Files = dict[str, bytes]
 
@@ -377,5 +388,9 @@ KINDS: dict[str, Kind] = {
         _checkpoint, (("checkpoint", "verify", "ck"), ("checkpoint", "ls", "ck"), ("checkpoint", "reshard", "ck", "out", "--shards", "2"))
     ),
     "hugging_face": Kind(_hugging_face, (("checkpoint", "import-hf", "hf", "out"),)),
+    "hostfile": Kind(
+        lambda rng: {"bad.hosts": mutated_text(HOSTFILE, rng)},
+        (("launch", "deepspeed", "run.yaml", "run.dir=/shared/x", "--hostfile", "bad.hosts", "--address", "10.0.0.1"),),
+    ),
     "run": Kind(_run, (("plan", "report", "r", "--out", "out.html"), ("status", "r"))),
 }

@@ -118,3 +118,4 @@ CHECKPOINT_TENSORS = {
     "expert/0/1/up/weight": np.zeros((4, 8), np.float32),
     "buffer/steps": np.zeros((), np.float32),
 }
+HOSTFILE = b"# hosts\nnode1 slots=1\nnode2 slots=1\n"
