@@ -212,3 +212,10 @@ def test_any_text_parses_or_is_refused_in_one_line(text: str) -> None:
     except BadConfig as refused:
         message = str(refused)
     assert "\n" not in message
+
+
+def test_more_values_than_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strict_yaml, "MAX_NODES", 10)
+    assert strict_yaml.parse("[1, 2, 3, 4, 5, 6, 7, 8, 9]", "f").value == [*range(1, 10)]
+    with pytest.raises(BadConfig, match="f:1: more than 10 values"):
+        strict_yaml.parse("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]", "f")
