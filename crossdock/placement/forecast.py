@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock import atomic
-from crossdock.errors import BadData, MissingInput, UsageError
+from crossdock.errors import BadData, UsageError
+from crossdock.placement.array_files import read_array
 from crossdock.placement.homing import CopyCosts, IntArray, sums_by_sequence
 from crossdock.placement.plan import Plan, choose_replica
 from crossdock.placement.trace import NO_EXPERT, Trace
@@ -37,6 +38,7 @@ PRIOR_TOKENS = 4.0
 COST_STEPS = 1 << 20
 """The dearest token costs so much: sums over 2**33 tokens stay below 2**53."""
 _ARRAYS = ("token", "expert", "chance", "share")
+_FACTS = ("format_version", "num_tokens", "trace_hash", "plan_hash", "source", "digest")
 _CHUNK_TOKENS = 1 << 15
 _CHUNK_CHANCES = 1 << 21  # chances of identities x experts held in memory at once
 
@@ -228,14 +230,7 @@ class Forecast:
     def load(cls, path: Path | str) -> "Forecast":
         """Read a forecast. Raises `MissingInput` where it cannot be read, `BadData` where it is none or its hash does not fit."""
         path = Path(path)
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                found = {name: archive[name] for name in archive.files}
-        except OSError as error:
-            raise MissingInput(f"{path}: cannot read the forecast: {error.strerror}; `plan solve --homing` writes one") from error
-        except Exception as error:  # of damaged bytes the readers of zip and numpy raise anything
-            why = " ".join(str(error).split())[:200]
-            raise BadData(f"{path}: no forecast, damaged or truncated ({why}); `plan solve --homing` writes one") from error
+        found = {name: read_array(path, name) for name in (*_ARRAYS, *_FACTS)}
         try:
             return cls._checked(found)
         except BadData as error:
@@ -243,11 +238,6 @@ class Forecast:
 
     @classmethod
     def _checked(cls, found: dict[str, NDArray[Any]]) -> "Forecast":
-        missing = [
-            name for name in (*_ARRAYS, "format_version", "num_tokens", "trace_hash", "plan_hash", "source", "digest") if name not in found
-        ]
-        if missing:
-            raise BadData(f"no array named {', '.join(missing)}; give what `plan solve --homing` wrote")
         if (version := str(found["format_version"])) != str(FORMAT_VERSION):
             raise BadData(f"format_version is {version}, and this release reads {FORMAT_VERSION}; fit the forecast again")
         for name, kind in zip(_ARRAYS, ("int32", "uint16", "uint16", "uint16"), strict=True):
