@@ -24,6 +24,9 @@ popularity. Columns, bytes in one step over all ranks:
     load_max_over_mean    rows of the busiest rank over the mean, mean over layers
     homing_saved       part of what copies cost the links, had every sequence been processed where it was read, that homes saved
     loss               mean over the measured steps; methods differ in the order of sums alone
+
+Wants a machine to itself. Where other programs take its cores, ranks that all compute at once are slowed more than one that computes while
+others wait, which no calibration under an uneven plan can know: steps of evenly loaded plans then take longer than predicted.
 """
 
 import argparse
