@@ -137,17 +137,17 @@ def measure(names: Sequence[str], repeats: int, warmup: int) -> list[dict[str, A
 
 def page(document: Mapping[str, Any], name: str) -> str:
     """The results page."""
-    host = document["machine"]
+    host, repeats = document["machine"], document["rows"][0]["repeats"]
     return f"""# From command to first step
 
-    python -m benchmarks.first_step --repeats {document["rows"][0]["repeats"]} --out {name}.json --page {name}.md
+    python -m benchmarks.first_step --repeats {repeats} --warmup {document["warmup"]} --out {name}.json --page {name}.md
 
 Commit {document["commit"]}. Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]},
 torch {host["torch"]}. Load when it began: {document["load_at_start"]:g}, when it ended: {host["load_average_1min"]:g}; a load near or above
 {host["cores"]} means that others computed beside it, and then the columns can be compared with one another, and with nothing else.
 Raw numbers: [{name}.json]({name}.json).
 
-Seconds from the command, {RANKS} ranks, medians of {document["rows"][0]["repeats"]} repeats in turns, with lowest and highest.
+Seconds from the command, {RANKS} ranks, medians of {repeats} repeats in turns, with lowest and highest.
 `empty`: a script that does nothing has begun on both ranks. `meeting`: both have imported torch and summed a number over gloo.
 `first_step`: `crossdock train configs/tiny.yaml` has written the metrics of its first step: corpus read, model built, one step made.
 `above_meeting`: median over the repeats of first step less meeting, what Crossdock itself adds to what no trainer can avoid.
@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_step", description=__doc__.splitlines()[0])
     parser.add_argument("--launchers", help="separated by commas; all that this machine has where left out")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--short", action="store_true", help="one repeat, and no Ray")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", type=Path)
@@ -173,11 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [name for name in names if name != "ray job"]
     load_at_start = round(os.getloadavg()[0], 2)
     try:
-        rows = measure(names, 1 if options.short else options.repeats, 0 if options.short else 1)
+        rows = measure(names, 1 if options.short else options.repeats, 0 if options.short else options.warmup)
     except CrossdockError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    extra = {"load_at_start": load_at_start}
+    extra = {"load_at_start": load_at_start, "warmup": options.warmup}
     document = publish(rows, "seconds from command to first step", options.out, options.json, COLUMNS, extra)
     if options.page is not None:
         write_text(options.page, page(document, options.page.stem))
