@@ -1,0 +1,106 @@
+"""How do time and quality of planning grow with the number of devices, from 8 to 2,048?
+
+    python -m benchmarks.placement_curves [--devices 8,32,128,512,2048] [--seconds 2,10,30] [--bound-seconds 60] [--out FILE] [--short]
+
+Generated routing (`placement_instances.py`): 8 layers, 100,000 tokens; nodes of 8 devices; 256 experts, or one for each device where there
+are more devices. Two problems for each size: `hops` (top 1, a hop between nodes counts 4) and `devices` (top 4). Method auto with each
+budget; contiguous beside it. One row:
+
+    objective, saved        distinct devices per token, or weighted hops per step; and what that is below contiguous, in per cent
+    gap                     proven distance from the best plan in per cent, with one bound of --bound-seconds for the problem
+    asked_s, solve_s        the budget, and what the search took: the quick starting plans must be made in any case
+    bound_s, memory_mib     seconds of the bound, and the most memory that the process of this size has held until then
+
+Every size runs in a process of its own, so that memory is its own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import publish
+from benchmarks.placement_instances import drifting_trace
+from crossdock.placement.affinity import Affinity
+from crossdock.placement.cost import Workload
+from crossdock.placement.problem import Objective, Problem
+from crossdock.placement.solvers import SOLVERS
+from crossdock.placement.solvers.certificate import certified
+from crossdock.placement.topology import Topology
+
+NODE = 8  # devices of a node
+FEWEST_EXPERTS = 256
+COLUMNS = ("devices", "experts", "problem", "asked_s", "solve_s", "objective", "saved", "gap", "bound_s", "memory_mib")
+
+
+def problem_of(num_devices: int, objective: Objective, num_layers: int, num_tokens: int) -> Problem:
+    """The problem of one size."""
+    top_k, weight = (1, 4.0) if objective == "hops" else (4, 1.0)
+    trace = drifting_trace(num_tokens, num_layers, max(FEWEST_EXPERTS, num_devices), top_k, width=16, memory=0.95)
+    topology = Topology.uniform(max(1, num_devices // NODE), min(NODE, num_devices))
+    return Problem(Affinity.from_trace(trace), topology, Workload(), objective=objective, node_weight=weight)
+
+
+def rows_of(num_devices: int, budgets: Sequence[float], bound_seconds: float, num_layers: int, num_tokens: int) -> Iterator[dict[str, Any]]:
+    """A row for every problem and budget."""
+    for objective in ("hops", "devices"):
+        problem = problem_of(num_devices, objective, num_layers, num_tokens)
+        contiguous = SOLVERS["contiguous"](problem, 1.0, 0).cost
+        began_s = time.perf_counter()
+        bound = certified(problem, bound_seconds)
+        bound_s = time.perf_counter() - began_s
+        for budget in budgets:
+            solution = SOLVERS["auto"](problem, budget, 0)
+            proven = max(bound, solution.bound or 0.0)
+            yield {
+                "devices": num_devices,
+                "experts": problem.num_experts,
+                "problem": objective,
+                "asked_s": budget,
+                "solve_s": round(solution.seconds, 1),
+                "objective": round(solution.cost, 4),
+                "contiguous": round(contiguous, 4),
+                "saved": round(100 * (1.0 - solution.cost / contiguous), 1),
+                "gap": round(100 * (1.0 - proven / solution.cost), 1),
+                "bound": proven,
+                "bound_s": round(bound_s, 1),
+                "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }
+
+
+def main() -> None:
+    """The command line; `--one` is what a size's own process is asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", default="8,32,128,512,2048", help="numbers of devices, multiples of 8")
+    parser.add_argument("--seconds", default="2,10,30", help="budgets of a search")
+    parser.add_argument("--bound-seconds", type=float, default=60.0)
+    parser.add_argument("--short", action="store_true", help="2 layers, 5,000 tokens, 1 s for everything, up to 32 devices")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes, budgets = ([int(word) for word in options.devices.split(",")], [float(word) for word in options.seconds.split(",")])
+    layers, tokens, bound_seconds = 8, 100_000, options.bound_seconds
+    if options.short:
+        sizes, budgets, layers, tokens, bound_seconds = [8, 32], [1.0], 2, 5000, 1.0
+    if options.one is not None:
+        for row in rows_of(options.one, budgets, bound_seconds, layers, tokens):
+            print(json.dumps(row), flush=True)
+        return
+    rows = []
+    for size in sizes:
+        command = [sys.executable, "-m", "benchmarks.placement_curves", "--one", str(size), *sys.argv[1:]]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows += [json.loads(line) for line in answer.splitlines()]
+        if not options.json:
+            print(f"{size} devices: done", file=sys.stderr, flush=True)
+    publish(rows, f"planning for {sizes[0]} to {sizes[-1]} devices", options.out, options.json, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

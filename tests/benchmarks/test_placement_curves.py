@@ -1,0 +1,24 @@
+"""The curves over devices: more time is never worse, gaps are what bound and plan say, each size in its own process."""
+
+import json
+import subprocess
+import sys
+
+from benchmarks import placement_curves
+
+
+def test_rows_hold_together() -> None:
+    rows = list(placement_curves.rows_of(16, [0.3, 1.5], 0.5, 2, 4000))
+    assert [(row["problem"], row["asked_s"]) for row in rows] == [("hops", 0.3), ("hops", 1.5), ("devices", 0.3), ("devices", 1.5)]
+    for row in rows:
+        assert set(placement_curves.COLUMNS) <= set(row)
+        assert (row["devices"], row["experts"]) == (16, 256)
+        assert 0.0 < row["bound"] <= row["objective"] * (1 + 1e-4) <= row["contiguous"] * (1 + 2e-4)
+        assert abs(row["gap"] - 100 * (1 - row["bound"] / row["objective"])) < 0.1
+        assert row["saved"] > 0.0
+
+
+def test_the_command_prints_one_document() -> None:
+    command = [sys.executable, "-m", "benchmarks.placement_curves", "--short", "--json"]
+    document = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=150).stdout)
+    assert [row["devices"] for row in document["rows"]] == [8, 8, 32, 32]
