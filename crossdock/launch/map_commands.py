@@ -9,7 +9,7 @@ import typer
 
 from crossdock.errors import BadData, UsageError
 from crossdock.placement.cli import AsJson, PlanArgument
-from crossdock.placement.statistics_cli import plan_app
+from crossdock.placement.whatif_cli import plan_app
 
 if TYPE_CHECKING:
     from crossdock.placement.plan import Plan

@@ -14,7 +14,7 @@ plan_app = typer.Typer(
     name="plan", help="Decide where experts live, and say what a plan is worth.", no_args_is_help=True, rich_markup_mode=None
 )
 
-METHODS = "contiguous, random, balance, eplb, eplb_global, exflow, moetuner, dp, sweep, anneal, columns, ilp, auto"
+METHODS = "contiguous, random, balance, eplb, eplb_global, exflow, moetuner, dp, sweep, anneal, columns, ilp, replicas, auto"
 DEFAULT_METHODS = "contiguous,random,balance,eplb,anneal,auto"
 
 TraceOption = Annotated[Path, typer.Option("--trace", help="Routing to plan for: .npz, or .npy of [tokens, layers(, choices)].")]
@@ -26,6 +26,11 @@ WorkloadOption = Annotated[
 ]
 LoadCapOption = Annotated[float | None, typer.Option("--load-cap", help="Most load of a device in any layer, over the mean device's.")]
 SlotsOption = Annotated[int | None, typer.Option("--slots", help="Slots of each device in each layer; as many as needed if left out.")]
+SpareSlotsOption = Annotated[int | None, typer.Option("--spare-slots", help="Slots beyond one copy of each expert, for more of hot ones.")]
+SpareBytesOption = Annotated[
+    float | None, typer.Option("--spare-bytes", help="Memory of each device for such copies with optimizer state, over all layers.")
+]
+ReplicasOption = Annotated[int | None, typer.Option("--replicas", help="At most so many such copies in a layer.")]
 AlsoTraceOption = Annotated[
     list[Path] | None, typer.Option("--also-trace", help="More routing: counted in, and the load cap holds on each; may be repeated.")
 ]
@@ -63,6 +68,9 @@ def solve_command(
     workload: WorkloadOption = None,
     load_cap: LoadCapOption = None,
     slots: SlotsOption = None,
+    spare_slots: SpareSlotsOption = None,
+    spare_bytes: SpareBytesOption = None,
+    replicas: ReplicasOption = None,
     memory_fraction: MemoryOption = None,
     pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
@@ -75,6 +83,9 @@ def solve_command(
     homing: HomingOption = False,
     sequence_tokens: SequenceTokensOption = None,
     batch_sequences: BatchSequencesOption = None,
+    old: Annotated[
+        Path | None, typer.Option("--from", metavar="PLAN", help="The plan in force: devices are renamed so that fewest experts move.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan goes.")] = Path("plan.json"),
     as_json: AsJson = False,
 ) -> None:
@@ -87,15 +98,20 @@ def solve_command(
     """
     from crossdock.placement.commands import Asked, constraints_of
     from crossdock.placement.compare import Candidate
+    from crossdock.placement.plan import Plan
     from crossdock.placement.solvers import solve
 
+    if homing and old is not None:
+        raise UsageError("--homing plans devices and homes together, and --from renames devices; give one of them")
     asked = Asked.read(
         trace,
         topology,
         mode=mode,
         objective=objective,
         workload_path=workload,
-        constraints=constraints_of(load_cap, slots, memory_fraction, pin or ()),
+        constraints=constraints_of(
+            load_cap, slots, memory_fraction, pin or (), spare_slots=spare_slots, spare_bytes=spare_bytes, replicas=replicas
+        ),
         node_weight=node_weight,
         also_paths=also_trace or (),
         num_experts=num_experts,
@@ -103,6 +119,9 @@ def solve_command(
     )
     _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
     solution = solve(asked.problem, method, seconds, seed)
+    moves: dict[str, int] = {}
+    if old is not None:
+        solution, moves = asked.moving_least(solution, Plan.load(old))
     candidates = [Candidate(method, solution.plan, solution, solution.seconds)]
     written = [out]
     if homing:
@@ -112,11 +131,13 @@ def solve_command(
     solution.plan.save(out)
     value = asked.score(candidates, bound_seconds) | (homes.as_json() if homing else {})
     if as_json:
-        _print_json(value | {"out": str(out)} | ({"forecast_out": str(written[1])} if homing else {}))
+        _print_json(value | {"out": str(out)} | moves | ({"forecast_out": str(written[1])} if homing else {}))
         return
     _print_tables(value)
     names = " and ".join(map(str, written))
     print(f"\n{solution.plan.method} stopped by {solution.stopped_by} after {solution.seconds:.1f} s; wrote {names}")
+    if moves:
+        print("{moves} moves from the old plan, {moves_unrenamed} had devices kept their names".format(**moves))
 
 
 @plan_app.command("compare")
@@ -129,6 +150,9 @@ def compare_command(
     workload: WorkloadOption = None,
     load_cap: LoadCapOption = None,
     slots: SlotsOption = None,
+    spare_slots: SpareSlotsOption = None,
+    spare_bytes: SpareBytesOption = None,
+    replicas: ReplicasOption = None,
     memory_fraction: MemoryOption = None,
     pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
@@ -160,7 +184,9 @@ def compare_command(
         mode=mode,
         objective=objective,
         workload_path=workload,
-        constraints=constraints_of(load_cap, slots, memory_fraction, pin or ()),
+        constraints=constraints_of(
+            load_cap, slots, memory_fraction, pin or (), spare_slots=spare_slots, spare_bytes=spare_bytes, replicas=replicas
+        ),
         node_weight=node_weight,
         also_paths=also_trace or (),
         num_experts=num_experts,
@@ -206,23 +232,38 @@ def diff_command(
     plan: PlanArgument,
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="The plan to move to.", show_default=False)],
     workload: WorkloadOption = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Routing by which steps are priced: says when the move pays back.")] = None,
+    topology: Annotated[str | None, typer.Option("--topology", help="With --trace: a topology.yaml or preset.")] = None,
+    num_experts: NumExpertsOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the moves that turn one plan into another, and the bytes that they carry.
+    """List the moves that turn one plan into another, the bytes that they carry, and after how many steps they pay back.
 
     Example: crossdock plan diff old.json new.json --workload configs/tiny.yaml
+
+    Example: crossdock plan diff old.json new.json --trace trace.npz --topology 2x8-nvlink-ib
     """
-    from crossdock.placement.commands import read_workload, wrapped
+    from crossdock.placement.commands import payback, read_workload, wrapped
     from crossdock.placement.plan import Plan
 
-    before, after = Plan.load(plan), Plan.load(other)
+    if (trace is None) != (topology is None):
+        raise UsageError("when a move pays back depends on routing and links; give both --trace and --topology, or neither")
+    before, after, sizes = Plan.load(plan), Plan.load(other), read_workload(workload)
     moves = before.moves_to(after)
-    state_bytes = read_workload(workload).expert_state_bytes
+    value: dict[str, Any] = {"plan": before.digest, "other": after.digest, "state_bytes": len(moves) * sizes.expert_moved_bytes}
+    if trace is not None and topology is not None:
+        value |= payback(before, after, trace, topology, sizes, num_experts)
     if as_json:
         listed = [{"layer": move.layer, "expert": move.expert, "source": move.source, "target": move.target} for move in moves]
-        _print_json({"plan": before.digest, "other": after.digest, "moves": listed, "state_bytes": len(moves) * state_bytes})
+        _print_json(value | {"moves": listed})
         return
-    print(f"{len(moves)} moves of {before.num_layers * before.num_experts} experts, {len(moves) * state_bytes / 2**20:,.1f} MiB of state")
+    size = f"{value['state_bytes'] / 2**20:,.1f} MiB of weights and moments"
+    print(f"{len(moves)} moves of {before.num_layers * before.num_experts} experts, {size}")
+    if "move_s" in value:
+        steps = value["payback_steps"]
+        ms = [f"{value[name] * 1e3:,.2f}" for name in ("move_s", "step_before_s", "step_after_s")]
+        print("{} ms to move; step {} ms before, {} after".format(*ms))
+        print("never pays back: steps become no shorter" if steps is None else f"pays back after {steps:,} steps")
     for layer in range(before.num_layers):
         of_layer = [f"{move.expert}:{move.source}>{move.target}" for move in moves if move.layer == layer]
         if of_layer:

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from crossdock.placement.compare import Candidate, coherent_row_of, describe, pr
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
 from crossdock.placement.homing_score import PlansWithHomes
+from crossdock.placement.moving import price_of_move, steps_to_pay_back
 from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Constraints, Pin, Problem
+from crossdock.placement.problem import Constraints, Pin, Problem, Solution
+from crossdock.placement.relabel import relabelled
 from crossdock.placement.solvers import SOLVERS
 from crossdock.placement.solvers.bounds import lower_bound
 from crossdock.placement.solvers.certificate import certified
 from crossdock.placement.statistics import drift, error_bars
-from crossdock.placement.topology import Topology
+from crossdock.placement.topology import LINK_CLASSES, Topology
 from crossdock.placement.trace import Trace, concatenate
 from crossdock.placement.workload_file import load_context, load_shape, load_workload
 
@@ -87,6 +89,12 @@ class Asked:
         ]
         return [part for line in lines for part in textwrap.wrap(line, 80, subsequent_indent=" " * 11, break_on_hyphens=False)]
 
+    def moving_least(self, solution: Solution, old: Plan) -> tuple[Solution, dict[str, int]]:
+        """The solution with devices renamed so that fewest experts move from `old`, and how many those are, and were before."""
+        plan = relabelled(solution.plan, old, self.topology, pins=self.problem.constraints.pins)
+        moves = {"moves": len(old.moves_to(plan)), "moves_unrenamed": len(old.moves_to(solution.plan))}
+        return replace(solution, plan=plan), moves
+
     def score(self, candidates: Sequence[Candidate], bound_seconds: float, *, with_error_bars: bool = False) -> dict[str, Any]:
         """The JSON object of solve and compare; `bound_seconds` go to a bound for the trace that was solved for."""
         bound = certified(self.problem, bound_seconds) if bound_seconds > 0 else lower_bound(self.problem)
@@ -126,7 +134,30 @@ class Asked:
         return row_of(candidate, problem, trace, fitted=fitted, bound=bound)[0].as_json()
 
 
-def constraints_of(load_cap: float | None, slots: int | None, memory_fraction: float | None, pins: Sequence[str]) -> Constraints:
+def payback(before: Plan, after: Plan, trace_path: Path, topology_name: str, workload: Workload, num_experts: int | None) -> dict[str, Any]:
+    """What going from one plan to another takes and saves. Raises the errors of its parts."""
+    topology, trace = Topology.load(topology_name), Trace.load(trace_path, num_experts or before.num_experts)
+    move = price_of_move(before, after, topology, workload)
+    before_s, after_s = (evaluate(trace, plan, topology, workload).step_s for plan in (before, after))
+    return {
+        "move_s": move.seconds,
+        "move_bytes": dict(zip(LINK_CLASSES, move.bytes_by_class, strict=True)),
+        "step_before_s": before_s,
+        "step_after_s": after_s,
+        "payback_steps": steps_to_pay_back(move.seconds, before_s, after_s),
+    }
+
+
+def constraints_of(
+    load_cap: float | None,
+    slots: int | None,
+    memory_fraction: float | None,
+    pins: Sequence[str],
+    *,
+    spare_slots: int | None = None,
+    spare_bytes: float | None = None,
+    replicas: int | None = None,
+) -> Constraints:
     """Constraints from options; a pin is LAYER:EXPERT:DEVICE. Raises `UsageError`."""
     parsed = []
     for pin in pins:
@@ -134,7 +165,8 @@ def constraints_of(load_cap: float | None, slots: int | None, memory_fraction: f
         if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
             raise UsageError(f"--pin is {pin!r}; give LAYER:EXPERT:DEVICE, three numbers from 0, such as 0:17:3")
         parsed.append(Pin(*map(int, parts)))
-    return Constraints(load_cap=load_cap, slots=slots, memory_fraction=memory_fraction, pins=tuple(parsed))
+    room = {"slots": slots, "spare_slots": spare_slots, "spare_bytes": spare_bytes, "replicas": replicas}
+    return Constraints(load_cap=load_cap, memory_fraction=memory_fraction, pins=tuple(parsed), **room)  # type: ignore[arg-type]
 
 
 def method_names(methods: str) -> list[str]:

@@ -156,7 +156,7 @@ def test_show_diff_and_check(tmp_path: Path) -> None:
     assert run_json("show", str(new))["slots"] == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
     value = run_json("diff", str(old), str(new))
     assert value["moves"] == [{"layer": 1, "expert": 1, "source": 0, "target": 1}, {"layer": 1, "expert": 2, "source": 1, "target": 0}]
-    assert value["state_bytes"] == 2 * Workload().expert_state_bytes
+    assert value["state_bytes"] == 2 * Workload().expert_moved_bytes
     assert "1:0>1 2:1>0" in run("diff", str(old), str(new))
     assert "same devices" in run("diff", str(old), str(old))
     assert run_json("check", str(new), "--topology", "1x2-local")["ok"]
