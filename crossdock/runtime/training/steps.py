@@ -21,6 +21,7 @@ from crossdock.runtime.training.context import Listener, StepContext
 from crossdock.runtime.training.homing import Homing
 from crossdock.runtime.training.stopwatch import Stopwatch, peak_memory_bytes
 from crossdock.runtime.transport import collectives
+from crossdock.runtime.transport.exchange import naming_lost_peers
 from crossdock.runtime.transport.ledger import Flight, bytes_by_class, exposed_s
 from crossdock.runtime.transport.mesh import Mesh
 from crossdock.strict_yaml import StrictModel
@@ -112,7 +113,8 @@ class Stepper:
             batch = self._batch(state, micro)
             token_QP, target_QP = self._on_device(batch)
             watch.lap("data_s")
-            output: Output = self.model(token_QP, self._context(batch, token_QP, number, captures))
+            with naming_lost_peers():  # dense parameters in parts are gathered on the way
+                output: Output = self.model(token_QP, self._context(batch, token_QP, number, captures))
             parts = {
                 "loss": cross_entropy(output.logits_QPV, target_QP),
                 **{f"loss_{name}": value for name, value in output.losses.items()},
@@ -168,7 +170,8 @@ class Stepper:
         )
         for batch in batches:
             token_QP, target_QP = self._on_device(batch)
-            output: Output = self.model(token_QP, self._context(batch, token_QP, number=0, captures=(), training=False))
+            with naming_lost_peers():
+                output: Output = self.model(token_QP, self._context(batch, token_QP, number=0, captures=(), training=False))
             sums += torch.tensor([float(cross_entropy(output.logits_QPV, target_QP)) * target_QP.numel(), target_QP.numel()])
         collectives.all_reduce(sums, self.mesh.control_group)
         self.mesh.ledger.take()  # evaluation's traffic is no step's
