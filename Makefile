@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow check format bench clean fuzz audit
+.PHONY: demo test test-slow check format bench chaos clean fuzz audit
 
 demo: $(STAMP)
 	$(BIN)/crossdock demo
@@ -40,6 +40,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layer --short
 	$(BIN)/python -m benchmarks.overlap --short
 	$(BIN)/python -m benchmarks.losses --short
+
+# Long: 200 SIGKILLs, 1,000 damaged checkpoints and every other fault. `python -m benchmarks.chaos --short` is the short form.
+chaos: $(STAMP)
+	$(BIN)/python -m benchmarks.chaos
 
 # uv installs several times faster than pip; it is used when it can be had. It does not read pip's settings, hence the find-links.
 $(STAMP): pyproject.toml constraints.txt
