@@ -66,7 +66,7 @@ def test_bootstrap_interval_holds_the_median_and_narrows() -> None:
 
 
 def test_lines_of_bytes_tell_where_counts_differ() -> None:
-    row = {"method": "auto"}
+    row: dict[str, object] = {"method": "auto"}
     for name in LINK_CLASSES:
         row |= {f"counted_{name}": 100, f"predicted_{name}": 100, f"forecast_{name}": 110}
     row["counted_other_node"] = 0
