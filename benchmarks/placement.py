@@ -130,6 +130,7 @@ def real_cases(traces: dict[str, Trace], seconds: float, bound_seconds: float) -
         yield Case(name, "ms, 2x4, 2 more slots", replicas, trace, copying, others, bound_seconds)
         if same:
             yield _robust(name, trace, traces[same[0]], seconds, bound_seconds)
+            yield from _transfers(name, trace, others, seconds, bound_seconds)
 
 
 def _robust(name: str, trace: Trace, other: Trace, seconds: float, bound_seconds: float) -> Case:
@@ -142,6 +143,24 @@ def _robust(name: str, trace: Trace, other: Trace, seconds: float, bound_seconds
     scored = (Affinity.from_trace(other.select(~seen_T)),)
     both = concatenate([trace, other.select(seen_T)])
     return Case(name, "devices, 1x8, cap 1.3, robust", problem, both, (("auto", 2 * seconds),), scored, bound_seconds)
+
+
+def _transfers(name: str, trace: Trace, others: tuple[Affinity, ...], seconds: float, bound_seconds: float) -> Iterator[Case]:
+    """What becomes of the load on other text: under a cap on the fit alone, with room for copies, and with both under a cap on each half of
+    the fit, which is all that a planner has who does not know the other text."""
+    affinity = Affinity.from_trace(trace)
+    halves = tuple(Affinity.from_trace(trace.select(np.arange(trace.num_tokens) * 2 // trace.num_tokens == half)) for half in (0, 1))
+    for title, cap, spare, also in (
+        ("cap 1.1", 1.1, None, ()),
+        ("cap 1.1, 2 spare", 1.1, 2, ()),
+        ("cap 1.3 on halves", 1.3, None, halves),
+        ("cap 1.3 on halves, 2 spare", 1.3, 2, halves),
+        ("2 spare", None, 2, ()),
+    ):
+        constraints = Constraints(load_cap=cap, spare_slots=spare)
+        problem = Problem(affinity, Topology.uniform(1, 8), Workload(), objective="devices", constraints=constraints, also=also)
+        methods = (("eplb", seconds),) if cap is None else (("auto", 2 * seconds),)
+        yield Case(name, f"transfer, {title}", problem, trace, methods, others, bound_seconds)
 
 
 def generated_cases(bound_seconds: float, short: bool) -> Iterator[Case]:
