@@ -23,6 +23,7 @@ from crossdock.launch.config import RunConfig, resolved
 from crossdock.launch.local import Outcome, root_cause
 from crossdock.launch.ray_cluster import Node
 from crossdock.launch.ray_metrics import told_to_ray
+from crossdock.launch.ray_nodes import living_nodes
 from crossdock.launch.rendezvous import LOOPBACK
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
@@ -80,14 +81,14 @@ def launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str 
     try:
         return _launch(config, shape, policy, address)
     except CrossdockError as failure:
-        record_failure(config, failure.exit_code, str(failure), 0, 0 if shape is None else shape.world_size)
+        record_failure(config, failure.exit_code, str(failure), 0, config.parallel.local_ranks if shape is None else shape.world_size)
         raise
 
 
 def _launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str | None) -> Result:
     read_inputs(config)
     with _connected(address) as ray:
-        nodes = _nodes(ray)
+        nodes = living_nodes(ray)
         if shape is None:
             shape = ray_cluster.shape_of(config, nodes, gpus=any(node.gpus for node in nodes))
         check_world(config, shape.world_size)
@@ -99,7 +100,7 @@ def _launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str
 def ask(request: Request, address: str | None = None) -> Result:
     """A short job on `parallel.ranks` actors of the cluster at `address`, tried once. Raises `Unavailable`."""
     with _connected(address) as ray:
-        nodes = _nodes(ray)
+        nodes = living_nodes(ray)
         shape = ray_cluster.shape_of(request.config, nodes, gpus=any(node.gpus for node in nodes))
         return _Supervisor(ray, request, shape, Policy(restarts=0)).once()
 
@@ -166,7 +167,7 @@ class _Supervisor:
         least = self.shape.nodes if self.policy.min_nodes is None else self.policy.min_nodes
         deadline_s = time.monotonic() + (self.policy.wait_s if number > 1 else 0.0)
         while True:
-            nodes = ray_cluster.able(_nodes(self.ray), self.shape)
+            nodes = ray_cluster.able(living_nodes(self.ray), self.shape)
             if len(nodes) >= self.shape.nodes:
                 return resuming(self.config, number), self.shape, nodes[: self.shape.nodes]
             if time.monotonic() > deadline_s:
@@ -174,7 +175,7 @@ class _Supervisor:
             time.sleep(_POLL_S)
         smaller = ray_cluster.shrunk(self.config, self.shape, len(nodes), least)
         if smaller is None:
-            raise Unavailable(ray_cluster.too_small(_nodes(self.ray), replace(self.shape, nodes=least)))
+            raise Unavailable(ray_cluster.too_small(living_nodes(self.ray), replace(self.shape, nodes=least)))
         config, shape = smaller
         _say(f"going on with {shape.nodes} of {self.shape.nodes} nodes, {shape.world_size} ranks")
         return resuming(config, number), shape, nodes[: shape.nodes]
@@ -226,7 +227,7 @@ class _Supervisor:
         deadline_s = time.monotonic() + patience_s
         while waiting:
             _, waiting = self.ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
-            alive = {node.node_id for node in _nodes(self.ray)}
+            alive = {node.node_id for node in living_nodes(self.ray)}
             gone = [node.address for node in incarnation.nodes if node.node_id not in alive]
             if gone:
                 raise PeerLost(f"{', '.join(gone)} was lost before its ranks could start")
@@ -353,14 +354,6 @@ def _connected(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _nodes(ray: Any) -> list[Node]:
-    alive = [entry for entry in ray.nodes() if entry["Alive"]]
-    return [
-        Node(entry["NodeID"], entry["NodeManagerAddress"], entry["Resources"].get("CPU", 0.0), entry["Resources"].get("GPU", 0.0))
-        for entry in alive
-    ]
 
 
 def _with_reachable_directory(config: RunConfig) -> RunConfig:
