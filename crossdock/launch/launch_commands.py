@@ -215,7 +215,7 @@ def status(directory: Path, otherwise: int | None) -> tuple[str, dict[str, Any]]
     from crossdock.launch.request import read_result
 
     result = read_result(directory)
-    if not isinstance(result.get("exit_code"), int):
+    if not isinstance(code := result.get("exit_code"), int) or not 0 <= code <= 255:
         missing = f"{directory} holds no result.json: the run has not ended, or rank 0 was killed before it could write one"
         if otherwise is None:
             raise MissingInput(missing)

@@ -12,6 +12,8 @@ from crossdock.placement.gather import check_gathered
 from crossdock.runtime.experts.grouped_mlp import Recompute
 from crossdock.strict_yaml import StrictModel
 
+MAX_LAYERS, MAX_EXPERTS = 4096, 65_534
+"""More than any model has; a mistyped number is refused before its layers are counted one by one."""
 Coefficient = Literal["direct", "cg1", "cg2"]
 
 
@@ -41,7 +43,7 @@ class ModelConfig(StrictModel):
     """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU, and routed experts in every or every second layer."""
 
     vocab_size: int = Field(256, ge=2)
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=MAX_LAYERS)
     model_width: int = Field(128, ge=2)
     num_heads: int = Field(4, ge=1)
     num_kv_heads: int | None = Field(None, ge=1)
@@ -62,7 +64,7 @@ class ModelConfig(StrictModel):
     block: BlockName = "scmoe"
     moe_every: Literal[1, 2] = 2
     """Routed experts in every layer, or in the second of every pair."""
-    num_experts: int = Field(8, ge=1)
+    num_experts: int = Field(8, ge=1, le=MAX_EXPERTS)
     top_k: int = Field(2, ge=1)
     """Routed experts per token and representation: 1 is the paper's ScMoE, 2 its ScMoE-2; dgmoe chooses twice, 1 is the paper's."""
     expert_width: int | None = Field(None, ge=1)

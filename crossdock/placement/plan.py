@@ -301,6 +301,11 @@ def _check_slots(slots_LRS: NDArray[np.integer[Any]], num_experts: int) -> None:
             f"layer {layer}, device {device}, slot {slot} holds expert {slots_LRS[layer, device, slot]}; "
             f"with {num_experts} experts it must be 0..{num_experts - 1}, or -1 for empty"
         )
+    if num_experts > num_devices * num_slots:  # said before the table is made: a mistyped number would make it huge
+        raise BadData(
+            f"a layer holds no copy of at least one expert ({num_experts} experts, {num_devices} devices x {num_slots} slots); "
+            "give every expert a slot"
+        )
     layer_H, device_H, slot_H = np.nonzero(slots_LRS != EMPTY)
     held_LRE = np.zeros((num_layers, num_devices, num_experts), dtype=np.int32)
     np.add.at(held_LRE, (layer_H, device_H, slots_LRS[layer_H, device_H, slot_H]), 1)
@@ -318,7 +323,7 @@ def _check_slots(slots_LRS: NDArray[np.integer[Any]], num_experts: int) -> None:
 
 
 def _array_of(slots: list[list[list[int]]]) -> NDArray[np.int64]:
-    shapes = {(len(layer), len(device)) for layer in slots for device in layer}
+    shapes = {(len(layer), len(device)) for layer in slots for device in layer or [[]]}
     if len(shapes) != 1:
         raise BadData(f"slots is ragged or empty: (devices, slots) of its layers are {sorted(shapes)}; pad with -1 to one shape")
     try:

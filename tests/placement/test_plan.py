@@ -199,6 +199,8 @@ def edited(**changes: Any) -> str:
 
 
 MALFORMED: dict[str, tuple[str, str]] = {
+    "more experts than any table holds": (edited(num_experts=2**62), "no copy of at least one expert"),
+    "a layer without devices": (edited(slots=[[], [[0, 1], [2, 3]]]), "ragged"),
     "empty": ("", "not JSON"),
     "truncated": (edited()[:-4], "not JSON"),
     "a list": ("[]", "mapping"),
