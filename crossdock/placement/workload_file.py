@@ -72,6 +72,7 @@ def load_workload(path: Path) -> Workload:
         wire=cast(WireName, keys.choice("precision.wire", WIRE_NAMES, compute)),
         expert_matrices=_EXPERT_MATRICES[keys.choice("model.activation", _EXPERT_MATRICES, "swiglu")],
         dispatch=cast(Dispatch, keys.choice("dispatch", DISPATCHES, "deduplicated")),
+        gradient_bytes=8 if compute == "fp64" else 4,
         micro_batches=micro_batches * BLOCKS[keys.choice("model.block", BLOCKS, "scmoe")].turns,
     )
 
