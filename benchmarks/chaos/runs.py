@@ -34,7 +34,7 @@ RUN = (
     "checkpoint.at_end=true",
     # a plan that follows from the seed alone, so that a run is the same run whatever it has measured on the way
     "topology=2x1-local",
-    f"replan={{at_step: {MIGRATION_STEP}, method: random, objective: devices, seconds: 1.0, capture_steps: 2}}",
+    f"replan={{at_step: {MIGRATION_STEP}, method: random, objective: devices, seconds: 1.0, capture_steps: 2, pays_back_within: 0}}",
 )
 LIMIT_S = 300.0
 
