@@ -139,9 +139,10 @@ def page(document: Mapping[str, Any], name: str) -> str:
     """The results page."""
     host, repeats = document["machine"], document["rows"][0]["repeats"]
     names = ",".join(row["launcher"] for row in document["rows"])
+    options = f'--launchers "{names}" --repeats {repeats} --warmup {document["warmup"]}'
     return f"""# From command to first step
 
-    python -m benchmarks.first_step --launchers "{names}" --repeats {repeats} --warmup {document["warmup"]} --out {name}.json --page {name}.md
+    python -m benchmarks.first_step {options} --out {name}.json --page {name}.md
 
 Commit {document["commit"]}. Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]},
 torch {host["torch"]}. Load when it began: {document["load_at_start"]:g}, when it ended: {host["load_average_1min"]:g}; a load near or above
