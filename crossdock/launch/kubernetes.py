@@ -26,7 +26,11 @@ def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> di
     """
     head = f"{run.name}-workers-0-0.{run.name}"
     script = _POD_SCRIPT.format(command=shell(torchrun(shape, run, head, _PORT, restarts=0)), directory=shell((str(run.directory),)))
-    container = _container(shape, image, claim) | {"command": ["sh", "-c", script], "ports": [{"containerPort": _PORT}], "env": [_secret(run)]}
+    container = _container(shape, image, claim) | {
+        "command": ["sh", "-c", script],
+        "ports": [{"containerPort": _PORT}],
+        "env": [_secret(run)],
+    }
     fails_for_good = {"containerName": "crossdock", "operator": "In", "values": list(final_codes())}
     job = {
         "parallelism": shape.nodes,
