@@ -21,6 +21,8 @@ def read_bytes(path: Path, max_bytes: int, kind: str, error: type[CrossdockError
             raise MissingInput(f"{path} {what}; give the path of {kind}")
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
+    except MissingInput:
+        raise
     except OSError as failure:
         raise MissingInput(f"cannot read {path}: {failure.strerror}; check the path and its permissions") from failure
     except ValueError as failure:  # a path with a NUL byte

@@ -132,8 +132,8 @@ DAMAGE = {
     "a bit in the manifest": (lambda folder: flip_a_bit(folder / "manifest.json", 0.5), "manifest.json"),
     "a shard cut short": (lambda folder: (folder / "shard-00000.safetensors").write_bytes(b"123"), "has 3 bytes where"),
     "a shard that is gone": (lambda folder: (folder / "shard-00001.safetensors").unlink(), "No such file"),
-    "a manifest that is gone": (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
-    "a manifest cut short": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is malformed"),
+    "a manifest that is gone": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json does not exist; give"),
+    "a manifest cut short": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: not JSON"),
     "a manifest that is a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is malformed"),
     "a manifest without shards": (lambda folder: drop_a_key(folder / "manifest.json"), "manifest.json does not match"),
     "a shard of another checkpoint": (
