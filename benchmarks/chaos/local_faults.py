@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib
+import itertools
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,31 @@ from crossdock.launch.faults import Fault
 from crossdock.placement.plan import Plan
 from crossdock.runtime.phases import PHASES, Phase
 
-BATCH = 10
+BATCH = 5  # faults of one run
 TIMEOUT_S = 2.0
 ENDURING = "fault.max_restarts=20"
 
 
 def disasters(draw: random.Random, act: str, phases: list[Phase], seconds: float = 0.0) -> list[Fault]:
-    """A fault in each of the phases, at random steps and ranks where that phase occurs."""
-    faults = []
-    for phase in phases:
-        rank, step = draw.randrange(NUM_RANKS), draw.randint(2, STEPS)
-        if phase in ("checkpoint_write", "checkpoint_rename"):
-            step = EVERY * draw.randint(1, STEPS // EVERY)
-        if phase == "checkpoint_rename":
-            rank = 0  # who commits
-        if phase == "migration":
-            step = MIGRATION_STEP
-        faults.append(Fault(act, rank, phase, step, seconds=seconds))
-    return faults
+    """A fault in each of the phases, at random steps and ranks where that phase occurs.
+
+    Two steps at least lie between any two, so that no two ranks are hit at once: a rank may be a step ahead of one that was lost.
+    """
+    while True:
+        steps = [draw.choice(steps_with(phase)) for phase in phases]
+        if all(abs(one - other) > 1 for one, other in itertools.combinations(steps, 2)):
+            break
+    ranks = [0 if phase == "checkpoint_rename" else draw.randrange(NUM_RANKS) for phase in phases]  # rank 0 commits
+    return [Fault(act, rank, phase, step, seconds=seconds) for rank, phase, step in zip(ranks, phases, steps, strict=True)]
+
+
+def steps_with(phase: Phase) -> Sequence[int]:
+    """The steps in which a run comes to a phase, but for its first one."""
+    if phase == "migration":
+        return (MIGRATION_STEP,)
+    if phase in ("checkpoint_write", "checkpoint_rename"):
+        return range(EVERY, STEPS + 1, EVERY)
+    return range(2, STEPS + 1)
 
 
 def lost_ranks(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crossdock import errors
 from crossdock.errors import CrossdockError, PeerLost, Preempted, UsageError
 
 RETRY_CODES = (Preempted.exit_code, PeerLost.exit_code)
@@ -14,7 +15,8 @@ RETRY_CODES = (Preempted.exit_code, PeerLost.exit_code)
 
 def final_codes() -> tuple[int, ...]:
     """Exit codes after which starting again cannot help: wrong input, wrong configuration, a full disk, a loss that is not finite."""
-    ours = {kind.exit_code for kind in CrossdockError.__subclasses__()}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CrossdockError)]
+    ours = {kind.exit_code for kind in kinds if kind is not CrossdockError}
     return tuple(sorted(ours - set(RETRY_CODES)))
 
 

@@ -124,7 +124,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
     assert result["moves"] is not None
     assert result["before"]["bytes"]["counted"] == result["before"]["bytes"]["predicted"]
-    assert result["plan"]["method"] == "anneal"
+    assert result["plan"]["method"] == "auto"
 
 
 def test_the_demo_replaces_nothing_but_runs(tmp_path: Path) -> None:
