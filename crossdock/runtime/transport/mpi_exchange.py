@@ -77,8 +77,9 @@ class Progress:
 
     def close(self, failed: bool) -> None:
         """Stop the thread. Where this rank `failed`, tell the others, who would wait for it until their time is over."""
-        self._closed = True
-        self._something_to_do.set()
+        with self._lock:  # else the thread could clear the event after it is set, and sleep for ever
+            self._closed = True
+            self._something_to_do.set()
         self._thread.join()
         if failed:
             here = self.communicator.Get_rank()
@@ -93,9 +94,9 @@ class Progress:
     def _look_after(self) -> None:
         while True:
             self._something_to_do.wait()
-            if self._closed:
-                return
             with self._lock:
+                if self._closed:
+                    return
                 while self._under_way and self._under_way[0].is_complete:
                     self._under_way.popleft()
                 if not self._under_way:
