@@ -56,7 +56,11 @@ def routers_of(model: nn.Module) -> list[Router]:
         child = next((child for child in _ROUTER_NAMES if isinstance(getattr(block, child, None), nn.Module)), None)
         if child is not None and isinstance(getattr(block, "experts", None), nn.Module):
             module = getattr(block, child)
-            found.append(Router(f"{name}.{child}", block, module, int(module.weight.shape[0])))
+            if not isinstance(weight := getattr(module, "weight", None), Tensor):
+                raise BadData(
+                    f"router {name}.{child} of {type(model).__name__} has no weight [experts, width], and none other is understood"
+                )
+            found.append(Router(f"{name}.{child}", block, module, int(weight.shape[0])))
     if not found:
         raise BadData(f"{type(model).__name__} has no expert layers (a router beside experts); capture a mixture-of-experts model")
     counts = {router.num_experts for router in found}
@@ -173,7 +177,7 @@ def tokens_of_text(name: str, text: str) -> NDArray[np.int64]:
 
 def sequences(token_T: NDArray[Any], seq_len: int, most: int) -> NDArray[np.int64]:
     """[S, seq_len]: at most `most` tokens cut into sequences; what is left over is dropped. Raises `BadData` for less than one sequence."""
-    if token_T.ndim == 2:
+    if token_T.ndim == 2 and token_T.size:
         return np.asarray(token_T[: max(1, most // token_T.shape[1])])
     if token_T.ndim != 1 or token_T.dtype.kind not in "iu":
         raise BadData(f"token numbers have shape {token_T.shape} and type {token_T.dtype}; give integers [tokens] or [sequences, tokens]")
