@@ -43,7 +43,10 @@ def _plain(value: Any, path: Path, num_bytes: int) -> Any:
         # a tensor's strides may show few stored bytes as terabytes
         if value.layout != torch.strided or value.numel() * value.element_size() > num_bytes:
             raise BadData(f"{path}: a tensor of shape {tuple(value.shape)} is not stored in full; save it with .contiguous()")
-        return value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
+        try:
+            return value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
+        except (TypeError, RuntimeError) as failure:  # float8, quantized, conjugated
+            raise BadData(f"{path}: a tensor of {value.dtype} has no numpy form; save it as float32") from failure
     if isinstance(value, dict):
         return {key: _plain(item, path, num_bytes) for key, item in value.items()}
     if isinstance(value, list | tuple):
