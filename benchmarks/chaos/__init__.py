@@ -5,5 +5,6 @@
     python -m benchmarks.chaos --only kill --trials 50 --out kills.json
 
 `runs.py` starts runs and reads what they left, `local_faults.py` has the faults of one host, `node_faults.py` those of emulated hosts,
-`page.py` the table. A trial that does not keep its promise stays in the table with the reason, and the command ends with code 1.
+`page.py` the table. A trial that does not keep its promise stays in the table with the reason, and the command ends with code 1;
+the seconds that promises name are told, not judged.
 """
