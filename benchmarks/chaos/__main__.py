@@ -1,7 +1,6 @@
 """The command line: which faults, how often, and where the table goes. See the package."""
 
 import argparse
-import contextlib
 import sys
 import tempfile
 import time
@@ -69,18 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no fault {unknown[0]!r}; choose from {', '.join(FAULTS)}")
     kept = True
-    with tempfile.TemporaryDirectory(prefix="crossdock-chaos-") as folder, contextlib.suppress(KeyboardInterrupt):
-        workshop = Workshop(Path(folder))
-        for name in options.only:
-            if (reason := impossible(name)) is not None:
-                print(f"{name}: left out, {reason}", file=sys.stderr)
-                continue
-            suffer, long, short = FAULTS[name]
-            begin_s = time.monotonic()
-            rows = suffer(workshop, options.trials or (short if options.short else long), options.seed)
-            kept = kept and all(row.is_kept for row in rows)
-            publish([row.as_json() for row in rows], options.out, options.json)
-            print(f"{name}: {sum(len(row.trials) for row in rows)} trials in {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory(prefix="crossdock-chaos-") as folder:
+            workshop = Workshop(Path(folder))
+            for name in options.only:
+                if (reason := impossible(name)) is not None:
+                    print(f"{name}: left out, {reason}", file=sys.stderr)
+                    continue
+                suffer, long, short = FAULTS[name]
+                begin_s = time.monotonic()
+                rows = suffer(workshop, options.trials or (short if options.short else long), options.seed)
+                kept = kept and all(row.is_kept for row in rows)
+                publish([row.as_json() for row in rows], options.out, options.json)
+                print(f"{name}: {sum(len(row.trials) for row in rows)} trials in {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     return 0 if kept else 1
 
 

@@ -42,9 +42,14 @@ def _on_nodes(lab: Lab, workshop: Workshop, directory: Path, *overrides: str) ->
         yield agents
     finally:
         for agent in agents:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(agent.pid, signal.SIGKILL)
-            agent.wait()
+            _end(agent)
+
+
+def _end(agent: "subprocess.Popen[str]") -> None:
+    """Leave nothing of its session, however the trial went."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
 
 
 def _pause(step: int, seconds: float) -> Fault:
@@ -152,12 +157,16 @@ def kills_under_torchrun(workshop: Workshop, trials: int, seed: int) -> list[Row
             fault = Fault(act, draw.randrange(2), "in_flight", draw.randint(EVERY + 1, STEPS - 1))
             overrides = [workshop.script(directory, [fault]), f"parallel.timeout_s={TIMEOUT_S}"]
             process = workshop.start(directory, *overrides, command=torchrun)
-            wait_for_steps(directory, fault.step - 1)
-            begin_s = time.monotonic()
-            message, detection_s = _wait_for_blame(directory, begin_s, 60.0)
-            recovery_s = _resumed_s(directory, 0, begin_s, 120.0)
+            try:
+                wait_for_steps(directory, fault.step - 1)
+                begin_s = time.monotonic()
+                message, detection_s = _wait_for_blame(directory, begin_s, 60.0)
+                recovery_s = _resumed_s(directory, 0, begin_s, 120.0)
+                code = ended(process)
+            finally:
+                _end(process)
             named = f"rank {fault.rank} (" in message
-            row.trials.append(_judged(workshop, directory, [ended(process)], named, message, detection_s, recovery_s))
+            row.trials.append(_judged(workshop, directory, [code], named, message, detection_s, recovery_s))
         rows.append(row)
     return rows
 
