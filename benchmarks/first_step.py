@@ -76,12 +76,15 @@ def _ray_job(head: Head, kind: str, folder: Path) -> list[str]:
 
 
 def seconds(start: Start, kind: str, environment: Mapping[str, str]) -> float:
-    """Seconds from the command to the mark of the last rank, or of the first step. Raises `PeerLost` where the command fails."""
+    """Seconds from the command to the mark of the last rank, or of the first step. Raises `PeerLost` where the command fails or hangs."""
     with tempfile.TemporaryDirectory(prefix="crossdock-first-step-") as text:
         folder = Path(text)
         begin_s = time.time()
         command = start(kind, folder)
-        ended = subprocess.run(command, cwd=ROOT, env=dict(environment), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        try:
+            ended = subprocess.run(command, cwd=ROOT, env=dict(environment), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as late:
+            raise PeerLost(f"{' '.join(command)} did not end within {TIMEOUT_S:g} s") from late
         if ended.returncode != 0:
             last_lines = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
             raise PeerLost(f"{' '.join(command)} ended with code {ended.returncode}: {last_lines}")
