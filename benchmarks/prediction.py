@@ -32,6 +32,7 @@ others wait, which no calibration under an uneven plan can know: steps of evenly
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def command(options: argparse.Namespace) -> str:
     rates = ",".join("none" if rate is None else f"{rate:g}" for rate in options.rates)
     words = ["sudo python -m benchmarks.prediction", f"--rates {rates} --repeats {options.repeats} --cases {','.join(options.cases)}"]
     words += [f"--methods {','.join(options.methods)}"] if options.methods else []
+    sizes = {} if options.short else asdict(shape_of(options))
+    words += [f"--{name.replace('_', '-')} {size}" for name, size in sizes.items() if size != getattr(Shape, name)]
     words += ["--short"] if options.short else []
     return " ".join([*words, f"--window {options.window} --seconds {options.seconds:g}"])
 
