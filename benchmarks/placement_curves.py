@@ -73,8 +73,8 @@ def rows_of(num_devices: int, budgets: Sequence[float], bound_seconds: float, nu
             }
 
 
-def main() -> None:
-    """The command line; `--one` is what a size's own process is asked."""
+def main() -> int:
+    """The command line; `--one` is what a size's own process is asked. A size that fails costs its own rows alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="8,32,128,512,2048", help="numbers of devices, multiples of 8")
     parser.add_argument("--seconds", default="2,10,30", help="budgets of a search")
@@ -91,16 +91,19 @@ def main() -> None:
     if options.one is not None:
         for row in rows_of(options.one, budgets, bound_seconds, layers, tokens):
             print(json.dumps(row), flush=True)
-        return
-    rows = []
+        return 0
+    rows: list[dict[str, Any]] = []
+    failed = False
     for size in sizes:
         command = [sys.executable, "-m", "benchmarks.placement_curves", "--one", str(size), *sys.argv[1:]]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows += [json.loads(line) for line in answer.splitlines()]
-        if not options.json:
-            print(f"{size} devices: done", file=sys.stderr, flush=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        rows += [json.loads(line) for line in done.stdout.splitlines()]
+        if done.returncode or not options.json:
+            print(f"{size} devices: {f'ended with code {done.returncode}' if done.returncode else 'done'}", file=sys.stderr, flush=True)
+        failed = failed or done.returncode != 0
     publish(rows, f"planning for {sizes[0]} to {sizes[-1]} devices", options.out, options.json, COLUMNS)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
