@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import publish
+from crossdock.errors import CrossdockError, PeerLost
 from crossdock.placement.affinity import Affinity
 from crossdock.placement.cost import Workload
 from crossdock.placement.forecast import Forecast
@@ -107,20 +108,25 @@ def published_traces(short: bool) -> Iterator[Instance]:
 
 
 def trained_model(steps: int, batches: int) -> Instance:
-    """Train the model of `configs/tiny.yaml`, larger, on the default text, and capture its routing on held-out text."""
+    """Train the model of `configs/tiny.yaml`, larger, on the default text, and capture its routing on held-out text.
+
+    Raises `PeerLost` where either fails.
+    """
     with tempfile.TemporaryDirectory(prefix="crossdock-homing-") as folder:
         sizes = ["model.num_layers=4", "model.num_experts=16", "data.seq_len=128", "train.batch_sequences=32", "train.eval_batches=0"]
         run = ["train", "tiny", *sizes, f"train.steps={steps}", "capture.steps=0", "checkpoint.at_end=true", f"run.dir={folder}/run"]
         capture = ["trace", "capture", f"{folder}/run", "--steps", str(batches), "--out", f"{folder}/trace.npz"]
         for command in (run, capture):
-            subprocess.run([sys.executable, "-m", "crossdock", *command, "--json"], check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, "-m", "crossdock", *command, "--json"], stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise PeerLost(f"crossdock {' '.join(command)} ended with code {done.returncode}; its lines above say why")
         trace = Trace.load(Path(folder) / "trace.npz")
     is_fit_Q = np.random.default_rng(0).permutation(int(sequences_of(trace).max()) + 1) % 2 == 0
     is_fit_T = is_fit_Q[sequences_of(trace)]
     return Instance(f"tiny model, {steps} steps", trace.select(is_fit_T), trace.select(~is_fit_T), None, 32)
 
 
-def main() -> None:
+def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="cap on one search")
@@ -133,15 +139,22 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--short", action="store_true", help="every sixth layer, 40 steps of training, 2 seeds, 2 s a search")
     options = parser.parse_args()
+    if (options.trace is None) != (options.eval_trace is None):
+        parser.error("--trace and --eval-trace are given together: one to plan on, the other to score on")
     seconds, seeds, steps = (2.0, 2, 40) if options.short else (options.seconds, options.seeds, options.train_steps)
     instances = [instance for instance in published_traces(options.short) if options.only in instance.name]
     if options.trace and options.eval_trace:
         instances.append(Instance(options.trace.stem, Trace.load(options.trace), Trace.load(options.eval_trace), None, 32))
     if options.only in "tiny model":
-        instances.append(trained_model(steps, 4 if options.short else 32))
+        try:
+            instances.append(trained_model(steps, 4 if options.short else 32))
+        except CrossdockError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
     rows = [row for instance in instances for devices in (2, 4, 8) for row in rows_of(instance, devices, seconds, seeds)]
     publish(rows, f"sequence homing: copies that leave their device, medians of {seeds} seeds", options.out, options.json, COLUMNS)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
