@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import publish
+from crossdock.errors import Unavailable
 from crossdock.launch import mpi
 from crossdock.runtime.transport.carrier_choice import REPEATS, choose_carrier
 from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    place = mpi.world()
+    try:
+        place = mpi.world()
+    except Unavailable as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     with tempfile.TemporaryDirectory(prefix="crossdock-transport-") as folder:
         store = mpi.broadcast(f"file://{folder}/store")  # rank 0's, which outlives the others' use of it
         initialise(place.rank, place.world_size, init_method=store, timeout_s=TIMEOUT_S)
