@@ -179,7 +179,8 @@ class MoELayer(nn.Module):
         """
         if self.plan_has_copies:
             raise BadConfig(
-                "finish_gradients cannot sum copies of an expert inside a group; use a plan without copies, or runtime.engine.Engine"
+                "finish_gradients cannot sum copies of an expert inside a group; use a plan without copies, or "
+                "runtime.optimization.engine.Engine"
             )
         for parameter in self.bank.parameters():
             if parameter.grad is None:  # no token of any rank came here, but the other copies may have had some

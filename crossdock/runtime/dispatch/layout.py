@@ -68,7 +68,7 @@ class ExpertLayout:
         """The layout while the weights of `experts` are on every rank of the group: their tokens then use the copy at home.
 
         Every rank gets as many further slots as there are such experts. They are filled with those that it has no copy of, in the order
-        in which `runtime.gathered` brings them, and the rest stays empty. Raises `BadConfig` for experts that the layer does not have.
+        in which `experts.gathered` brings them, and the rest stays empty. Raises `BadConfig` for experts that the layer does not have.
         """
         check_gathered(experts, self.num_experts)
         assert not any(self.hops), "experts are gathered once; begin from the plan's layout"
