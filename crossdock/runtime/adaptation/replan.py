@@ -83,7 +83,8 @@ def window_steps(total_steps: int, capture_steps: int, replan: ReplanConfig) -> 
 def topology_of(mesh: Mesh, declared: Topology | None) -> Topology:
     """The devices of an expert group: as declared, or this machine with the mesh's nodes and speeds still to be calibrated.
 
-    Raises `BadConfig` where the declared nodes are not those of the mesh.
+    Nodes are numbered in the order of their devices, as hierarchical dispatch is counted. Raises `BadConfig` where the declared nodes are
+    not those of the mesh.
     """
     nodes = renumbered(mesh.node_of_rank[: mesh.expert_parallel])
     if declared is None:
@@ -93,7 +94,7 @@ def topology_of(mesh: Mesh, declared: Topology | None) -> Topology:
             f"topology {declared.name} puts devices on nodes {list(declared.node_of_R)}, and the ranks run on nodes {list(nodes)}; "
             "start the ranks as the topology says, or choose the one that fits"
         )
-    return declared
+    return declared if declared.node_of_R == nodes else dataclasses.replace(declared, node_of_R=nodes)
 
 
 def renumbered(nodes: Sequence[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,7 @@ def test_where_windows_lie() -> None:
 def unfit_topology(rank: int, world_size: int) -> str:
     mesh = mesh_for(rank, world_size, 2, (0, 1))
     assert topology_of(mesh, None).node_of_R == (0, 1)
+    assert topology_of(mesh, replace(Topology.uniform(2, 1), node_of_R=(1, 0))).node_of_R == (0, 1)
     with pytest.raises(BadConfig) as caught:
         topology_of(mesh, Topology.uniform(1, 2))
     return str(caught.value)
