@@ -146,6 +146,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> nn.Modul
     transformers = _transformers()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as failure:
+        raise UsageError(f"device is {device!r}; choose auto, cpu or cuda") from failure
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise Unavailable("no CUDA device is there; choose --device cpu")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
