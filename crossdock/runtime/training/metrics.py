@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,25 +141,33 @@ class RunDirectory:
         atomic.write_json(self.result, finite(result))
 
     def start_anew(self, keep_history: bool) -> None:
-        """Take away the result of an earlier run, and unless `keep_history` its metrics, events and traces."""
-        history = [self.metrics, self.events, self.choices, self.trace, self.topology, self.workload, self.report]
+        """Take away the result of an earlier start, and unless `keep_history` its metrics, traces and events, but for those of restarts:
+        they tell why this start is not the first."""
+        history = [self.metrics, self.choices, self.trace, self.topology, self.workload, self.report]
         stale = [self.result] if keep_history else [self.result, *history]
         for path in stale:
             path.unlink(missing_ok=True)
+        if not keep_history and self.events.exists():
+            restarts = [line for line, row in _rows(self.events) if row.get("event") == "restart"]
+            atomic.write_text(self.events, "".join(line + "\n" for line in restarts))
 
     def forget_after(self, step: int) -> None:
         """Drop the metric lines of steps after `step`: a resumed run writes them anew, and a torn last line goes too."""
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.get("step", 0) <= step:
-                kept.append(line)
+        kept = [line for line, row in _rows(self.metrics) if row.get("step", 0) <= step]
         atomic.write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file of JSON objects, each with its object; torn ones are left out."""
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield line, row
 
 
 def finite(value: Any) -> Any:

@@ -68,7 +68,17 @@ def test_a_new_run_leaves_nothing_of_an_old_one(tmp_path: Path) -> None:
     directory.start_anew(keep_history=True)
     assert [path.exists() for path in (directory.result, directory.metrics, directory.events)] == [False, True, True]
     directory.start_anew(keep_history=False)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [directory.events]
+    assert directory.events.read_text() == ""
+
+
+def test_a_run_that_begins_again_remembers_why(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_event("rank_started", rank=0)
+    directory.write_event("restart", incarnation=2, cause="rank 1 was killed by SIGKILL", rank=1, step=0)
+    directory.start_anew(keep_history=False)
+    (event,) = map(json.loads, directory.events.read_text().splitlines())
+    assert (event["event"], event["rank"]) == ("restart", 1)
 
 
 def test_results_hold_no_nan(tmp_path: Path) -> None:
