@@ -45,8 +45,8 @@ def hops_of_copies(copies_RR: Counts, node_copies_RN: Counts, node_of_device: Se
 def two_hops(copies_RR: Counts, node_copies_RN: Counts, node_of_device: Sequence[int]) -> Counts:
     """Rows over every link in each hop, [2, ..., R, R], from row to column.
 
-    `copies_RR` [..., R, R] are copies from home to distinct device, `node_copies_RN` [..., R, N] those from home to distinct node, nodes in
-    the order of their devices.
+    `copies_RR` [..., R, R] are copies from home to distinct device, `node_copies_RN` [..., R, N] those from home to distinct node, by the
+    numbers in `node_of_device`, 0 to N - 1.
     """
     per_node = check_nodes(node_of_device)
     num_devices = len(node_of_device)
@@ -56,7 +56,8 @@ def two_hops(copies_RR: Counts, node_copies_RN: Counts, node_of_device: Sequence
     # [..., home node, home's number, node, device's number]
     rail, inside = (hop.reshape(*lead, num_nodes, per_node, num_nodes, per_node) for hop in hops)
     copies = copies_RR.reshape(rail.shape)
-    node_copies = node_copies_RN.reshape(*lead, num_nodes, per_node, num_nodes)
+    in_device_order = list(dict.fromkeys(node_of_device))
+    node_copies = node_copies_RN[..., in_device_order].reshape(*lead, num_nodes, per_node, num_nodes)
     for node in range(num_nodes):
         others = np.arange(num_nodes) != node
         for local in range(per_node):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.cost import Workload, step_cost, transfer_seconds
+from crossdock.placement.cost import Dispatch, Workload, step_cost, transfer_seconds
 from crossdock.placement.evaluate import Evaluation, evaluate
 from crossdock.placement.plan import Plan, choose_replica
 from crossdock.placement.topology import Topology
@@ -270,3 +270,13 @@ def test_real_trace(real_trace: Trace) -> None:
     whole = evaluate(real_trace, plan, topology, FLAT)
     assert whole.rows_LR.sum() == real_trace.num_tokens * real_trace.num_layers * real_trace.top_k
     assert whole.moved == pytest.approx(7 / 8)
+
+
+@pytest.mark.parametrize("dispatch", ["deduplicated", "hierarchical"])
+def test_the_numbers_of_nodes_mean_nothing(dispatch: Dispatch) -> None:
+    """Nodes 0 and 1, or the other way round: the same devices stand together, and every link carries the same."""
+    trace, plan = random_trace(num_homes=4), random_plan()
+    workload = replace(WORKLOAD, dispatch=dispatch)
+    found = [evaluate(trace, plan, replace(TWO_BY_TWO, node_of_R=nodes), workload) for nodes in ((0, 0, 1, 1), (1, 1, 0, 0))]
+    assert found[0].bytes_by_class == found[1].bytes_by_class
+    assert (found[0].hops_HLRR == found[1].hops_HLRR).all()
