@@ -64,9 +64,18 @@ def why_not_mpi(config: RunConfig, env: WorkerEnv, mesh: Mesh) -> str:
         return f"these ranks were not started by mpirun ({env.launcher}), and MPI reaches no others"
     if mesh.device.type != "cpu":
         return f"tokens are on {mesh.device}, and this transport carries rows of the host's memory"
+    if config.parallel.transport != "torch" and not mpi_is_threaded():
+        return "this MPI library does not let several threads use it (MPI_THREAD_MULTIPLE)"
     if config.model.num_moe_layers == 0 or mesh.expert_parallel == 1:
         return "tokens stay on their rank: the model has no experts, or parallel.expert is 1"
     return ""
+
+
+def mpi_is_threaded() -> bool:
+    """Whether several threads may use the MPI that these ranks were started by."""
+    from crossdock.launch import mpi
+
+    return mpi.is_threaded()
 
 
 def dispatch_bytes(config: RunConfig, world_size: int) -> int:

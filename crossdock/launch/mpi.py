@@ -53,11 +53,14 @@ def broadcast(value: Told) -> Told:
 
 
 def communicator() -> Any:
-    """mpi4py's communicator of all ranks, for a transport that several threads use. Raises `Unavailable` where MPI forbids that."""
+    """mpi4py's communicator of all ranks."""
+    return _mpi().COMM_WORLD
+
+
+def is_threaded() -> bool:
+    """Whether this MPI lets several threads use it at once, as the transport does."""
     mpi = _mpi()
-    if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
-        raise Unavailable("this MPI library does not let several threads use it (MPI_THREAD_MULTIPLE); set parallel.transport: torch")
-    return mpi.COMM_WORLD
+    return bool(mpi.Query_thread() >= mpi.THREAD_MULTIPLE)
 
 
 def leave() -> None:

@@ -130,7 +130,7 @@ class Stepper:
         watch.lap("reduce_s")
         reached("optimizer")
         flights = mesh.ledger.take()
-        spent = {**watch.read(), "exposed_s": exposed_s(flights)}
+        spent = {**watch.read(), "exposed_s": exposed_s(flight for flight in flights if flight.kind != "gradients")}
         sent = {f"bytes_{name}": float(size) for name, size in zip(LINK_CLASSES, bytes_by_class(flights), strict=True)}
         lr = learning_rate(config.optimizer, number, config.steps)
         of_homes = {} if self.homing is None else self.homing.sums()
