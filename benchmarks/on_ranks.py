@@ -28,15 +28,22 @@ MEETING_S = 120.0
 PROGRAM_S = 1800.0
 
 
-def rates(text: str) -> list[float | None]:
-    """Link rates in bit/s from `1e9,500e6`; `none` is a link that nothing limits."""
+def rates(text: str) -> list[float]:
+    """Link rates in bit/s from `1e9,500e6`."""
+    return [float(part) for part in text.split(",")]
+
+
+def rates_or_none(text: str) -> list[float | None]:
+    """The same; `none` is no link at all."""
     return [None if part == "none" else float(part) for part in text.split(",")]
 
 
-def parser(program: str, description: str | None, repeats: int) -> argparse.ArgumentParser:
+def parser(
+    program: str, description: str | None, repeats: int, read_rates: Callable[[str], Sequence[float | None]] = rates
+) -> argparse.ArgumentParser:
     """The options that every such program has; `description` is its docstring, of which the first line is shown."""
     options = argparse.ArgumentParser(prog=f"python -m {program}", description=(description or "").partition("\n")[0])
-    options.add_argument("--rates", type=rates, default=[1e9, 500e6, 250e6], help="bit/s of each node's link, each direction")
+    options.add_argument("--rates", type=read_rates, default=[1e9, 500e6, 250e6], help="bit/s of each node's link, each direction")
     options.add_argument("--repeats", type=int, default=repeats)
     options.add_argument("--short", action="store_true", help="one rate, few repeats, small shapes: shows that it runs")
     options.add_argument("--json", action="store_true")

@@ -249,7 +249,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = on_ranks.parser("benchmarks.skew", __doc__, repeats=11)
+    parser = on_ranks.parser("benchmarks.skew", __doc__, repeats=11, read_rates=on_ranks.rates_or_none)
     parser.set_defaults(rates=[None, 1e9, 500e6])
     parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of one rank")
     parser.add_argument("--model-width", type=int, default=Shape.model_width)
