@@ -80,10 +80,10 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, markers: S
         return height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom)
 
     parts = []
-    for tick in ticks(y_low, y_high):
+    for tick, label in labelled(ticks(y_low, y_high)):
         parts.append(f'<line x1="{left}" x2="{WIDTH - right}" y1="{at_y(tick):.1f}" y2="{at_y(tick):.1f}" class="grid"/>')
-        parts.append(_text(left - 5, at_y(tick) + 4, readable(tick), "quiet", "end"))
-    parts += [_text(at_x(tick), height - bottom + 15, readable(tick), "quiet", "middle") for tick in ticks(x_low, x_high)]
+        parts.append(_text(left - 5, at_y(tick) + 4, label, "quiet", "end"))
+    parts += [_text(at_x(tick), height - bottom + 15, label, "quiet", "middle") for tick, label in labelled(ticks(x_low, x_high))]
     parts.append(_text(WIDTH - right, height - 5, x_label, "quiet", "end"))
     for marker in markers:
         if x_low <= marker.x <= x_high:
@@ -145,6 +145,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Each value with its number, in as few digits as tell all of them apart."""
+    for digits in range(1, 5):
+        labels = [readable(value, digits) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return list(zip(values, labels, strict=True))
 
 
 def _shade(value: float, most: float, centre: float | None) -> tuple[float, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from crossdock.errors import BadData, MissingInput
-from crossdock.placement.charts import Marker, Series, bar_chart, heat_map, line_chart, readable, ticks
+from crossdock.placement.charts import Marker, Series, bar_chart, heat_map, labelled, line_chart, readable, ticks
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
 from crossdock.placement.plan import Plan
@@ -232,3 +232,10 @@ def test_a_plan_with_replicas_has_no_distance_to_a_bound_that_does_not_hold_for_
     trace, plan = random_trace(6, num_tokens=400), random_plan(1, num_slots=4)
     assert plan.has_replicas
     assert "Distance to the best plan" not in render_plan_report(trace, TOPOLOGY, Workload(), {"copies": plan})
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"), [((1.0, 1.05, 1.1, 1.15), ["1", "1.05", "1.10", "1.15"]), ((3.0, 4.0, 5.0), ["3", "4", "5"]), ((), [])]
+)
+def test_numbers_of_an_axis_differ(values: tuple[float, ...], labels: list[str]) -> None:
+    assert [label for _, label in labelled(values)] == labels
