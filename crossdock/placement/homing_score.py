@@ -20,7 +20,8 @@ from crossdock.placement.forecast import Forecast
 from crossdock.placement.homing import Batches, CopyCosts, IntArray, known_costs, sequences_of
 from crossdock.placement.plan import Plan
 from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import homed, load_peaks, starts
+from crossdock.placement.solvers import homed, starts
+from crossdock.placement.solvers.constraints import broken_constraint, check_constraints
 from crossdock.placement.trace import Trace
 
 
@@ -114,7 +115,8 @@ def solve_with_homes(setting: Setting, begun: Sequence[Solution], forecast: Fore
     """Experts and homes planned together from other methods' plans, and the best of all of these with homes as they will be found.
 
     The search knows the routing; which of the plans is the best is decided by the evaluator, with the forecast's homes where there is one.
-    It searches plans with one copy of each expert; a plan with replicas to begin from is held against what it finds.
+    It searches plans with one copy of each expert; a plan with replicas to begin from is held against what it finds. Plans that break a
+    constraint are not taken. Raises `InfeasiblePlan`, naming the constraint, where none is left.
     """
     problem = setting.problem
     devices = [solution.plan.device_of_LE().astype(np.int64) for solution in begun if not solution.plan.has_replicas]
@@ -123,8 +125,10 @@ def solve_with_homes(setting: Setting, begun: Sequence[Solution], forecast: Fore
     names: dict[str, Any] = {"mode": problem.mode, "objective": problem.objective, "seed": seed, "topology_hash": problem.topology.digest}
     names |= {"method": f"{begun[-1].plan.method}+homing", "trace_hash": problem.affinity.trace_digest}
     joint = Plan.from_devices(found.device_LE, problem.num_devices, problem.constraints.slots, **names)
-    cap = problem.constraints.load_cap
-    plans = [joint, *(solution.plan for solution in begun if cap is None or max(load_peaks(problem, solution)) <= cap + 1e-9)]
+    met = [Solution(joint, found.value, None, seconds, found.stopped_by), *begun]
+    plans = [solution.plan for solution in met if broken_constraint(problem, solution) is None]
+    if not plans:
+        check_constraints(problem, met[0])
     scores = [_objective(setting, plan, forecast) for plan in plans]
     best = int(np.argmin(scores))
     plan = replace(plans[best], method=str(names["method"]), cost=scores[best], bound=None)
@@ -179,7 +183,7 @@ class PlansWithHomes:
         eval_rows: tuple[HomingRow, ...] = ()
         accuracy = None if forecast is None else forecast.accuracy(trace)
         if eval_trace is not None:
-            held_out = Setting.of(problem, eval_trace, setting.sequence_tokens, None, seed)
+            held_out = Setting.of(problem, eval_trace, setting.sequence_tokens, batch_sequences, seed)
             eval_rows = tuple(held_out.row(candidate.label, candidate.plan, forecast) for candidate in every)
             if forecast is not None and eval_trace.token_T is not None:
                 accuracy = forecast.accuracy(eval_trace)

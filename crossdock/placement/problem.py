@@ -157,6 +157,10 @@ class Problem:
         constraints = self.constraints
         fewest = -(-self.num_experts // self.num_devices)
         if constraints.spare_bytes is not None:
+            if self.workload.expert_state_bytes == 0:
+                raise UsageError(
+                    "spare bytes buy slots at the size of an expert's state, and the workload's state_bytes_per_parameter is 0"
+                )
             return fewest + int(constraints.spare_bytes // (self.num_layers * self.workload.expert_state_bytes))
         if constraints.spare_slots is not None:
             return fewest + constraints.spare_slots

@@ -167,13 +167,13 @@ def distance_section(rows: Sequence[Row]) -> list[Section]:
     bound = next((row.bound for row in rows if row.bound is not None), None)
     if bound is None or any(row.gap_cost is None for row in rows):
         return []
-    bars = [(row.method, row.cost_s * 1e3) for row in rows] + [("no plan below", bound * 1e3)]
+    bars = [(row.method, row.cost * 1e3) for row in rows if row.cost is not None] + [("no plan below", bound * 1e3)]
     cells = [[row.method, *("-" if gap is None else f"{gap:.1%}" for gap in (row.gap_cost, row.gap_moved, row.gap_kept))] for row in rows]
     return [
         Section(
             "Distance to the best plan",
-            text=f"No plan with one copy of each expert has a step below {seconds(bound)}: that is proven. Whether "
-            "anything between it and the best one here is possible is not known.",
+            text=f"With tokens at home on every device alike, no plan with one copy of each expert has a step below {seconds(bound)}: that "
+            "is proven. Whether anything between it and the best one here is possible is not known.",
             table=Table(["plan", "of the step", "of moved", "of kept"], cells, chosen=len(rows) - 1),
             note="Gaps, at most: of the step's time, of the copies that move, and of those that could be kept.",
             figures=[Figure("predicted step, ms", bar_chart([("", bars)], title="Predicted step of every plan, and the bound", unit="ms"))],

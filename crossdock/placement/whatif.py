@@ -62,10 +62,11 @@ class Row:
 def variants(topologies: Sequence[Topology], dispatches: Iterable[Dispatch], spare_slots: Iterable[int], method: str) -> list[Variant]:
     """The unplanned first, then every topology under every dispatch that it allows, with each number of spare slots."""
     dispatches, spare_slots = list(dispatches), list(spare_slots)
+    without_copies = () if method == "replicas" else (0,)
     found = [Variant(topologies[0], dispatches[0], method="contiguous")]
     for topology in topologies:
         possible = [dispatch for dispatch in dispatches if dispatch != "hierarchical" or _has_two_levels(topology)]
-        found += [Variant(topology, dispatch, spare, method) for dispatch in possible for spare in [0, *spare_slots]]
+        found += [Variant(topology, dispatch, spare, method) for dispatch in possible for spare in (*without_copies, *spare_slots)]
     return found
 
 

@@ -53,7 +53,8 @@ def whatif_command(
             raise UsageError(f"--dispatch is {name!r}; choose from {', '.join(all_dispatches())}")
     if not seconds > 0:
         raise UsageError(f"--seconds is {seconds}; give more than 0")
-    (method,) = method_names(method)
+    if len(method_names(method)) != 1:
+        raise UsageError(f"--method is {method!r}; give one method for all rows")
     topologies, routing, sizes = [Topology.load(name) for name in topology], Trace.load(trace, num_experts), read_workload(workload)
     asked = [name for name in all_dispatches() if name in (dispatch or all_dispatches())]
     questions = variants(topologies, asked, spare_slots or (), method)

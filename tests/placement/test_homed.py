@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from crossdock.errors import InfeasiblePlan
 from crossdock.placement.affinity import Affinity
 from crossdock.placement.cost import Workload
 from crossdock.placement.forecast import Forecast
@@ -142,3 +143,19 @@ def test_a_plan_with_replicas_may_win() -> None:
     joint = solve_with_homes(Setting.of(problem, trace), [copied], None, 1.0, 0)
     assert joint.cost == 0.0
     assert (joint.plan.method, joint.plan.digest) == ("copies+homing", copied.plan.digest)
+
+
+def test_what_keeps_to_no_constraint_is_not_returned() -> None:
+    """Seven of ten choices are one expert's: no plan with one copy of it keeps to the cap; plans with two of them are taken as they came."""
+    rng = np.random.default_rng(0)
+    experts_TLK = np.where(rng.random((400, 1, 1)) < 0.7, 0, rng.integers(1, 4, (400, 1, 1))).astype(np.uint16)
+    trace = Trace(experts_TLK, 4, home_T=(np.arange(400) % 2).astype(np.int32), sequence_T=np.repeat(np.arange(40), 10).astype(np.int32))
+    topology = Topology.uniform(1, 2)
+    single = problem_of(trace, topology, constraints=Constraints(load_cap=1.3))
+    broken = solve(problem_of(trace, topology), "contiguous", 1.0, 0)
+    with pytest.raises(InfeasiblePlan, match=r"above load cap 1\.3"):
+        solve_with_homes(Setting.of(single, trace), [broken], None, 0.5, 0)
+    copied = problem_of(trace, topology, constraints=Constraints(load_cap=1.3, spare_slots=1))
+    begun = solve(copied, "auto", 1.0, 0)
+    found = solve_with_homes(Setting.of(copied, trace), [broken, begun], None, 0.5, 0)
+    assert found.plan.digest == begun.plan.digest

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from crossdock.errors import UsageError
 from crossdock.launch.map_commands import plan_app
 from crossdock.placement.cost import Workload
 from crossdock.placement.evaluate import evaluate
@@ -17,6 +18,7 @@ from crossdock.placement.relabel import renamed
 from crossdock.placement.topology import Topology
 from crossdock.placement.trace import Trace
 from crossdock.placement.whatif import answer, table, variants
+from tests.placement.conftest import random_trace
 from tests.placement.test_replicas import hot_trace
 
 WORKLOAD = Workload(tokens_per_rank=64, model_width=8, expert_width=8)
@@ -144,3 +146,13 @@ def test_solve_with_copies_on_the_command_line(trace_file: Path, tmp_path: Path)
     plan = Plan.load(out)
     assert plan.has_replicas
     assert ((plan.slots_LRS >= 0).sum(axis=(1, 2)) <= 8 + 3).all()
+
+
+def test_one_method_for_all_rows(tmp_path: Path) -> None:
+    random_trace(0).save(tmp_path / "trace.npz")
+    arguments = ["whatif", "--trace", str(tmp_path / "trace.npz"), "--topology", "2x2-local"]
+    result = CliRunner().invoke(plan_app, [*arguments, "--method", "auto,dp"])
+    assert isinstance(result.exception, UsageError)
+    assert "give one method" in str(result.exception)
+    copies = CliRunner().invoke(plan_app, [*arguments, "--method", "replicas", "--spare-slots", "1", "--seconds", "0.2", "--json"])
+    assert [row["spare_slots"] for row in json.loads(copies.stdout)["rows"][1:]] == [1] * (len(json.loads(copies.stdout)["rows"]) - 1)

@@ -194,8 +194,9 @@ def improve(
     rng = np.random.default_rng(seed)
     met = [joint.settled(device_LE, None)[:2] for device_LE in begun]
     if joint.relabels:
+        drawing = deadline.share(4)
         for draw in range(NUM_DRAWS):
-            if deadline.share(4).passed or deadline.passed:
+            if drawing.passed:
                 break
             home_Q = rng.permutation(joint.num_sequences) % problem.num_devices
             tried = [joint.settled(device_LE, home_Q) for device_LE in begun[-1 if draw else 0 :]]
