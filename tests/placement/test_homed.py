@@ -146,7 +146,7 @@ def test_a_plan_with_replicas_may_win() -> None:
 
 
 def test_what_keeps_to_no_constraint_is_not_returned() -> None:
-    """Seven of ten choices are one expert's: no plan with one copy of it keeps to the cap; plans with two of them are taken as they came."""
+    """Seven of ten choices are one expert's: no plan with one copy of it keeps to the cap; one with two is taken as it is."""
     rng = np.random.default_rng(0)
     experts_TLK = np.where(rng.random((400, 1, 1)) < 0.7, 0, rng.integers(1, 4, (400, 1, 1))).astype(np.uint16)
     trace = Trace(experts_TLK, 4, home_T=(np.arange(400) % 2).astype(np.int32), sequence_T=np.repeat(np.arange(40), 10).astype(np.int32))
