@@ -35,6 +35,7 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._ended: dict[int, int] = {}
+        self._running: set[int] = set()
         self._started: list[int] = []
 
     def __enter__(self) -> "Nursery":
@@ -69,6 +70,8 @@ class Nursery:
     def _living(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """The waiting process; the number of threads, which torch reads when it is loaded, is that of its first rank."""
         if self._process is None or self._process.poll() is not None:
+            self._ended |= dict.fromkeys(self._running, _LOST)  # they were forks of the one that has gone
+            self._running.clear()
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "crossdock.launch.nursery"],
@@ -100,7 +103,10 @@ class Nursery:
                 told = json.loads(line)
                 if "started" in told:
                     self._started.append(told["started"])
+                    self._running.add(told["started"])
+                    self._ended.pop(told["started"], None)  # an earlier rank may have had the same number
                 else:
+                    self._running.discard(told["ended"])
                     self._ended[told["ended"]] = told["code"]
             wait_s = 0.0
 

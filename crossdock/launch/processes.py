@@ -17,7 +17,8 @@ import psutil
 from crossdock.errors import IoFailure
 
 State = Literal["gone", "stopped", "alive"]
-_DUMP_S = 0.5
+DUMP_S = 0.5
+"""How long a process may take to write down its stacks."""
 _POLL_S = 0.02
 _FACTS = ("Name", "State", "Threads", "VmRSS", "SigPnd", "ShdPnd", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
 
@@ -110,7 +111,7 @@ def dumped(address: Address, path: Path) -> str:
     """The stacks of another process on this host, which keeps them at `path`; empty where it cannot write them."""
     before = path.stat().st_size if path.exists() else 0
     address.signal(signal.SIGUSR1)
-    deadline_s, size = time.monotonic() + _DUMP_S, before
+    deadline_s, size = time.monotonic() + DUMP_S, before
     while time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
         now = path.stat().st_size if path.exists() else 0

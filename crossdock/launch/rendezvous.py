@@ -159,7 +159,8 @@ def host_secret(name: str) -> Secret:
     It stands in a folder that only the user can enter. Raises `Unavailable` where somebody else has taken the folder's name.
     """
     folder = Path(tempfile.gettempdir()) / f"crossdock-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # what stands there is looked at
+        folder.mkdir(mode=0o700)
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o077:
         raise Unavailable(f"{folder} is not a folder of this user alone; remove it, or set CROSSDOCK_SECRET_FILE")

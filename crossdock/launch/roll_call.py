@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from crossdock import atomic
 from crossdock.errors import CrossdockError, IoFailure, PeerLost
-from crossdock.launch.processes import Address, dumped, stacks_kept
+from crossdock.launch.processes import DUMP_S, Address, dumped, stacks_kept
 from crossdock.launch.rendezvous import exchange
 from crossdock.launch.worker_env import WorkerEnv
 
@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 PATIENCE_S = 2.0
 """How long a silent rank of which nothing is known may take to answer."""
 _STORE_S = 0.5
+_QUESTIONS = 4  # silent ranks whose stacks are waited for before the store counts as gone
 _POLL_S = 0.05
 _WAITING = ("transport/exchange.py", "transport/mpi_exchange.py", "transport/collectives.py", "transport/all_to_all.py")
 _WAITS = "waits for others"
@@ -79,7 +80,9 @@ class Crew:
                 yield
             except PeerLost as failure:
                 self._keep_own_stacks(failure)
-                raise Lost(_bounded(partial(self.cause_of, failure)) or self._without_store(failure)) from failure
+                questions_s = DUMP_S * min(self.env.world_size - 1, _QUESTIONS)
+                cause = _bounded(partial(self.cause_of, failure), PATIENCE_S + questions_s)
+                raise Lost(cause or self._without_store(failure)) from failure
             except BaseException as failure:
                 code, message = explain(failure)
                 _bounded(partial(self.store.set, self._key(self.env.rank), json.dumps({"exit_code": code, "message": message})))
@@ -188,7 +191,7 @@ class Crew:
         return f"fate/{rank}"
 
 
-def _bounded(work: Callable[[], Result]) -> Result | None:
+def _bounded(work: Callable[[], Result], within_s: float = PATIENCE_S) -> Result | None:
     """`work`, or None where the store has gone: its server may be among the lost, and then a question may never be answered."""
     box: list[Result] = []
 
@@ -202,5 +205,5 @@ def _bounded(work: Callable[[], Result]) -> Result | None:
     except RuntimeError:  # there is no memory for another thread's stack, which may be why the roll is called
         do()
     else:
-        thread.join(PATIENCE_S + _STORE_S)
+        thread.join(within_s + _STORE_S)
     return box[0] if box else None

@@ -1,5 +1,6 @@
 """WorkerEnv: each launcher's variables give the same record, and a restart never meets the dead."""
 
+import os
 import socket
 import stat
 import tempfile
@@ -259,6 +260,13 @@ def test_one_secret_a_host_and_meeting(tmp_path: Path, monkeypatch: pytest.Monke
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     folder.chmod(0o755)
+    with pytest.raises(Unavailable, match="not a folder of this user alone"):
+        host_secret("job-1")
+
+
+def test_a_file_in_the_place_of_secrets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"crossdock-{os.getuid()}").write_text("")
     with pytest.raises(Unavailable, match="not a folder of this user alone"):
         host_secret("job-1")
 
