@@ -70,8 +70,16 @@ def _meet_by_mpi(env: WorkerEnv, timeout_s: float) -> "Store":
     finally:
         port, secret = mpi.broadcast((0 if own is None else own.port, fresh))
     if port == 0:
-        raise PeerLost(f"rank {env.rank}: rank 0 could not open a store on {env.meeting.host}; see its message")
+        raise PeerLost(f"rank {env.rank}: rank 0 could not open a store on {env.meeting.host}, or failed before it; see its message")
     return signed(own or _tcp_store(env.meeting.host, port, env.rank, timeout_s=timeout_s), env.secret or secret)
+
+
+def stay_away(env: WorkerEnv) -> None:
+    """Rank 0 does not come: ranks that would wait for its word without end are told. Elsewhere a time limit or the launcher ends them."""
+    if env.meeting is not None and env.meeting.kind == "mpi":
+        from crossdock.launch import mpi
+
+        mpi.broadcast((0, None))
 
 
 def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":

@@ -19,7 +19,7 @@ from crossdock.launch.config import RunConfig
 from crossdock.launch.doctor.ranks import doctor
 from crossdock.launch.jobs import JOBS
 from crossdock.launch.local import tie_to_parent, write_outcome
-from crossdock.launch.rendezvous import exchange, network_interface, open_store
+from crossdock.launch.rendezvous import exchange, network_interface, open_store, stay_away
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.roll_call import Crew, Lost
 from crossdock.launch.worker_env import WorkerEnv, worker_env
@@ -50,7 +50,12 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
     trains = request.job == "train"
     try:
         if trains and env.rank == 0 and "resume" not in request.arguments:
-            request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
+            try:
+                resume = prepare_directory(request.config)
+            except CrossdockError:  # the others have no part in this, and would wait
+                stay_away(env)
+                raise
+            request = Request(request.job, request.config, {**request.arguments, "resume": resume})
         if request.job in MEETING_JOBS:
             return Result(0, MEETING_JOBS[request.job](request, env, store))
         with joined(request.config, env, trains=trains, store=store) as mesh:

@@ -41,6 +41,15 @@ def test_a_rank_that_fails_alone_ends_a_run_over_mpi(tmp_path: Path) -> None:
     assert (result["status"], result["reached_step"]) == ("failed", 2)
 
 
+@needs_mpirun
+def test_rank_0_alone_fails_before_the_ranks_meet(tmp_path: Path) -> None:
+    """Only rank 0 looks at the run directory; the others would wait for its word for ever."""
+    ended = mpirun("train", "tiny", "run.resume=always", f"run.dir={tmp_path}")
+    assert ended.returncode != 0
+    assert "holds no checkpoint" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_mpi_carries_nothing_where_mpirun_started_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["train", "tiny", "parallel.transport=mpi", f"run.dir={tmp_path}"]) == 78
     assert "parallel.transport mpi: these ranks were not started by mpirun (local)" in capfd.readouterr().err
