@@ -7,7 +7,7 @@ way: tensors are cut, joined and transposed, so that both ways keep every bit.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from crossdock.errors import BadConfig, BadData
 from crossdock.models.config import ModelConfig
 from crossdock.models.gates.capacity import Dropless
 from crossdock.strict_yaml import Document
-
-Operation = Literal["copy", "transpose"]
 
 
 @dataclass(frozen=True)

@@ -290,11 +290,6 @@ def step_seconds(block: BlockCost, workload: Workload) -> float:
     return float(workload.micro_batches * block.total_s.sum() + workload.other_s)
 
 
-def step_cost(copies_LRR: ArrayLike, rows_LR: ArrayLike, topology: Topology, workload: Workload) -> float:
-    """Seconds of the step, from the counts of one micro-batch as `block_cost` takes them."""
-    return step_seconds(block_cost(copies_LRR, rows_LR, topology, workload), workload)
-
-
 class _WindowFile(StrictModel):
     dispatch_forward_s: float = Field(default=Window.dispatch_forward_s, ge=0)
     combine_forward_s: float = Field(default=Window.combine_forward_s, ge=0)

@@ -57,8 +57,3 @@ def overlap_saving_s(times: BlockTimes, expert_slot: int, interference: Interfer
     factor = times.backward_over_forward
     pairs = ((before_s, out_s), (after_s, back_s), (factor * after_s, out_s), (factor * before_s, back_s))
     return sum(compute_s + transfer_s - beside_s(compute_s, transfer_s, interference) for compute_s, transfer_s in pairs)
-
-
-def overlap_pays(times: BlockTimes, expert_slot: int, interference: Interference) -> bool:
-    """Whether a block should overlap at all; where not, `Sequential` is the faster schedule, with the same bits."""
-    return overlap_saving_s(times, expert_slot, interference) > 0.0

@@ -4,6 +4,8 @@
         y = bank(rows, counts)
     mark_backward("experts", y, rows)          the same span in the backward pass
 
+Spans are route, dispatch, experts, combine and attention; in a trace they stand as `crossdock::<name>` and `crossdock::<name> backward`.
+
 `crossdock train CONFIG --profile-steps 3:5` writes `trace-rank<r>.json` into the run directory, one file a rank; open it in Perfetto or
 chrome://tracing. The flights come from the ledger: what was in flight, beside what was computed meanwhile.
 """
@@ -27,9 +29,6 @@ from crossdock.runtime.transport.exchange import Pending, T_co
 from crossdock.runtime.transport.ledger import Flight
 from crossdock.runtime.transport.mesh import Mesh
 from crossdock.strict_yaml import StrictModel
-
-SPANS = ("route", "dispatch", "experts", "combine", "attention")
-"""Names of spans; in a trace they stand as `crossdock::<name>`, and in the backward pass as `crossdock::<name> backward`."""
 
 _NOTHING = contextlib.nullcontext()
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdock.errors import BadConfig, MissingInput
-from crossdock.placement.cost import Window, Workload, block_cost, makespan, step_cost, transfer_seconds
+from crossdock.placement.cost import Window, Workload, block_cost, makespan, step_seconds, transfer_seconds
 from crossdock.placement.topology import Topology
 
 # Bytes per second and latencies in powers of ten, so that seconds can be read off.
@@ -154,7 +154,7 @@ def test_step_by_hand() -> None:
     copies_LRR[1, 0, 2] = 2
     rows_LR[1, 2] = 5
     quiet, busy = 4 * 0.01 + 2 * 0.5, 4 * 0.41 + 0.001 + 0.002 + 2 * 0.5
-    assert step_cost(copies_LRR, rows_LR, FOUR, workload) == pytest.approx(3 * (quiet + busy) + 7.0)
+    assert step_seconds(block_cost(copies_LRR, rows_LR, FOUR, workload), workload) == pytest.approx(3 * (quiet + busy) + 7.0)
 
 
 counts = st.integers(0, 2**32 - 1)

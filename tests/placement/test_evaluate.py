@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.cost import Dispatch, Workload, step_cost, transfer_seconds
+from crossdock.placement.cost import Dispatch, Workload, block_cost, step_seconds, transfer_seconds
 from crossdock.placement.evaluate import Evaluation, evaluate
 from crossdock.placement.plan import Plan, choose_replica
 from crossdock.placement.topology import Topology
@@ -86,7 +86,9 @@ def assert_equal_to_slow(fast: Evaluation, trace: Trace, plan: Plan, topology: T
     scale = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
     gradient_s = slow_gradient_seconds(plan, topology, workload)
     assert fast.gradient_s == pytest.approx(gradient_s)
-    assert fast.step_s == pytest.approx(step_cost(copies_LRR * scale, rows_LR * scale, topology, workload) + gradient_s)
+    assert fast.step_s == pytest.approx(
+        step_seconds(block_cost(copies_LRR * scale, rows_LR * scale, topology, workload), workload) + gradient_s
+    )
 
 
 def slow_gradient_seconds(plan: Plan, topology: Topology, workload: Workload) -> float:

@@ -6,6 +6,7 @@ them back to `balance`. Losses are therefore those of the global batch on every 
 small all-reduce.
 """
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -79,7 +80,7 @@ class Balance:
     dropped: Tensor  # assignments beyond capacity; scalar, no gradient
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, abc.ABC):
     """Base of all gates: the router matrix, capacity, z-loss and the sums that all share.
 
     A gate implements `_route` (which experts, what weights, which sums) and `_losses` (from the global sums).
@@ -126,14 +127,15 @@ class Gate(nn.Module):
         """Router weights from a normal distribution; `fill(name, tensor, std)` draws them keyed by name."""
         fill("weight_ED", self.weight_ED, std)
 
+    @abc.abstractmethod
     def _route(
         self, x_TD: Tensor, logits_TE: Tensor, context: StepContext, tokens_per_sequence: int, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor | None, Statistics]:
         """(expert [T, K] by falling preference, none of `turn.barred_TK`, weight [T, K], wanted [T, K] or None for all, sums)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _losses(self, statistics: Statistics) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The gate's own losses, from sums over the world, by name."""
 
     def _observe(self, chosen_E: Tensor) -> None:
         """Called once per training forward with the global load: for gates that learn from it without a loss."""

@@ -88,12 +88,6 @@ class CopyState:
         """
         return self._alone[first, second] - self._alone[first, first] + self._absent[second, self._place_of_item[first]]
 
-    def change_first_all(self) -> FloatArray:
-        """`change_first` of all pairs, [I, I]: row is the first item."""
-        num_items = self.sets.num_items
-        alone_II = self._alone[:num_items, :num_items]
-        return alone_II - np.diag(alone_II)[:, None] + self._absent[:num_items].T[self.place_I]
-
     def arriving(self, items: IntArray) -> FloatArray:
         """[X, X]: copies that item `items[x]` would bring to the place of `items[y]` if all of them, on distinct places,
         were taken away."""

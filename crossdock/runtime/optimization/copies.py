@@ -18,9 +18,6 @@ from crossdock.runtime.transport.mesh import Mesh
 ALL_LAYERS = -1
 """The layer of a flight that serves all layers together."""
 
-_Sizes = list[list[int]]
-"""Elements by peer and copy."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Copy:
