@@ -15,6 +15,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 180
 PERMISSIVE = (
@@ -54,21 +56,24 @@ def main() -> int:
 
 
 def reachable(name: str) -> list[str]:
-    """Installed distributions that `name` needs, itself left out, with all of its extras but `dev`."""
-    waiting, seen = [(name, True)], set()
+    """Installed distributions that `name` needs, itself left out: with its extras but `dev`, and with those that it asks others for."""
+    extras = tuple(extra for extra in metadata.metadata(name).get_all("Provides-Extra") or () if extra != "dev")
+    waiting, seen = [(name, "", *extras)], set()
+    done: set[tuple[str, str]] = set()
     while waiting:
-        this, with_extras = waiting.pop()
-        for requirement in metadata.requires(this) or []:
-            needed = canonical(re.match(r"[A-Za-z0-9._-]+", requirement)[0])  # type: ignore[index]
-            extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
-            if needed in seen or needed == name or (extra and (not with_extras or extra[1] == "dev")):
-                continue
-            try:
-                metadata.distribution(needed)
-            except metadata.PackageNotFoundError:  # for another system, or an extra that is not installed
-                continue
-            seen.add(needed)
-            waiting.append((needed, False))
+        this, *chosen = waiting.pop()
+        for extra in [extra for extra in chosen if (this, extra) not in done]:
+            done.add((this, extra))
+            for requirement in map(Requirement, metadata.requires(this) or []):
+                needed = canonical(requirement.name)
+                if needed == name or (requirement.marker is not None and not requirement.marker.evaluate({"extra": extra})):
+                    continue
+                try:
+                    metadata.distribution(needed)
+                except metadata.PackageNotFoundError:  # an extra that is not installed
+                    continue
+                seen.add(needed)
+                waiting.append((needed, "", *requirement.extras))
     return sorted(seen)
 
 

@@ -31,6 +31,7 @@ def test_what_is_reachable(audit: ModuleType) -> None:
     names = audit.reachable("crossdock")
     assert {"torch", "numpy", "pydantic", "pydantic-core"} <= set(names)
     assert "ruff" not in names  # of the extra `dev`
+    assert {"aiohttp", "grpcio"} <= set(names)  # of ray[default], which the extra `ray` asks for
     assert "crossdock" not in names
 
 

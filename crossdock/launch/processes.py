@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def stacks_kept(path: Path) -> Iterator[None]:
     except OSError as failure:
         raise IoFailure(f"cannot write {path}: {failure.strerror}; free space or choose another run.dir") from failure
     with file:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a question that comes after the block must not end the process
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
         try:
             yield
