@@ -41,8 +41,8 @@ from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell
 from crossdock.errors import CrossdockError
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.choice import Strategy, describe, price
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.strategies.choice import Strategy, describe, price
 from crossdock.runtime.adaptation import choice
 from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
 from crossdock.runtime.adaptation.choice import AdaptConfig

@@ -38,14 +38,14 @@ from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
 from crossdock.errors import CrossdockError
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.coherent import CoherentEvaluation, Context, evaluate_coherent
-from crossdock.placement.cost import Workload
-from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Problem
+from crossdock.placement.costs.coherent import CoherentEvaluation, Context, evaluate_coherent
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.solvers.problem import Problem
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.collectives import all_gather_objects, broadcast_object
 from crossdock.runtime.transport.ledger import bytes_by_class

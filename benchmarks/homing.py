@@ -32,15 +32,15 @@ import numpy as np
 
 from benchmarks.measure import publish
 from crossdock.errors import CrossdockError, PeerLost
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.cost import Workload
-from crossdock.placement.forecast import Forecast
-from crossdock.placement.homing import sequences_of
-from crossdock.placement.homing_score import HomingRow, Setting, solve_with_homes
-from crossdock.placement.problem import Problem
+from crossdock.placement.analysis.homing_score import HomingRow, Setting, solve_with_homes
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.homing.forecast import Forecast
+from crossdock.placement.homing.homes import sequences_of
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.solvers.problem import Problem
 
 COLUMNS = (
     "instance", "devices", "plan", "copies_read", "copies", "copies_known", "saved", "held_copies_read", "held_copies", "held_copies_known",

@@ -1,4 +1,4 @@
-"""When does overlap lose on a CPU? Measures the two numbers of `placement/overlap_rule.py`, and how often the rule is right elsewhere.
+"""When does overlap lose on a CPU? Measures the two numbers of `strategies/overlap_rule.py`, and how often the rule is right elsewhere.
 
     python -m benchmarks.overlap_rule [--threads 1,2] [--repeats 15] [--out FILE] [--json] [--short]
 
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, print_table, publish, timed
-from crossdock.placement.overlap_rule import Interference, beside_s
+from crossdock.placement.strategies.overlap_rule import Interference, beside_s
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.collectives import all_gather_objects, barrier
 from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown

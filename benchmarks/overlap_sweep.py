@@ -34,7 +34,7 @@ from benchmarks.block_pair import Halves, Pair, Shape
 from benchmarks.measure import Spread, paired_ratio
 from benchmarks.overlap_bench import Bench, Stages, Timing
 from benchmarks.timeline import record
-from crossdock.placement.pipeline import CHUNK_COUNTS, BlockTimes, best_pipeline
+from crossdock.placement.strategies.pipeline import CHUNK_COUNTS, BlockTimes, best_pipeline
 from crossdock.runtime.experts.overlap import Chunked, Overlapped, Schedule, Sequential
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.collectives import all_gather_objects, barrier, broadcast_object

@@ -26,15 +26,15 @@ import numpy as np
 from benchmarks.measure import publish
 from benchmarks.placement_instances import drifting_trace
 from crossdock.errors import InfeasiblePlan, UsageError
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.compare import Candidate, row_of
-from crossdock.placement.cost import Workload
-from crossdock.placement.problem import Constraints, Objective, Problem, Solution
+from crossdock.placement.analysis.compare import Candidate, row_of
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace, concatenate
 from crossdock.placement.solvers import SOLVERS, auto, check_constraints, load_peaks
-from crossdock.placement.solvers.certificate import certified
+from crossdock.placement.solvers.certificates.certificate import certified
+from crossdock.placement.solvers.problem import Constraints, Objective, Problem, Solution
 from crossdock.placement.solvers.solution import cost_of_plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace, concatenate
 
 PUBLISHED = ("contiguous", "random", "balance", "eplb", "exflow", "moetuner")
 COLUMNS = (

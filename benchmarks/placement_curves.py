@@ -26,12 +26,12 @@ from typing import Any
 
 from benchmarks.measure import publish
 from benchmarks.placement_instances import drifting_trace
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.cost import Workload
-from crossdock.placement.problem import Objective, Problem
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.topology import Topology
 from crossdock.placement.solvers import SOLVERS
-from crossdock.placement.solvers.certificate import certified
-from crossdock.placement.topology import Topology
+from crossdock.placement.solvers.certificates.certificate import certified
+from crossdock.placement.solvers.problem import Objective, Problem
 
 NODE = 8  # devices of a node
 FEWEST_EXPERTS = 256

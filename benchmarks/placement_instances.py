@@ -8,7 +8,7 @@ consecutive layers (gpt-oss-20b: 1.0 with 32 experts).
 
 import numpy as np
 
-from crossdock.placement.trace import Trace
+from crossdock.placement.records.trace import Trace
 
 _CHUNK = 8192
 BIAS_ROUNDS = 12

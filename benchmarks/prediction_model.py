@@ -16,12 +16,12 @@ from torch import Tensor
 
 from crossdock.errors import PeerLost
 from crossdock.launch.config import RunConfig, read_config, save_resolved
-from crossdock.launch.jobs import build_model
+from crossdock.launch.ranks.jobs import build_model
 from crossdock.models.moe import MoELayer
 from crossdock.models.transformer import Transformer
-from crossdock.placement.forecast import Forecast
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
+from crossdock.placement.homing.forecast import Forecast
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.adaptation.choice import strategies_of
 from crossdock.runtime.adaptation.windows import Measured, Window

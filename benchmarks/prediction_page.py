@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.measure import cell, markdown_table
 from crossdock.atomic import write_text
-from crossdock.placement.topology import LINK_CLASSES
+from crossdock.placement.records.topology import LINK_CLASSES
 
 TIMES = [
     "method",

@@ -17,19 +17,19 @@ from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, tell
 from benchmarks.prediction_model import Trainee, fit_zipf, model_of
 from crossdock.launch.config import RunConfig
-from crossdock.launch.jobs import read_corpus
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import Evaluation
-from crossdock.placement.forecast import Forecast
-from crossdock.placement.homing_score import Setting, solve_with_homes
-from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Constraints, Problem
+from crossdock.launch.ranks.jobs import read_corpus
+from crossdock.placement.analysis.homing_score import Setting, solve_with_homes
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import Evaluation
+from crossdock.placement.homing.forecast import Forecast
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import LINK_CLASSES, OTHER_NODE, Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
-from crossdock.placement.topology import LINK_CLASSES, OTHER_NODE, Topology
-from crossdock.placement.trace import Trace
-from crossdock.placement.traffic import evaluate_strategies
+from crossdock.placement.solvers.problem import Constraints, Problem
+from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated, calibrate
 from crossdock.runtime.adaptation.probe import probe
 from crossdock.runtime.adaptation.replan import predicted_bytes, workload_of

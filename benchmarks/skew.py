@@ -41,10 +41,10 @@ from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
 from crossdock.errors import CrossdockError
-from crossdock.placement.cost import NUM_DIRECTIONS, Workload
-from crossdock.placement.gather import GatherCost, choose_gathered, weight_bytes
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
+from crossdock.placement.costs.cost import NUM_DIRECTIONS, Workload
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.gather import GatherCost, choose_gathered, weight_bytes
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
 from crossdock.runtime.dispatch.layout import ExpertLayout

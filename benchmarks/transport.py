@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measure import publish
 from crossdock.errors import Unavailable
-from crossdock.launch import mpi
+from crossdock.launch.ranks import mpi
 from crossdock.runtime.transport.carrier_choice import REPEATS, choose_carrier
 from crossdock.runtime.transport.mesh import Mesh, initialise, shutdown
 from crossdock.runtime.transport.mpi_exchange import Progress, over_mpi

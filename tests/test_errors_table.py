@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from crossdock.launch.cli import run
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 
 Content = str | bytes
 

@@ -30,8 +30,8 @@ from benchmarks.chaos.runs import (
     result_of,
     wait_for_steps,
 )
-from crossdock.launch.faults import Fault
-from crossdock.placement.plan import Plan
+from crossdock.launch.ranks.faults import Fault
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.phases import PHASES, Phase
 
 BATCH = 5  # faults of one run

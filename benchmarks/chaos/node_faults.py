@@ -14,7 +14,7 @@ from benchmarks.chaos.runs import EVERY, STEPS, Row, Trial, Workshop, ended, err
 from benchmarks.netlab import Lab
 from benchmarks.netlab.lab import PORT
 from benchmarks.netlab.links import ip
-from crossdock.launch.faults import Fault
+from crossdock.launch.ranks.faults import Fault
 
 TIMEOUT_S = 4.0
 CUT_S = 8.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crossdock.launch.faults import Fault, Script, log_of, struck
+from crossdock.launch.ranks.faults import Fault, Script, log_of, struck
 
 STEPS = 24
 EVERY = 4

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from crossdock.errors import CrossdockError, OutOfMemory, UsageError, presentable
-from crossdock.launch.checkpoint_commands import checkpoint_app
-from crossdock.launch.launch_commands import launch_app
-from crossdock.launch.map_commands import plan_app
-from crossdock.launch.trace_commands import trace_app
+from crossdock.launch.commands.checkpoint import checkpoint_app
+from crossdock.launch.commands.launch import launch_app
+from crossdock.launch.commands.maps import plan_app
+from crossdock.launch.commands.trace import trace_app
 
 INTERRUPTED = 130
 # typer has brought its own copy of click since 0.26; before, this class was click's
@@ -58,7 +58,7 @@ def demo(
 
     Example: crossdock demo
     """
-    from crossdock.launch.demo import run_demo
+    from crossdock.launch.commands.demo import run_demo
 
     raise typer.Exit(run_demo(out, overrides or (), as_json))
 
@@ -153,7 +153,7 @@ def status(
 
     Example: crossdock status runs/tiny
     """
-    from crossdock.launch.launch_commands import status as ending
+    from crossdock.launch.commands.launch import status as ending
 
     line, result = ending(directory, otherwise)
     if as_json:
@@ -230,8 +230,8 @@ def _print_config(run_config: Any, as_json: bool) -> None:
 
 
 def _print_dry_run(run_config: Any, facts: dict[str, Any], as_json: bool) -> None:
+    from crossdock.launch.commands.dry_run import comment
     from crossdock.launch.config import resolved
-    from crossdock.launch.dry_run import comment
 
     if as_json:
         print_json({**resolved(run_config), "dry_run": facts})

@@ -13,7 +13,7 @@ from crossdock import atomic, strict_yaml
 from crossdock.errors import BadConfig, UsageError
 from crossdock.launch.restarts import FaultConfig
 from crossdock.models.config import ModelConfig
-from crossdock.placement.cost import Dispatch
+from crossdock.placement.costs.cost import Dispatch
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.choice import AdaptConfig
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig

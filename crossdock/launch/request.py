@@ -18,9 +18,9 @@ from crossdock.runtime.transport.mesh import check_expert_parallel
 from crossdock.strict_yaml import Document
 
 if TYPE_CHECKING:
-    from crossdock.placement.forecast import Forecast
-    from crossdock.placement.plan import Plan
-    from crossdock.placement.topology import Topology
+    from crossdock.placement.homing.forecast import Forecast
+    from crossdock.placement.records.plan import Plan
+    from crossdock.placement.records.topology import Topology
 
 MAX_RESULT_BYTES = 1 << 26
 STATUS_OF_CODE = {0: "done", 75: "preempted", 130: "interrupted"}
@@ -69,9 +69,9 @@ class Inputs:
 
 def read_inputs(config: RunConfig) -> Inputs:
     """Read topology, plan and forecast, and hold them against the model. Raises `BadData`, `BadConfig`, `MissingInput`."""
-    from crossdock.placement.forecast import Forecast
-    from crossdock.placement.plan import Plan
-    from crossdock.placement.topology import Topology
+    from crossdock.placement.homing.forecast import Forecast
+    from crossdock.placement.records.plan import Plan
+    from crossdock.placement.records.topology import Topology
 
     topology = None if config.topology is None else Topology.load(config.topology)
     plan = None if config.plan is None else Plan.load(config.plan)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pydantic
 
 from crossdock.errors import PeerLost
-from crossdock.launch.local import Outcome
+from crossdock.launch.local.children import Outcome
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.strict_yaml import StrictModel
 
@@ -22,7 +22,7 @@ class FaultConfig(StrictModel):
     """Restarts in a row without a new checkpoint that local ranks get. Launchers have their own option: torchrun --max-restarts,
     `crossdock launch ray --restarts`."""
     inject: str | None = None
-    """A script of faults that the run shall suffer (`launch/faults.py`): for tests of survival alone."""
+    """A script of faults that the run shall suffer (`launch/ranks/faults.py`): for tests of survival alone."""
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, CrossdockError
 from crossdock.launch.config import RunConfig, read_config
-from crossdock.launch.local import Outcome, run_ranks
-from crossdock.launch.nursery import Nursery
+from crossdock.launch.local.children import Outcome, run_ranks
+from crossdock.launch.local.nursery import Nursery
+from crossdock.launch.ranks.worker import run_job
+from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
-from crossdock.launch.worker import run_job
-from crossdock.launch.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.strict_yaml import Document
 
 if TYPE_CHECKING:
-    from crossdock.launch.cluster import Shape
-    from crossdock.launch.ray_launcher import Policy
+    from crossdock.launch.ray.launcher import Policy
+    from crossdock.launch.scripts.allocation import Shape
 
-WORKER = ("-m", "crossdock.launch.worker")
+WORKER = ("-m", "crossdock.launch.ranks.worker")
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -35,7 +35,7 @@ def check_inputs(config: RunConfig) -> None:
 
 def dry_run(config: RunConfig, world_size: int | None) -> dict[str, Any]:
     """What the run would be on `world_size` ranks, or as many as it would have; see `dry_run.describe`."""
-    from crossdock.launch.dry_run import describe
+    from crossdock.launch.commands.dry_run import describe
 
     env = worker_env()
     return describe(config, world_size or (config.parallel.local_ranks if env is None else env.world_size))
@@ -64,7 +64,7 @@ def train(config: RunConfig) -> int:
 
 def train_on_ray(config: RunConfig, shape: "Shape | None" = None, policy: "Policy | None" = None, address: str | None = None) -> int:
     """Train on a Ray cluster, see `ray_launcher.launch`; returns the exit code."""
-    from crossdock.launch.ray_launcher import Policy, launch
+    from crossdock.launch.ray.launcher import Policy, launch
 
     return _report(launch(config, shape, policy or Policy(), address), config)
 
@@ -167,7 +167,7 @@ def ask_all(job: str, arguments: Mapping[str, Any], num_ranks: int, device: str,
     document = Document({"parallel": {"expert": world_size}, "model": {"num_experts": world_size}, "device": device}, job, {})
     request = Request(job, strict_yaml.validated(RunConfig, document), arguments)
     if env is None and (on_ray or in_ray_job()):
-        from crossdock.launch.ray_launcher import ask
+        from crossdock.launch.ray.launcher import ask
 
         return ask(request)
     return run(request)

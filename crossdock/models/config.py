@@ -8,7 +8,7 @@ from crossdock.errors import BadConfig
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig
 from crossdock.models.kinds import BLOCKS, SHORTCUT_BLOCKS, BlockKind, BlockName, Stage
-from crossdock.placement.gather import check_gathered
+from crossdock.placement.strategies.gather import check_gathered
 from crossdock.runtime.experts.grouped_mlp import Recompute
 from crossdock.strict_yaml import StrictModel
 
@@ -83,7 +83,7 @@ class ModelConfig(StrictModel):
     """home: tokens return after every layer. coherent: they stay with their expert, and keys and values come to them; block top_k with
     top_k 1 only. See `crossdock.models.coherent`."""
     gathered_experts: list[int] = Field(default_factory=list)
-    """Routed experts of every MoE layer whose weights travel to all ranks, so that their tokens stay: see `crossdock.placement.gather`."""
+    """Routed experts of every MoE layer whose weights travel to all ranks, so that their tokens stay: see `strategies/gather.py`."""
 
     @model_validator(mode="after")
     def _cross_check(self) -> Self:

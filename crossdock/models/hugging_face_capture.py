@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from crossdock.errors import BadData, MissingInput, Unavailable, UsageError
-from crossdock.placement.trace import NO_EXPERT, Trace
+from crossdock.placement.records.trace import NO_EXPERT, Trace
 
 _ROUTER_NAMES = ("gate", "router")
 

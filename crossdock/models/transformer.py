@@ -15,7 +15,7 @@ from crossdock.models.config import ModelConfig
 from crossdock.models.gates.base import Statistics, add_statistics, reduce_statistics
 from crossdock.models.initial import named_fill
 from crossdock.models.moe import MoELayer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.experts.overlap import Schedule, check_expert_slot
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.mesh import Mesh

@@ -1,7 +1,7 @@
 """Moments of a run that listeners may be told of, by name. Nobody listens in an ordinary run, and then a moment costs an empty loop.
 
 A listener runs on the rank, in the thread and at the place that it is told of, so it can do there whatever could happen there: raise, stop,
-or end the process. `launch/faults.py` is the one that comes with Crossdock.
+or end the process. `launch/ranks/faults.py` is the one that comes with Crossdock.
 """
 
 from collections.abc import Callable

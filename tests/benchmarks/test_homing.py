@@ -1,7 +1,7 @@
 """The homing benchmark: a small instance has a row for every plan, and planning with homes does not lose to planning without."""
 
 from benchmarks import homing
-from tests.placement.test_homed import themed_trace
+from tests.placement.solvers.test_homed import themed_trace
 
 
 def test_rows_of_a_small_instance() -> None:

@@ -51,7 +51,7 @@ def test_the_probe_finds_the_link_and_that_a_node_shares_it(lab: Lab, tmp_path: 
     """Physics bounds the figures from above, a busy machine only lowers them."""
     lab.set_rate(200e6)
     lab.torchrun(["-m", "crossdock", "probe", "--out", str(tmp_path / "measured.yaml")], ranks_per_node=2, timeout_s=120)
-    from crossdock.placement.topology import Topology
+    from crossdock.placement.records.topology import Topology
 
     topology = Topology.load(tmp_path / "measured.yaml")
     assert topology.node_of_R == (0, 0, 1, 1)

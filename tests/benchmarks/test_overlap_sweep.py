@@ -17,7 +17,7 @@ from benchmarks.overlap_bench import Timing
 from benchmarks.overlap_page import write_page
 from benchmarks.overlap_sweep import proposals, row
 from benchmarks.timeline import COLOURS, LEFT, RIGHT, WIDTH, Moment, Recorded, Transfer, draw, record, transfers_of
-from crossdock.placement.pipeline import BlockTimes
+from crossdock.placement.strategies.pipeline import BlockTimes
 from crossdock.runtime.experts.overlap import Chunked, Overlapped, Schedule, Sequential
 from crossdock.runtime.transport.ledger import Flight
 from tests.pool import Pool, mesh_for

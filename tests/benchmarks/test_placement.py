@@ -4,8 +4,8 @@ import numpy as np
 
 from benchmarks import placement
 from benchmarks.placement_instances import drifting_trace
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.topology import Topology
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.topology import Topology
 
 
 def test_generated_routing_is_repeatable_even_and_follows_the_layer_before() -> None:

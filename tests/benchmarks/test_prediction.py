@@ -15,8 +15,8 @@ from benchmarks.prediction import main
 from benchmarks.prediction_model import Shape, Trainee, fit_zipf, zipf_shares
 from benchmarks.prediction_page import byte_lines
 from crossdock.models.transformer import Transformer
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import LINK_CLASSES
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import LINK_CLASSES
 from crossdock.runtime.data import DataState, Sampler
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.mesh import Mesh

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.skew import RANKS, Shape, main, packed
-from crossdock.placement.gather import GatherCost, choose_gathered
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.gather import GatherCost, choose_gathered
 
 
 @pytest.mark.parametrize("skewed", [False, True])

@@ -245,7 +245,7 @@ def _bad_safetensors(tensors: Mapping[str, np.ndarray], rng: Random) -> bytes:
 
 
 def _manifest(shard: bytes) -> dict[str, Any]:
-    from crossdock.placement.plan import Plan
+    from crossdock.placement.records.plan import Plan
 
     plan = Plan(np.array([[[0], [1]]]), 2, method="hand")
     return {

@@ -102,7 +102,7 @@ def test_a_hang_is_found_and_the_next_input_is_read(tmp_path: Path, monkeypatch:
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     from crossdock.errors import BadData
-    from crossdock.placement.trace import Trace
+    from crossdock.placement.records.trace import Trace
 
     path = tmp_path / "bomb.npz"
     path.write_bytes(zip_bomb())

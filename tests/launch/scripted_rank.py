@@ -1,4 +1,4 @@
-"""A rank that does as it is told, for the tests of `crossdock.launch.local`: `python -m tests.launch.scripted_rank DIR SCRIPT OUTCOME`.
+"""A rank that does as it is told, for the tests of `local/children.py`: `python -m tests.launch.scripted_rank DIR SCRIPT OUTCOME`.
 
 SCRIPT names, for every rank, one act: `ok`, `wait` (until it is ended), `hang` (deaf to SIGINT and SIGTERM), `save` (exit 75 on SIGTERM),
 or a number: `-9` (kills itself so), `79` (reports that exit code), `76` (waits for another to go, then says that it lost its peer).
@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from crossdock.launch.local import tie_to_parent, write_outcome
-from crossdock.launch.worker_env import worker_env
+from crossdock.launch.local.children import tie_to_parent, write_outcome
+from crossdock.launch.ranks.worker_env import worker_env
 
 
 def main(folder: Path, script: str, outcome: Path) -> int:

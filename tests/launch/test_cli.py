@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from crossdock.launch.cli import app, run
-from crossdock.placement.trace import Trace
+from crossdock.placement.records.trace import Trace
 
 
 def imported(*arguments: str) -> set[str]:
@@ -190,7 +190,7 @@ def test_capture_from_a_config_and_from_a_checkpoint(tmp_path: Path, capsys: pyt
 
 
 def test_probe_writes_a_measured_topology(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from crossdock.placement.topology import Topology
+    from crossdock.placement.records.topology import Topology
 
     assert run(["probe", "--ranks", "2", "--out", str(tmp_path / "topology.yaml"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

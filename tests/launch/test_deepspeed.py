@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from crossdock.launch import cli
-from crossdock.launch.hostfile import Host, read_hostfile
-from crossdock.launch.worker_env import Meeting, WorkerEnv, worker_env
+from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv, worker_env
+from crossdock.launch.scripts.hostfile import Host, read_hostfile
 
 pytest.importorskip("deepspeed", reason="the extra crossdock[deepspeed] is not installed")
 

@@ -8,7 +8,7 @@ import pytest
 
 from crossdock.launch import cli
 from crossdock.launch.config import read_config
-from crossdock.launch.jobs import build_for_training
+from crossdock.launch.ranks.jobs import build_for_training
 from crossdock.runtime.optimization.fsdp import is_part
 from tests.pool import Pool, mesh_for
 

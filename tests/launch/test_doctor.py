@@ -20,7 +20,7 @@ from crossdock.launch.doctor.disk import disk
 from crossdock.launch.doctor.network import chosen_interfaces, interfaces, network, towards
 from crossdock.launch.doctor.ranks import RankFacts, compared, merged, numbers
 from crossdock.launch.doctor.report import Check
-from crossdock.placement.topology import Topology
+from crossdock.placement.records.topology import Topology
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 FACTS: dict[str, Any] = {

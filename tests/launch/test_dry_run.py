@@ -8,7 +8,7 @@ import pytest
 
 from crossdock import strict_yaml
 from crossdock.launch.cli import run
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from crossdock.launch.cli import run
-from crossdock.placement.plan import Plan
-from crossdock.placement.trace import Trace
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.trace import Trace
 from tests.placement.conftest import random_trace
-from tests.placement.test_placement_maps import full_plan
-from tests.placement.test_recorder import recorded
+from tests.placement.records.test_placement_maps import full_plan
+from tests.placement.records.test_recorder import recorded
 
 
 def done(*arguments: object) -> None:

@@ -7,8 +7,8 @@ import pytest
 from benchmarks.chaos import local_faults
 from benchmarks.chaos.runs import Row, Workshop
 from crossdock.errors import BadData
-from crossdock.launch.faults import Fault, Script
-from crossdock.launch.local import Outcome
+from crossdock.launch.local.children import Outcome
+from crossdock.launch.ranks.faults import Fault, Script
 from crossdock.launch.restarts import Endurance, is_worth_another
 from crossdock.runtime import phases
 from crossdock.runtime.phases import PHASES, reached

@@ -8,8 +8,8 @@ import pytest
 from crossdock.errors import BadConfig, BadData, MissingInput
 from crossdock.launch.config import read_config
 from crossdock.launch.request import read_inputs
-from crossdock.placement.forecast import Forecast
-from crossdock.placement.trace import Trace
+from crossdock.placement.homing.forecast import Forecast
+from crossdock.placement.records.trace import Trace
 
 TINY = Path("configs/tiny.yaml")
 

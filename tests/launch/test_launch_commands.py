@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.launch import cli, cluster, kubernetes
+from crossdock.launch import cli
+from crossdock.launch.scripts import allocation as cluster
+from crossdock.launch.scripts import kubernetes
 from crossdock.strict_yaml import parse
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crossdock.launch import local
-from crossdock.launch.local import Outcome, root_cause, run_ranks
+from crossdock.launch.local import children as local
+from crossdock.launch.local.children import Outcome, root_cause, run_ranks
 
 
 def play(folder: Path, *acts: str) -> Outcome:
@@ -78,9 +78,8 @@ def test_a_signal_ends_the_ranks(
 
 
 def test_the_ranks_die_with_their_parent(tmp_path: Path) -> None:
-    program = (
-        f"from crossdock.launch.local import run_ranks; run_ranks(['-m', 'tests.launch.scripted_rank', {str(tmp_path)!r}, 'hang,wait'], 2)"
-    )
+    ranks = ["-m", "tests.launch.scripted_rank", str(tmp_path), "hang,wait"]
+    program = f"from crossdock.launch.local.children import run_ranks; run_ranks({ranks!r}, 2)"
     parent = subprocess.Popen([sys.executable, "-c", program])
     while len(list(tmp_path.glob("rank-*"))) < 2 or not all(path.read_text() for path in tmp_path.glob("rank-*")):
         time.sleep(0.02)

@@ -10,7 +10,7 @@ import pytest
 
 from crossdock.errors import Unavailable
 from crossdock.launch import cli
-from crossdock.launch.mpi import reachable_address
+from crossdock.launch.ranks.mpi import reachable_address
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 pytest.importorskip("mpi4py", reason="mpi4py is not installed")

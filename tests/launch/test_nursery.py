@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from crossdock.launch.nursery import Nursery
+from crossdock.launch.local.nursery import Nursery
 
 SLEEP = ["-m", "timeit", "-n", "1", "-r", "1", "-s", "import time", "time.sleep(60)"]
 END = ["-m", "timeit", "-n", "1", "-r", "1", "pass"]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from crossdock.errors import BadConfig, Unavailable
-from crossdock.launch.cluster import Shape
 from crossdock.launch.config import RunConfig, read_config
-from crossdock.launch.ray_cluster import Node, able, shape_of, shrunk, too_small
-from crossdock.launch.ray_launcher import Policy, launch
-from crossdock.launch.ray_metrics import GAUGES, last_row
-from crossdock.launch.worker_env import in_ray_job, ray_submission_id
+from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
+from crossdock.launch.ray.cluster import Node, able, shape_of, shrunk, too_small
+from crossdock.launch.ray.launcher import Policy, launch
+from crossdock.launch.ray.metrics import GAUGES, last_row
+from crossdock.launch.scripts.allocation import Shape
 
 CPU = Shape(nodes=2, ranks_per_node=2, gpus=False, cores_per_rank=2)
 

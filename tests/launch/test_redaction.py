@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from crossdock.launch import cli
-from crossdock.launch.redaction import HIDDEN, hidden, recorded, redacted
+from crossdock.launch.ranks.redaction import HIDDEN, hidden, recorded, redacted
 
 SECRET = "s3cr3t-0123456789abcdef"
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from crossdock.authentication import Secret
 from crossdock.errors import BadConfig, CrossdockError, PeerLost, Unavailable, UsageError
-from crossdock.launch import rendezvous
-from crossdock.launch.rendezvous import exchange, host_secret, listen, open_store, signed
-from crossdock.launch.worker_env import Meeting, WorkerEnv, first_host, local_environment, tasks_per_node, worker_env
+from crossdock.launch.ranks import rendezvous
+from crossdock.launch.ranks.rendezvous import exchange, host_secret, listen, open_store, signed
+from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv, first_host, local_environment, tasks_per_node, worker_env
 
 TORCHRUN = {
     "RANK": "3",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from crossdock.launch.cli import run
-from crossdock.placement.plan import Plan
-from crossdock.placement.trace import Trace
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.trace import Trace
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.collectives import all_reduce
 from crossdock.runtime.transport.mesh import Mesh

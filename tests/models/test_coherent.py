@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.coherent import Context, evaluate_coherent
-from crossdock.placement.cost import Workload
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.costs.coherent import Context, evaluate_coherent
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.ledger import bytes_by_class

@@ -8,7 +8,7 @@ from crossdock import strict_yaml
 from crossdock.errors import BadConfig
 from crossdock.models.config import ModelConfig
 from crossdock.models.kinds import BLOCKS
-from crossdock.placement import workload_file as planned
+from crossdock.placement.costs import workload_file as planned
 
 
 def read(text: str) -> ModelConfig:

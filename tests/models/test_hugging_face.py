@@ -14,7 +14,7 @@ from crossdock.models.config import ModelConfig
 from crossdock.models.hugging_face import from_hugging_face, targets, tensors, to_hugging_face
 from crossdock.models.hugging_face_files import CONFIG, INDEX, HuggingFaceFolder, export
 from crossdock.models.transformer import Transformer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState
 from crossdock.runtime.checkpoints.manifest import Manifest

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from crossdock.errors import BadData, MissingInput, UsageError
 from crossdock.launch.cli import run
 from crossdock.models.hugging_face_capture import Router, capture, choices_of, routers_of, sequences
-from crossdock.placement.trace import Trace
+from crossdock.placement.records.trace import Trace
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossdock.models.config import ModelConfig
 from crossdock.models.memory import Memory, Zero, rank_memory
 from crossdock.models.transformer import Transformer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
 from crossdock.runtime.optimization.engine import Engine
 from crossdock.runtime.optimization.fsdp import is_part, local_part, shard_dense

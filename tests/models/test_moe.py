@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crossdock.errors import BadConfig, BadData
 from crossdock.models.moe import MoELayer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import Pool, mesh_for

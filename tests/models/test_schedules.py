@@ -10,11 +10,11 @@ from torch import Tensor
 from crossdock.models.blocks import MoEBlock
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import evaluate
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import evaluate
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.experts.overlap import Overlapped, Schedule, Sequential
 from crossdock.runtime.training.context import StepContext

@@ -10,7 +10,7 @@ import torch
 from crossdock.errors import BadData
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.training.context import StepContext
 from tests.models.step import Case, Outcome, check_equal, run_step
 from tests.pool import Pool

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossdock.placement.plan import EMPTY, Plan
-from crossdock.placement.trace import NO_EXPERT, Trace
+from crossdock.placement.records.plan import EMPTY, Plan
+from crossdock.placement.records.trace import NO_EXPERT, Trace
 
 
 def random_trace(

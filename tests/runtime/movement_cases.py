@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.dispatch import reference
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS

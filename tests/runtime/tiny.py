@@ -7,7 +7,7 @@ import torch
 
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.checkpoints.checkpoint import persistent_buffers, pieces
 from crossdock.runtime.data import DataConfig, DataState
 from crossdock.runtime.optimization.engine import Engine

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from benchmarks.peers.case import Case, LayerWeights
 from benchmarks.peers.rounds import EXPERTS_ALONE
 from crossdock.models.moe import MoELayer
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.cost import Workload
-from crossdock.placement.gather import GatherCost, choose_gathered
-from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Problem
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.solvers.problem import Problem
+from crossdock.placement.strategies.gather import GatherCost, choose_gathered
 from crossdock.runtime.experts.overlap import Chunked, Schedule, Sequential, run
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.collectives import broadcast_object

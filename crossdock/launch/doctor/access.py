@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crossdock.errors import CrossdockError
 from crossdock.launch.doctor.report import Check
-from crossdock.launch.worker_env import job_secret
+from crossdock.launch.ranks.worker_env import job_secret
 
 SERVICES = {
     8265: "Ray's dashboard",

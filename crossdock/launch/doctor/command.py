@@ -8,7 +8,7 @@ from typing import Any
 from crossdock.errors import Unavailable
 from crossdock.launch.doctor.examination import examine
 from crossdock.launch.doctor.report import Check, as_json, show
-from crossdock.launch.worker_env import in_ray_job, worker_env
+from crossdock.launch.ranks.worker_env import in_ray_job, worker_env
 
 
 def run_doctor(run_dir: Path, num_ranks: int, device: str, on_ray: bool, wants_json: bool) -> int:

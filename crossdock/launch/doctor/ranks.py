@@ -15,9 +15,9 @@ from crossdock.launch.doctor.clock import OFFSET_S, offset
 from crossdock.launch.doctor.examination import examine, installed
 from crossdock.launch.doctor.network import towards
 from crossdock.launch.doctor.report import Check, as_json
-from crossdock.launch.rendezvous import LOOPBACK, exchange, open_store
+from crossdock.launch.ranks.rendezvous import LOOPBACK, exchange, open_store
+from crossdock.launch.ranks.worker_env import WorkerEnv
 from crossdock.launch.request import Request
-from crossdock.launch.worker_env import WorkerEnv
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -137,7 +137,7 @@ def _gpus(facts_R: Sequence[RankFacts]) -> list[Check]:
 
 def _group(request: Request, env: WorkerEnv, store: "Store") -> Check:
     """Whether the ranks form the process groups that a run needs."""
-    from crossdock.launch.worker import joined
+    from crossdock.launch.ranks.worker import joined
     from crossdock.runtime.transport.collectives import barrier
 
     begin_s = time.monotonic()

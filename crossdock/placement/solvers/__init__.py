@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from crossdock.errors import UsageError
-from crossdock.placement.problem import Problem, Solution
 from crossdock.placement.solvers import (
     anneal,
     auto,
@@ -21,6 +20,7 @@ from crossdock.placement.solvers import (
     sweep,
 )
 from crossdock.placement.solvers.constraints import check_constraints, load_peaks
+from crossdock.placement.solvers.problem import Problem, Solution
 
 __all__ = ["HOME_ALONE", "SOLVERS", "Solver", "check_constraints", "check_mode", "load_peaks", "solve"]
 

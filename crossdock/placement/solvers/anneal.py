@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from crossdock.errors import InfeasiblePlan
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import chain, chain_search, starts
-from crossdock.placement.solvers.price import Layer, Price, layer_of, price_of
-from crossdock.placement.solvers.search import Deadline, LayerSearch, Placed, anneal_layer, descend
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import chain, chain_search, starts
+from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed, anneal_layer, descend
+from crossdock.placement.solvers.search.price import Layer, Price, layer_of, price_of
+from crossdock.placement.solvers.search.swaps import TokenSets
 from crossdock.placement.solvers.solution import solution_of
-from crossdock.placement.solvers.swaps import TokenSets
 
 MAX_ROUNDS = 12
 PATIENCE = 4  # rounds without improvement after which a layer rests

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import InfeasiblePlan
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, chain, chain_search, coherent, columns, dp, eplb, replicas, starts, sweep
+from crossdock.placement.solvers import anneal, coherent, columns, dp, eplb, replicas, sweep
 from crossdock.placement.solvers.constraints import broken_constraint
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import chain, chain_search, starts
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 IntArray = NDArray[np.int64]

@@ -1,8 +1,8 @@
 """Method balance: even load by the greedy rule of EPLB's packing, heaviest expert first to the least loaded device with a free slot."""
 
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import starts
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 

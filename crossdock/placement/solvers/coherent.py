@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import InfeasiblePlan
-from crossdock.placement.coherent import layer_seconds, move_seconds
-from crossdock.placement.cost import BACKWARD_FLOP_RATIO
-from crossdock.placement.problem import Problem
-from crossdock.placement.solvers import chain, chain_search, starts
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.costs.coherent import layer_seconds, move_seconds
+from crossdock.placement.costs.cost import BACKWARD_FLOP_RATIO
+from crossdock.placement.solvers.problem import Problem
+from crossdock.placement.solvers.search import chain, chain_search, starts
+from crossdock.placement.solvers.search.layer_search import Deadline
 
 IntArray = NDArray[np.int64]
 Float = NDArray[np.float64]

@@ -24,11 +24,11 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from crossdock.errors import InfeasiblePlan, UsageError
-from crossdock.placement.plan import EMPTY
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers.price import Layer, layer_of
-from crossdock.placement.solvers.resplit import improved, lookup
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search.layer_search import Deadline
+from crossdock.placement.solvers.search.price import Layer, layer_of
+from crossdock.placement.solvers.search.resplit import improved, lookup
 from crossdock.placement.solvers.solution import solution_of
 
 FloatArray = NDArray[np.float64]

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from crossdock.errors import InfeasiblePlan
-from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Problem, Solution
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.solvers.problem import Problem, Solution
 from crossdock.placement.solvers.solution import device_loads
 
 

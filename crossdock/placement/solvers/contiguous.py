@@ -1,8 +1,8 @@
 """Method contiguous: consecutive experts on consecutive devices, as every framework does that does not plan."""
 
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import starts
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import InfeasiblePlan, UsageError
-from crossdock.placement.plan import EMPTY
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import starts
-from crossdock.placement.solvers.chain import greedy
-from crossdock.placement.solvers.price import Layer, layer_of, price_of
-from crossdock.placement.solvers.recombine import interchangeable
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.chain import greedy
+from crossdock.placement.solvers.search.layer_search import Deadline
+from crossdock.placement.solvers.search.price import Layer, layer_of, price_of
+from crossdock.placement.solvers.search.recombine import interchangeable
 from crossdock.placement.solvers.solution import solution_of
 
 FloatArray = NDArray[np.float64]

@@ -10,9 +10,9 @@ does not name groups. A copy that would stand beside its twin is left out. Traff
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdock.placement.plan import EMPTY
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of_slots
 
 FloatArray = NDArray[np.float64]

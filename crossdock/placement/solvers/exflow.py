@@ -22,9 +22,9 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from crossdock.errors import UsageError
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import starts
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 IntArray = NDArray[np.int64]

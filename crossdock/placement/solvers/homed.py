@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from crossdock.placement.homing import CopyCosts, assign_homes
-from crossdock.placement.problem import Problem
-from crossdock.placement.solvers import starts
-from crossdock.placement.solvers.price import BlockSeconds, Layer, Price, layer_of, price_of
-from crossdock.placement.solvers.search import Deadline, LayerSearch, Placed, anneal_layer, descend
-from crossdock.placement.solvers.swaps import TokenSets
-from crossdock.placement.trace import NO_EXPERT, Trace
+from crossdock.placement.homing.homes import CopyCosts, assign_homes
+from crossdock.placement.records.trace import NO_EXPERT, Trace
+from crossdock.placement.solvers.problem import Problem
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed, anneal_layer, descend
+from crossdock.placement.solvers.search.price import BlockSeconds, Layer, Price, layer_of, price_of
+from crossdock.placement.solvers.search.swaps import TokenSets
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

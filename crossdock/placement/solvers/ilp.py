@@ -21,14 +21,14 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from crossdock.errors import InfeasiblePlan, UsageError
-from crossdock.placement.cost import BACKWARD_FLOP_RATIO
-from crossdock.placement.plan import EMPTY
-from crossdock.placement.problem import Problem, Solution
+from crossdock.placement.costs.cost import BACKWARD_FLOP_RATIO
+from crossdock.placement.records.plan import EMPTY
 from crossdock.placement.solvers import anneal
-from crossdock.placement.solvers.price import BlockSeconds, Layer, has_two_hops, layer_of
-from crossdock.placement.solvers.search import Deadline, Placed
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search.layer_search import Deadline, Placed
+from crossdock.placement.solvers.search.price import BlockSeconds, Layer, has_two_hops, layer_of
+from crossdock.placement.solvers.search.symmetry import ordered_devices, ordered_nodes
 from crossdock.placement.solvers.solution import solution_of
-from crossdock.placement.solvers.symmetry import ordered_devices, ordered_nodes
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -1,8 +1,8 @@
 """Method random: a uniform draw of equally many experts on each device; what placement is worth shows against it."""
 
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import starts
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from crossdock.errors import InfeasiblePlan, UsageError
-from crossdock.placement.plan import EMPTY
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.replication import gradient_seconds, layer_gradient_bytes
-from crossdock.placement.solvers import anneal, starts
-from crossdock.placement.solvers.copied_layer import Bool, CopiedLayer, FloatArray, IntArray
-from crossdock.placement.solvers.search import Deadline
+from crossdock.placement.costs.replication import gradient_seconds, layer_gradient_bytes
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.solvers import anneal
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.copied_layer import Bool, CopiedLayer, FloatArray, IntArray
+from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import solution_of_slots
 
 EXPERTS_TRIED = 4  # of each of the busiest devices

@@ -6,15 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import UsageError
-from crossdock.placement.cost import block_cost, step_seconds
-from crossdock.placement.hops import two_hops
-from crossdock.placement.plan import EMPTY, Plan, choose_replica
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.replication import gradient_bytes, gradient_seconds
+from crossdock.placement.costs.cost import block_cost, step_seconds
+from crossdock.placement.costs.hops import two_hops
+from crossdock.placement.costs.replication import gradient_bytes, gradient_seconds
+from crossdock.placement.records.plan import EMPTY, Plan, choose_replica
+from crossdock.placement.records.trace import NO_EXPERT
 from crossdock.placement.solvers import coherent
-from crossdock.placement.solvers.bounds import lower_bound
-from crossdock.placement.solvers.price import has_two_hops
-from crossdock.placement.trace import NO_EXPERT
+from crossdock.placement.solvers.certificates.bounds import lower_bound
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search.price import has_two_hops
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

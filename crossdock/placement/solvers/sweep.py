@@ -9,15 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from crossdock.placement.plan import EMPTY
-from crossdock.placement.problem import Problem, Solution
-from crossdock.placement.solvers import anneal, starts
-from crossdock.placement.solvers.chain import Chain, check_load_cap, greedy
-from crossdock.placement.solvers.price import layer_of, price_of
-from crossdock.placement.solvers.recombine import interchangeable, recombined
-from crossdock.placement.solvers.search import Deadline, LayerSearch, Placed
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.solvers import anneal
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.chain import Chain, check_load_cap, greedy
+from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed
+from crossdock.placement.solvers.search.price import layer_of, price_of
+from crossdock.placement.solvers.search.recombine import interchangeable, recombined
+from crossdock.placement.solvers.search.swaps import TokenSets
 from crossdock.placement.solvers.solution import solution_of
-from crossdock.placement.solvers.swaps import TokenSets
 
 IntArray = NDArray[np.int64]
 

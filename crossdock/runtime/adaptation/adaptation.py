@@ -11,10 +11,10 @@ import torch
 
 from crossdock import atomic
 from crossdock.errors import CrossdockError
-from crossdock.placement.choice import Choices, LayerProblem, Strategy, explain
-from crossdock.placement.overlap_rule import Interference
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.choice import Choices, LayerProblem, Strategy, explain
+from crossdock.placement.strategies.overlap_rule import Interference
 from crossdock.runtime.adaptation import choice
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.adaptation.choice import Adaptable, AdaptConfig, RankTimes, Watch

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Window as Windows
-from crossdock.placement.cost import Workload, transfer_seconds
-from crossdock.placement.evaluate import Evaluation
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.traffic import evaluate_strategies
+from crossdock.placement.costs.cost import Window as Windows
+from crossdock.placement.costs.cost import Workload, transfer_seconds
+from crossdock.placement.costs.evaluate import Evaluation
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.windows import Measured, RankRecord, transfer_seconds_of
 
 WILD = 4.0

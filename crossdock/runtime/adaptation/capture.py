@@ -8,7 +8,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from crossdock.placement.trace import NO_EXPERT, Trace
+from crossdock.placement.records.trace import NO_EXPERT, Trace
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh

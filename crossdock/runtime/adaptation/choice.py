@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from crossdock.errors import BadData, CrossdockError
-from crossdock.placement.choice import Choice, Choices, LayerProblem, LayerTimes, Priced, Strategy, choose
-from crossdock.placement.cost import Dispatch, Workload
-from crossdock.placement.gather import GatherCost, choose_gathered
-from crossdock.placement.overlap_rule import Interference
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.traffic import load_RE, traffic_of
+from crossdock.placement.costs.cost import Dispatch, Workload
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.choice import Choice, Choices, LayerProblem, LayerTimes, Priced, Strategy, choose
+from crossdock.placement.strategies.gather import GatherCost, choose_gathered
+from crossdock.placement.strategies.overlap_rule import Interference
+from crossdock.placement.strategies.traffic import load_RE, traffic_of
 from crossdock.runtime.adaptation.calibrate import calibrate
 from crossdock.runtime.adaptation.migrate import RoutedLayer
 from crossdock.runtime.adaptation.stage_times import StageTimes

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from crossdock.placement.overlap_rule import Interference
-from crossdock.placement.topology import Topology
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.overlap_rule import Interference
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.collectives import all_gather_objects, barrier
 from crossdock.runtime.transport.ledger import Ledger

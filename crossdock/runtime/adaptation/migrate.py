@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crossdock.placement.plan import EMPTY, Plan, choose_replica
+from crossdock.placement.records.plan import EMPTY, Plan, choose_replica
 from crossdock.runtime.dispatch.dispatcher import Dispatcher
 from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.experts.expert_bank import ExpertBank

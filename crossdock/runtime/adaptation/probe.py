@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from crossdock.errors import BadConfig
-from crossdock.placement.topology import OTHER_NODE, SAME_NODE, Topology
+from crossdock.placement.records.topology import OTHER_NODE, SAME_NODE, Topology
 from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start

@@ -8,17 +8,17 @@ from typing import Any, cast
 import pydantic
 
 from crossdock.errors import BadConfig, CrossdockError
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Dispatch, Window, WireName, Workload
-from crossdock.placement.moving import Move, price_of_move, steps_to_pay_back
-from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Constraints, Objective, Problem, Solution
-from crossdock.placement.relabel import relabelled
+from crossdock.placement.analysis.relabel import relabelled
+from crossdock.placement.costs.cost import Dispatch, Window, WireName, Workload
+from crossdock.placement.costs.moving import Move, price_of_move, steps_to_pay_back
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import LINK_CLASSES, Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
-from crossdock.placement.topology import LINK_CLASSES, Topology
-from crossdock.placement.trace import Trace
-from crossdock.placement.traffic import evaluate_strategies
+from crossdock.placement.solvers.problem import Constraints, Objective, Problem, Solution
+from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.migrate import RoutedLayer
 from crossdock.runtime.adaptation.windows import Measured

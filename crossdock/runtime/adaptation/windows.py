@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from crossdock.placement.topology import LINK_CLASSES
-from crossdock.placement.trace import Trace, concatenate
+from crossdock.placement.records.topology import LINK_CLASSES
+from crossdock.placement.records.trace import Trace, concatenate
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.ledger import Flight, LayerProfile, profile, standstill, window_s

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.errors import BadCheckpoint, MissingInput
-from crossdock.placement.plan import EMPTY, Plan
+from crossdock.placement.records.plan import EMPTY, Plan
 from crossdock.runtime.checkpoints.manifest import MANIFEST, STEP, Manifest, checked
 from crossdock.runtime.checkpoints.shards import Place, Reader
 from crossdock.runtime.data import DataState

@@ -15,7 +15,7 @@ import pydantic
 from crossdock import atomic
 from crossdock.bounded import is_plain_name, json_value, read_bytes
 from crossdock.errors import BadCheckpoint, BadData, MissingInput
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.checkpoints.shards import Place, Shard, problem_of
 from crossdock.strict_yaml import StrictModel
 

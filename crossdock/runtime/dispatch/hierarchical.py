@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.placement.hops import check_nodes
+from crossdock.placement.costs.hops import check_nodes
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.copies import Arrivals, Copies, begins
 from crossdock.runtime.dispatch.counts import Counts, PendingCounts, counts_start

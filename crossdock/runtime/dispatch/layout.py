@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crossdock.errors import BadData
-from crossdock.placement.gather import Hops, check_gathered, weight_hops
-from crossdock.placement.plan import EMPTY, Plan, choose_replica
+from crossdock.placement.records.plan import EMPTY, Plan, choose_replica
+from crossdock.placement.strategies.gather import Hops, check_gathered, weight_hops
 from crossdock.runtime.transport.mesh import Mesh
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from crossdock.errors import BadConfig
-from crossdock.placement.pipeline import BlockTimes, best_pipeline
+from crossdock.placement.strategies.pipeline import BlockTimes, best_pipeline
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.experts.chunks import cut
 from crossdock.runtime.experts.strand import RoutedExperts, Strand, begun

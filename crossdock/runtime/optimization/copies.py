@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crossdock.placement.plan import EMPTY, Plan
-from crossdock.placement.replication import holders, share_sizes
+from crossdock.placement.costs.replication import holders, share_sizes
+from crossdock.placement.records.plan import EMPTY, Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
 from crossdock.runtime.transport.mesh import Mesh

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.errors import BadConfig, NonFiniteLoss, Unavailable
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.agreement import StepReport, agree, clip_factor
 from crossdock.runtime.optimization.engines import Piece

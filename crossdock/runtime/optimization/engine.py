@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crossdock.errors import NonFiniteLoss
-from crossdock.placement.plan import EMPTY, Plan
+from crossdock.placement.records.plan import EMPTY, Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.agreement import StepReport, agree, clip_factor
 from crossdock.runtime.optimization.copies import CopySums

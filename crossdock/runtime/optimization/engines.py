@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.agreement import StepReport
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossdock.placement.cost import NUM_DIRECTIONS
-from crossdock.placement.forecast import Forecast, TokenCosts
-from crossdock.placement.gather import gathered_plan
-from crossdock.placement.homing import CopyCosts, assign_homes, homes_as_read
-from crossdock.placement.hops import hops_of_copies
-from crossdock.placement.plan import Plan, choose_replica
-from crossdock.placement.topology import LINK_CLASSES, SAME_NODE, Topology
+from crossdock.placement.costs.cost import NUM_DIRECTIONS
+from crossdock.placement.costs.hops import hops_of_copies
+from crossdock.placement.homing.forecast import Forecast, TokenCosts
+from crossdock.placement.homing.homes import CopyCosts, assign_homes, homes_as_read
+from crossdock.placement.records.plan import Plan, choose_replica
+from crossdock.placement.records.topology import LINK_CLASSES, SAME_NODE, Topology
+from crossdock.placement.strategies.gather import gathered_plan
 from crossdock.runtime.adaptation.replan import renumbered, workload_of
 from crossdock.runtime.data import Batch, DataState, Sampler, sequences_per_rank
 from crossdock.runtime.dispatch.assignment import Assignment

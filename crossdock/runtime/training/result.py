@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crossdock.placement.choice import Strategy
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import LINK_CLASSES, Topology
-from crossdock.placement.traffic import evaluate_strategies
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import LINK_CLASSES, Topology
+from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.replan import predicted_bytes
 from crossdock.runtime.adaptation.windows import Measured

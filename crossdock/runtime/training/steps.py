@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crossdock.placement.plan import Plan, choose_replica
-from crossdock.placement.topology import LINK_CLASSES
+from crossdock.placement.records.plan import Plan, choose_replica
+from crossdock.placement.records.topology import LINK_CLASSES
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.data import Batch, Corpus, DataState, Sampler, sequences_per_rank
 from crossdock.runtime.optimization.engines import AnyEngine

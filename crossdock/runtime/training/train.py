@@ -18,11 +18,11 @@ from torch import nn
 
 from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
-from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Workload
-from crossdock.placement.forecast import Forecast
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.homing.forecast import Forecast
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.strategies.choice import Strategy
 from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
 from crossdock.runtime.adaptation.calibrate import Calibrated, calibrate
 from crossdock.runtime.adaptation.capture import Capture, CaptureConfig

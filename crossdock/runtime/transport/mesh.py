@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock.errors import BadConfig, PeerLost, Unavailable
-from crossdock.placement.hops import devices_per_node
+from crossdock.placement.costs.hops import devices_per_node
 from crossdock.runtime.transport.background import Background
 from crossdock.runtime.transport.carrier import Carrier
 from crossdock.runtime.transport.host_memory import keep_freed_memory

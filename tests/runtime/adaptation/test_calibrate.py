@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Window as Windows
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import Evaluation, evaluate
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.costs.cost import Window as Windows
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import Evaluation, evaluate
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
+from crossdock.placement.strategies.choice import Strategy
 from crossdock.runtime.adaptation.calibrate import calibrate
 from crossdock.runtime.adaptation.windows import Measured, RankRecord, Transfer, record_of, transfer_seconds_of
 from crossdock.runtime.transport.ledger import Flight, LayerProfile

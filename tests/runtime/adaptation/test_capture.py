@@ -5,8 +5,8 @@ import torch
 
 from crossdock.models.gates.capacity import Dropless, Fixed
 from crossdock.models.gates.switch import SwitchConfig
-from crossdock.placement.plan import Plan
-from crossdock.placement.trace import NO_EXPERT, Trace, concatenate
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.trace import NO_EXPERT, Trace, concatenate
 from crossdock.runtime.adaptation.capture import Capture, dense_TK
 from crossdock.runtime.data import DataState
 from crossdock.runtime.dispatch.assignment import Assignment

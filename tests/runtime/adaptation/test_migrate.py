@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock.errors import BadData
-from crossdock.placement.plan import EMPTY, Plan
+from crossdock.placement.records.plan import EMPTY, Plan
 from crossdock.runtime.adaptation.migrate import Migration, exchange_of, migrate
 from crossdock.runtime.data import DataState
 from tests.pool import Pool

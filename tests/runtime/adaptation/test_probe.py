@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crossdock.errors import BadConfig
-from crossdock.placement.topology import OTHER_NODE, SAME_NODE, Topology
+from crossdock.placement.records.topology import OTHER_NODE, SAME_NODE, Topology
 from crossdock.runtime.adaptation import probe as probe_module
 from crossdock.runtime.adaptation.probe import Link, probe
 from crossdock.runtime.transport.mesh import Mesh

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from crossdock.placement.affinity import Affinity
-from crossdock.placement.choice import Strategy
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import evaluate
-from crossdock.placement.plan import Plan
-from crossdock.placement.problem import Problem, Solution
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import evaluate
+from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
 from crossdock.placement.solvers import solve
-from crossdock.placement.topology import Topology
+from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.strategies.choice import Strategy
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.replan import weigh
 from tests.placement.conftest import random_trace

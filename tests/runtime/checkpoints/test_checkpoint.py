@@ -11,7 +11,7 @@ import torch
 
 from crossdock.errors import BadCheckpoint, IoFailure, MissingInput
 from crossdock.models.gates.deepseek_v3 import DeepSeekV3Config
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.checkpoints import checkpoint, saver
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState
 from crossdock.runtime.checkpoints.saver import Saved, Saver

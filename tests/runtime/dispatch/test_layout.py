@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crossdock.errors import BadData
-from crossdock.placement.plan import Plan, choose_replica
+from crossdock.placement.records.plan import Plan, choose_replica
 from crossdock.runtime.dispatch import reference
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.layout import ExpertLayout

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crossdock.errors import BadConfig
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import evaluate
-from crossdock.placement.gather import gathered_plan, weight_bytes
-from crossdock.placement.plan import choose_replica
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import NO_EXPERT, Trace
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import evaluate
+from crossdock.placement.records.plan import choose_replica
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import NO_EXPERT, Trace
+from crossdock.placement.strategies.gather import gathered_plan, weight_bytes
 from crossdock.runtime.dispatch import reference
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
 from crossdock.runtime.dispatch.layout import ExpertLayout

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from crossdock.placement.cost import Workload
-from crossdock.placement.plan import EMPTY, Plan
-from crossdock.placement.replication import gradient_bytes, gradient_bytes_by_class
-from crossdock.placement.topology import Topology
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.replication import gradient_bytes, gradient_bytes_by_class
+from crossdock.placement.records.plan import EMPTY, Plan
+from crossdock.placement.records.topology import Topology
 from crossdock.runtime.data import DataState
 from crossdock.runtime.transport.ledger import bytes_by_class
 from tests.pool import Pool

@@ -10,7 +10,7 @@ from torch import nn
 
 from crossdock.errors import NonFiniteLoss
 from crossdock.models.gates.noisy_topk import NoisyTopKConfig
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.data import DataState
 from crossdock.runtime.optimization.engine import Engine
 from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig, learning_rate

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossdock.placement.plan import Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.adaptation.migrate import migrate
 from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState

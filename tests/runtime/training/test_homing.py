@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crossdock.placement.forecast import Forecast
-from crossdock.placement.homing import CopyCosts, known_costs
-from crossdock.placement.plan import Plan
-from crossdock.placement.trace import Trace
+from crossdock.placement.homing.forecast import Forecast
+from crossdock.placement.homing.homes import CopyCosts, known_costs
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.trace import Trace
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.replan import topology_of
 from crossdock.runtime.data import DataState
@@ -103,8 +103,8 @@ def test_a_run_counts_what_the_evaluator_replays_and_its_saving_is_that_of_the_t
     sequence_T = np.unique(trace.sequence_T, return_inverse=True)[1]
     home_Q = trace.home_T[np.unique(sequence_T, return_index=True)[1]]
     assert np.bincount(home_Q).tolist() == [4, 4]
-    from crossdock.placement.cost import Workload
-    from crossdock.placement.topology import Topology
+    from crossdock.placement.costs.cost import Workload
+    from crossdock.placement.records.topology import Topology
 
     cost_QH = known_costs(trace, sequence_T, plan, CopyCosts.of(Topology.uniform(2, 1), Workload(), "devices"))
     homed = cost_QH[np.arange(8), home_Q].sum()

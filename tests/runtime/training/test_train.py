@@ -14,11 +14,11 @@ import torch
 
 from crossdock.errors import BadConfig, BadData, CrossdockError, NonFiniteLoss, Preempted
 from crossdock.models.transformer import Transformer
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import evaluate
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import Trace
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import evaluate
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.replan import ReplanConfig, WindowSteps, topology_of, window_steps
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig

@@ -104,7 +104,7 @@ WORK = {work.__name__: work for work in (equality, goes_on, choice, farewell)}
 
 
 def main(store: str, out: str, what: str) -> int:
-    from crossdock.launch import mpi
+    from crossdock.launch.ranks import mpi
 
     torch.set_num_threads(1)
     place = mpi.world()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from crossdock.placement.cost import Workload
-from crossdock.placement.evaluate import evaluate
-from crossdock.placement.plan import Plan
-from crossdock.placement.topology import Topology
-from crossdock.placement.trace import NO_EXPERT, Trace
+from crossdock.placement.costs.cost import Workload
+from crossdock.placement.costs.evaluate import evaluate
+from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import NO_EXPERT, Trace
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
 from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.training.context import StepContext

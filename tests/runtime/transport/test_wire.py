@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crossdock.errors import BadConfig
-from crossdock.placement.cost import WIRE_NAMES, row_bytes
+from crossdock.placement.costs.cost import WIRE_NAMES, row_bytes
 from crossdock.runtime.transport.wire import BLOCK, WIRES, wire_named, wire_of
 
 INT8 = WIRES["int8"]

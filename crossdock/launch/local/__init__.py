@@ -1,0 +1,1 @@
+"""The ranks of one host as child processes of the command."""

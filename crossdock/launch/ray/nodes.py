@@ -1,0 +1,32 @@
+"""What the nodes of a living Ray cluster hold, and what the driver of our own job holds of it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from crossdock.launch.ranks.worker_env import ray_submission_id
+from crossdock.launch.ray.cluster import Node
+
+
+def living_nodes(ray: Any) -> list[Node]:
+    """The nodes that Ray takes to be alive."""
+    submission_id = ray_submission_id()
+    driver = {} if submission_id is None else _held_by_driver(submission_id)
+    here = ray.get_runtime_context().get_node_id()
+    found = []
+    for entry in ray.nodes():
+        if entry["Alive"]:
+            has, held = entry["Resources"], driver if entry["NodeID"] == here else {}
+            cores, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+            found.append(Node(entry["NodeID"], entry["NodeManagerAddress"], cores, gpus, held.get("CPU", 0.0), held.get("GPU", 0.0)))
+    return found
+
+
+@functools.cache
+def _held_by_driver(submission_id: str) -> Mapping[str, float]:
+    """What `ray job submit --entrypoint-num-cpus ...` has reserved on this node until the job ends: ranks would wait for it for ever."""
+    from ray.util.state import list_actors
+
+    supervisors = list_actors(filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True, limit=10_000)
+    ours = [actor for actor in supervisors if (actor.name or "").endswith(submission_id)]
+    return (ours[0].required_resources or {}) if ours else {}

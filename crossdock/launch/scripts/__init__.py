@@ -1,0 +1,1 @@
+"""Scripts and manifests for batch systems and clusters, and the hostfiles that they read."""

@@ -1,0 +1,107 @@
+"""Manifests of a run on Kubernetes: a JobSet (torchrun in every pod) or a RayJob of KubeRay. Plain mappings; the caller writes YAML."""
+
+from typing import Any
+
+from crossdock.errors import UsageError
+from crossdock.launch.scripts.allocation import Run, Shape, final_codes, shell, torchrun
+
+_PORT = 29_500
+MOUNT = "/runs"
+"""Where pods find the shared volume."""
+_GRACE_S = 120
+
+# sh is process 1 of the pod and passes SIGTERM on; torchrun ends with 1 whatever happened, so the run's own code is asked for
+_POD_SCRIPT = """\
+trap 'kill -TERM "$child"' TERM
+{command} & child=$!
+wait "$child" || {{ wait "$child"; exec crossdock status {directory} --otherwise 76; }}
+"""
+
+
+def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> dict[str, Any]:
+    """A JobSet (jobset.x-k8s.io/v1alpha2) with one pod per node. `claim` is a volume that all nodes can write: the runs go there.
+
+    A rank that fails for good fails the whole at once; after anything else all pods start again, at most `restarts` times, and go on from
+    the newest checkpoint.
+    """
+    head = f"{run.name}-workers-0-0.{run.name}"
+    script = _POD_SCRIPT.format(command=shell(torchrun(shape, run, head, _PORT, restarts=0)), directory=shell((str(run.directory),)))
+    container = _container(shape, image, claim) | {
+        "command": ["sh", "-c", script],
+        "ports": [{"containerPort": _PORT}],
+        "env": [_secret(run)],
+    }
+    fails_for_good = {"containerName": "crossdock", "operator": "In", "values": list(final_codes())}
+    job = {
+        "parallelism": shape.nodes,
+        "completions": shape.nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": fails_for_good}]},
+        "template": {"spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": _GRACE_S, **_pod(container, claim)}},
+    }
+    final = {"name": "failed-for-good", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": run.name},
+        "spec": {
+            "failurePolicy": {"maxRestarts": restarts, "rules": [final]},
+            "replicatedJobs": [{"name": "workers", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def ray_job(shape: Shape, run: Run, image: str, claim: str, restarts: int, ray_version: str) -> dict[str, Any]:
+    """A RayJob (ray.io/v1): a head that only drives, one worker pod per node, token authentication on.
+
+    Lost nodes are the launcher's own affair (`crossdock launch ray`); `restarts` counts new clusters.
+    """
+    command = ("crossdock", "launch", "ray", run.config, *run.overrides)
+    sizes = ("--nodes", str(shape.nodes), "--ranks-per-node", str(shape.ranks_per_node), "--cores-per-rank", str(shape.cores_per_rank))
+    no_reports = {"env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]}
+    head = {"name": "ray-head", "image": image, "resources": {"limits": {"cpu": "2", "memory": "4Gi"}}, **no_reports, **_mounts(claim)}
+    worker = _container(shape, image, claim) | {"name": "ray-worker", **no_reports}
+    group = {"groupName": "workers", "replicas": shape.nodes, "minReplicas": shape.nodes, "maxReplicas": shape.nodes}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": run.name},
+        "spec": {
+            "entrypoint": shell((*command, *sizes, *(("--gpus",) if shape.gpus else ()))),
+            "backoffLimit": restarts,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 3600,
+            "rayClusterSpec": {
+                "rayVersion": ray_version,
+                "authOptions": {"mode": "token"},
+                "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": {"spec": _pod(head, claim)}},
+                "workerGroupSpecs": [{**group, "rayStartParams": {}, "template": {"spec": _pod(worker, claim)}}],
+            },
+        },
+    }
+
+
+def _secret(run: Run) -> dict[str, Any]:
+    """What the ranks sign their messages with, from a Secret that the user makes; a manifest is no place for one."""
+    reference = {"name": f"{run.name}-secret", "key": "secret", "optional": True}
+    return {"name": "CROSSDOCK_SECRET", "valueFrom": {"secretKeyRef": reference}}
+
+
+def _container(shape: Shape, image: str, claim: str) -> dict[str, Any]:
+    limits: dict[str, str] = {"cpu": str(shape.cores_per_rank * shape.ranks_per_node)}
+    if shape.gpus:
+        limits["nvidia.com/gpu"] = str(shape.ranks_per_node)
+    return {"name": "crossdock", "image": image, "resources": {"limits": limits}, **_mounts(claim)}
+
+
+def _mounts(claim: str) -> dict[str, Any]:
+    if not claim:
+        raise UsageError("pods forget their files: name a claim of a volume that every node can write (--claim), for runs and checkpoints")
+    shared = {"name": "runs", "mountPath": MOUNT}
+    return {"volumeMounts": [shared, {"name": "shm", "mountPath": "/dev/shm"}]}
+
+
+def _pod(container: dict[str, Any], claim: str) -> dict[str, Any]:
+    volumes = [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}, {"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    return {"containers": [container], "volumes": volumes}

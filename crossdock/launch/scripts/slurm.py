@@ -1,0 +1,59 @@
+"""The batch script of a run under Slurm: one task per rank, started by srun, which `worker_env` reads."""
+
+import signal
+
+from crossdock.errors import UsageError
+from crossdock.launch.scripts.allocation import RETRY_CODES, Run, Shape, shell
+
+_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={ranks_per_node}
+#SBATCH --cpus-per-task={cores_per_rank}
+{gpus}#SBATCH --time={time_limit}
+{options}#SBATCH --output={name}-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# {grace_s} s before the time is over the ranks get SIGTERM: they save a checkpoint and end with exit code 75
+#SBATCH --signal=TERM@{grace_s}
+
+# what the ranks of this job sign their messages with; srun hands it down, and nothing prints it
+CROSSDOCK_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
+export CROSSDOCK_SECRET
+
+# a rank's death is noticed by the others, which report it; srun ends what is left after a minute
+srun --wait=60 --kill-on-bad-exit=0 {command}
+code=$?
+# srun gives the highest exit code of all ranks; the run's own is in its result.json, unless rank 0 was killed (137)
+if [ "$code" -ne 0 ]; then crossdock status {directory} --otherwise "$code"; code=$?; fi
+case "$code" in
+  {retry})
+    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+esac
+exit "$code"
+"""
+
+
+def batch_script(shape: Shape, run: Run, time_limit: str, grace_s: int, restarts: int, options: tuple[str, ...]) -> str:
+    """The script for sbatch. `time_limit` in Slurm's form; `options` are further ones of sbatch, such as `--partition=long`.
+
+    Raises `UsageError` for an option that is not one.
+    """
+    for option in options:
+        if not option.startswith("--") or "\n" in option:
+            raise UsageError(f"{option!r} is not an option of sbatch; write it like --partition=long")
+    return _SCRIPT.format(
+        name=run.name,
+        nodes=shape.nodes,
+        ranks_per_node=shape.ranks_per_node,
+        cores_per_rank=shape.cores_per_rank,
+        gpus=f"#SBATCH --gpus-per-node={shape.ranks_per_node}\n" if shape.gpus else "",
+        time_limit=time_limit,
+        options="".join(f"#SBATCH {option}\n" for option in options),
+        grace_s=grace_s,
+        command=shell(("crossdock", *run.train)),
+        directory=shell((str(run.directory),)),
+        retry=" | ".join(str(code) for code in (*RETRY_CODES, 128 + signal.SIGKILL)),
+        restarts=restarts,
+    )

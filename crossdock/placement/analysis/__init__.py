@@ -1,0 +1,1 @@
+"""Plans beside one another: compared, under what-ifs, with error bars, relabelled, and with homes."""

@@ -1,0 +1,1 @@
+"""`crossdock plan`: its commands, and what they do behind their options."""

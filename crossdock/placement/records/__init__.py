@@ -1,0 +1,1 @@
+"""What placement reads and writes: traces and their counts, topologies, plans, and other systems' files."""

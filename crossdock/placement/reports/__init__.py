@@ -1,0 +1,1 @@
+"""Plans and runs as one HTML page, with charts of its own."""

@@ -1,0 +1,194 @@
+"""The state of a search for objective hops, where each layer is tied to its neighbours: tokens' first choices should follow one another.
+
+Given the neighbours, a layer is a linear assignment problem: expert e on device r keeps the tokens that come from r or go on to r. Without
+a load cap `scipy.optimize.linear_sum_assignment` solves it exactly, so that sweeps over the layers descend; with noise added to the table,
+and less of it from sweep to sweep, they anneal, every step moving a whole layer. A load cap enters as a price of load on each device,
+raised where the device is too full and lowered where it is not; what is left of an excess is mended by swaps. The objective is ExFlow's
+(arXiv 2401.08383). In mode home it saves no bytes.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from crossdock.errors import InfeasiblePlan
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.solvers.problem import Problem
+from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search.layer_search import Deadline
+from crossdock.placement.solvers.search.price import FIXED_CHARGE
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Rng = np.random.Generator
+
+EXCESS_WEIGHT = 3.0  # of one mean load above the cap, as a multiple of a layer's tokens
+CAP_MARGIN = 0.02  # mean loads below the cap at which the price of a device's load starts to rise
+PRICE_STEP = 0.02  # tokens kept that one unit of load must be worth, for every mean load above the cap and sweep
+POLISH_S = 1.0  # most that is spent on mending and polishing when the time is over
+
+
+class Chain:
+    """The assignment of all layers' items to devices, changed layer by layer. `device_LI` includes vacancies, see `swaps.py`."""
+
+    def __init__(self, problem: Problem, device_LE: IntArray) -> None:
+        affinity = problem.affinity
+        self.problem = problem
+        self.device_LI = np.stack([starts.with_vacancies(device_E, problem.slots_R) for device_E in device_LE])
+        vacancies = self.device_LI.shape[1] - problem.num_experts
+        self.load_LI = np.pad(affinity.load_LE.astype(np.float64), ((0, 0), (0, vacancies)))
+        self.pinned_LI = np.pad(starts.pinned_devices(problem), ((0, 0), (0, vacancies)), constant_values=EMPTY)
+        self._has_pins = bool(problem.constraints.pins)
+        self.price_LR = np.zeros((problem.num_layers, problem.num_devices))
+        self._transitions_LEE = affinity.transitions_LEE.astype(np.float64)
+        self._saving_RR = problem.hop_cost_RR.max() - problem.hop_cost_RR
+        self._device_of_slot_I = np.repeat(np.arange(problem.num_devices), problem.slots_R)
+        self._mean_L = np.maximum(self.load_LI.sum(axis=1) / problem.num_devices, 1e-300)
+
+    @property
+    def device_LE(self) -> IntArray:
+        return self.device_LI[:, : self.problem.num_experts]
+
+    def attraction(self, layer: int, *, ahead: bool = True) -> FloatArray:
+        """[I, R]: what an item of the layer saves, in tokens, when it stands on device r; without `ahead` by the layer before it alone."""
+        problem = self.problem
+        saved_ER = np.zeros((problem.num_experts, problem.num_devices))
+        if layer > 0:
+            saved_ER += self._transitions_LEE[layer - 1].T @ self._saving_RR[self.device_LE[layer - 1]]
+        if ahead and layer + 1 < len(self.device_LI):
+            saved_ER += self._transitions_LEE[layer] @ self._saving_RR.T[self.device_LE[layer + 1]]
+        vacancies = self.device_LI.shape[1] - problem.num_experts
+        return np.concatenate([saved_ER, np.zeros((vacancies, problem.num_devices))]) if vacancies else saved_ER
+
+    def excess(self, load_R: FloatArray, mean: float) -> FloatArray:
+        """By how much each load stands above the cap, in mean loads, with a fixed charge so that the last bit is worth mending."""
+        cap = self.problem.constraints.load_cap
+        if cap is None:
+            return np.zeros_like(load_R)
+        above_R = load_R / mean - cap
+        return np.where(above_R > 1e-12, above_R + FIXED_CHARGE, 0.0)
+
+    def excesses(self) -> FloatArray:
+        """[L]: what each layer breaks the load cap by."""
+        return np.array([self.excess(self._load(layer), self._mean_L[layer]).sum() for layer in range(len(self.device_LI))])
+
+    def mend(self, layer_device_LI: IntArray) -> None:
+        """Layers that break the load cap take the given assignment."""
+        broken_L = self.excesses() > 0
+        self.device_LI[broken_L] = layer_device_LI[broken_L]
+
+    def key(self) -> tuple[float, float]:
+        """What makes one chain better than another: what breaks the load cap, then what the hops cost, in tokens."""
+        return float(self.excesses().sum()), self.cost_tokens()
+
+    def cost_tokens(self) -> float:
+        """Tokens that hop, times what their hop costs."""
+        device_LE, hop_cost_RR = self.device_LE, self.problem.hop_cost_RR
+        return float(
+            sum(
+                (transitions_EE * hop_cost_RR[np.ix_(before_E, after_E)]).sum()
+                for transitions_EE, before_E, after_E in zip(self._transitions_LEE, device_LE, device_LE[1:], strict=False)
+            )
+        )
+
+    def kept_per_expert(self) -> float:
+        """What an expert saves on average, in tokens: the scale of the noise that is worth adding."""
+        saved = sum(
+            float((transitions_EE * self._saving_RR[np.ix_(before_E, after_E)]).sum())
+            for transitions_EE, before_E, after_E in zip(self._transitions_LEE, self.device_LE, self.device_LE[1:], strict=False)
+        )
+        return 2.0 * saved / max(self._transitions_LEE.shape[0] * self.problem.num_experts, 1)
+
+    def assign(self, layer: int, temperature: float, rng: Rng, *, ahead: bool = True) -> None:
+        """The best assignment of one layer between its neighbours, for a table with Gumbel noise of `temperature` tokens in it."""
+        kept_IR, pinned_I = self.attraction(layer, ahead=ahead), self.pinned_LI[layer]
+        if self.price_LR[layer].any():
+            kept_IR -= self.load_LI[layer][:, None] * self.price_LR[layer]
+        if temperature > 0.0:
+            kept_IR += rng.gumbel(scale=temperature, size=kept_IR.shape)
+        if self._has_pins:
+            wrong_IR = (pinned_I[:, None] != EMPTY) & (pinned_I[:, None] != np.arange(self.problem.num_devices))
+            kept_IR[wrong_IR] = kept_IR.min() - len(kept_IR) * (1.0 + np.ptp(kept_IR))
+        slot_I = linear_sum_assignment(kept_IR[:, self._device_of_slot_I], maximize=True)[1]
+        self.device_LI[layer] = self._device_of_slot_I[slot_I]
+
+    def reprice(self, layer: int) -> None:
+        """Raise the price of load where the layer's devices are above the cap, lower it where they are below."""
+        cap = self.problem.constraints.load_cap
+        if cap is not None:
+            above_R = self._load(layer) / self._mean_L[layer] - (cap - CAP_MARGIN)
+            self.price_LR[layer] = np.maximum(self.price_LR[layer] + PRICE_STEP * above_R, 0.0)
+
+    def descend(self, layer: int) -> None:
+        """Best swaps of one layer, the load cap first, until none helps."""
+        kept_IR, device_I, load_I = self.attraction(layer), self.device_LI[layer], self.load_LI[layer]
+        free = np.flatnonzero(self.pinned_LI[layer] == EMPTY)
+        first, second = (free[side] for side in np.triu_indices(len(free), 1))
+        load_R, mean = self._load(layer), self._mean_L[layer]
+        weight = EXCESS_WEIGHT * max(float(self.problem.affinity.num_tokens), 1.0) * max(float(self._saving_RR.max()), 1e-300)
+        heavier = load_I[second] - load_I[first]
+        while len(first):
+            p, q = device_I[first], device_I[second]
+            own_I = kept_IR[np.arange(len(device_I)), device_I]
+            change = own_I[first] + own_I[second] - kept_IR[first, q] - kept_IR[second, p]
+            if self.problem.constraints.load_cap is not None:
+                above_R = self.excess(load_R, mean)
+                after = self.excess(load_R[p] + heavier, mean) + self.excess(load_R[q] - heavier, mean)
+                change = change + weight * (after - above_R[p] - above_R[q])
+            chosen = int(np.where(p != q, change, np.inf).argmin())
+            if p[chosen] == q[chosen] or change[chosen] >= -1e-9 * max(1.0, weight):
+                return
+            load_R[p[chosen]] += heavier[chosen]
+            load_R[q[chosen]] -= heavier[chosen]
+            device_I[first[chosen]], device_I[second[chosen]] = q[chosen], p[chosen]
+
+    def polish(self, deadline: Deadline) -> None:
+        """Sweeps of exact assignments, or of best swaps under a load cap, until a whole sweep brings nothing."""
+        rng, before = np.random.default_rng(0), (np.inf, np.inf)
+        capped = self.problem.constraints.load_cap is not None
+        while (now := self.key()) < before and (now[0], now[1] * (1 + 1e-12)) < before and not deadline.passed:
+            before = now
+            for layer in range(len(self.device_LI)):
+                if deadline.passed:
+                    return
+                if capped:
+                    self.descend(layer)
+                else:
+                    self.assign(layer, 0.0, rng)
+
+    def _load(self, layer: int) -> FloatArray:
+        return np.asarray(np.bincount(self.device_LI[layer], self.load_LI[layer], self.problem.num_devices), dtype=np.float64)
+
+
+def greedy(problem: Problem) -> Chain:
+    """Layer by layer, each assigned best behind the one before; the first layer is packed for even load."""
+    chain = Chain(problem, starts.balanced(problem))
+    rng = np.random.default_rng(0)
+    for layer in range(1, problem.num_layers):
+        chain.assign(layer, 0.0, rng, ahead=False)
+    return chain
+
+
+def anneal(chain: Chain, layers_X: IntArray, sweeps: int, temperatures: tuple[float, float], rng: Rng, deadline: Deadline) -> None:
+    """Sweeps over some layers with noise from hot to cold, shares of the trace's tokens, or faster where `deadline` is
+    near; then polish."""
+    hot, cold = temperatures
+    budget_s = max(deadline.left_s, 1e-9)
+    for sweep in range(sweeps):
+        progress = max(sweep / sweeps, 1.0 - deadline.left_s / budget_s)
+        if progress >= 1.0:
+            break
+        for layer in (layers_X if sweep % 2 else rng.permutation(layers_X)).tolist():
+            chain.assign(layer, hot * (cold / hot) ** progress, rng)
+            chain.reprice(layer)
+    chain.polish(Deadline(max(deadline.left_s, POLISH_S)))
+
+
+def check_load_cap(chain: Chain) -> None:
+    """Raise `InfeasiblePlan` unless every layer keeps to the load cap."""
+    excess_L = chain.excesses()
+    if (excess_L > 0).any():
+        raise InfeasiblePlan(
+            f"no plan found within load cap {chain.problem.constraints.load_cap:g}: devices stand {excess_L.sum():.3f} mean loads above it "
+            f"in {np.count_nonzero(excess_L)} of {len(excess_L)} layers; give a higher --load-cap, more slots or more seconds"
+        )

@@ -1,0 +1,209 @@
+"""The objective of one layer as a function of a few numbers per device, for many candidate plans at once; and the layer's constraints.
+
+With tokens at home on every device alike, a layer's cost in mode home depends only on how many token copies and rows each device gets: a
+copy for device d comes from each home with equal chance. Every port of the all-to-all is then a linear function of the copies per device,
+which makes thousands of candidates cheap to price and gives the integer program its rows. `cost.block_cost` is the same function, slow and
+general, and a test holds them equal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossdock.placement.costs.cost import pass_seconds
+from crossdock.placement.costs.hops import check_nodes, two_hops
+from crossdock.placement.records.plan import EMPTY
+from crossdock.placement.records.topology import LINK_CLASSES, OTHER_NODE, Topology
+from crossdock.placement.records.trace import NO_EXPERT
+from crossdock.placement.solvers.problem import Problem
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+TIE_WEIGHT = 1e-6  # of the tie-breaker beside the objective, as a share of the objective's own size
+FIXED_CHARGE = 0.02  # mean loads, for every device above the load cap, so that the last bit of an excess is worth mending
+
+
+@dataclass(frozen=True, eq=False)
+class Ports:
+    """Every port of one all-to-all: `seconds_JX` float [J, X] for each count of copies sent (or returned), plus `latency_J`."""
+
+    seconds_JX: FloatArray
+    latency_J: FloatArray
+
+    def busiest(self, count_PX: FloatArray) -> FloatArray:
+        """Seconds of the all-to-all, [P], for counts of one micro-batch [P, X]."""
+        return np.asarray((count_PX @ self.seconds_JX.T + self.latency_J).max(axis=1))
+
+
+def ports_of(topology: Topology, unit_XRR: FloatArray, *, combine: bool) -> Ports:
+    """The ports that `cost.transfer_seconds` takes the maximum over, as linear functions of X counts.
+
+    `unit_XRR` are the bytes that one of each count sends from row to column; combine returns them from column to row.
+    """
+    bytes_XRR = np.swapaxes(unit_XRR, 1, 2) if combine else unit_XRR
+    node_R = np.array(topology.node_of_R)
+    rows, latencies = [], []
+    for link_class in range(len(LINK_CLASSES)):
+        of_class_RR = topology.link_class_RR == link_class
+        if not of_class_RR.any():
+            continue
+        port_s_XRR = bytes_XRR * np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)
+        class_rows = [port_s_XRR.sum(axis=2).T, port_s_XRR.sum(axis=1).T]  # sending and receiving port of each device
+        if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
+            member_RN = node_R[:, None] == np.arange(topology.num_nodes)
+            between_XRR = np.where(of_class_RR, bytes_XRR, 0.0) / topology.node_bytes_per_s
+            class_rows += [(between_XRR.sum(axis=axis) @ member_RN).T for axis in (2, 1)]
+        rows += class_rows
+        latencies += [np.full(len(part), topology.latency_s_RR[of_class_RR].max()) for part in class_rows]
+    table = np.unique(np.column_stack([np.concatenate(rows), np.concatenate(latencies)]), axis=0)
+    return Ports(table[:, :-1], table[:, -1])
+
+
+def has_two_hops(problem: Problem) -> bool:
+    """Whether the workload's dispatch goes over nodes: hierarchical, on nodes of several devices."""
+    topology = problem.topology
+    return problem.workload.dispatch == "hierarchical" and check_nodes(topology.node_of_R) not in (1, topology.num_devices)
+
+
+def units_of(problem: Problem) -> list[FloatArray]:
+    """Per hop, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind those, with two
+    hops, a copy to each node."""
+    R, N = problem.num_devices, problem.topology.num_nodes
+    to_device_RRR = np.broadcast_to(np.eye(R)[:, None, :], (R, R, R)) / R
+    if not has_two_hops(problem):
+        return [to_device_RRR * problem.workload.copy_bytes]
+    to_node_NRN = np.broadcast_to(np.eye(N)[:, None, :], (N, R, N)) / R
+    copies = np.concatenate([to_device_RRR, np.zeros((N, R, R))])
+    node_copies = np.concatenate([np.zeros((R, R, N)), to_node_NRN])
+    return list(two_hops(copies, node_copies, problem.topology.node_of_R) * problem.workload.copy_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of a problem as arrays. Items are its experts, then a vacancy for every slot left over; see `swaps.py`.
+
+    member_UK int64 [U, K] items of each distinct token set, padded with the number of items; count_U tokens with that set;
+    load_I rows of each item (0 for a vacancy); device_I the device of each pinned item, -1 for all others.
+    """
+
+    number: int
+    num_experts: int
+    member_UK: IntArray
+    count_U: FloatArray
+    load_I: FloatArray
+    pinned_I: IntArray
+
+    @property
+    def num_items(self) -> int:
+        return len(self.load_I)
+
+
+def layer_of(problem: Problem, number: int) -> Layer:
+    """Layer `number` of the problem."""
+    num_experts, num_items = problem.num_experts, int(problem.slots_R.sum())
+    sets = problem.affinity.sets[number]
+    member_UK = np.where(sets.experts_UK == NO_EXPERT, num_items, sets.experts_UK).astype(np.int64)
+    load_I = np.zeros(num_items)
+    load_I[:num_experts] = problem.affinity.load_LE[number]
+    pinned_I = np.full(num_items, EMPTY, dtype=np.int64)
+    for pin in problem.constraints.pins:
+        if pin.layer == number:
+            pinned_I[pin.expert] = pin.device
+    return Layer(number, num_experts, member_UK, sets.count_U.astype(np.float64), load_I, pinned_I)
+
+
+@dataclass(frozen=True, eq=False)
+class Price:
+    """What one layer adds to the objective, from counts over the trace: copies [P, R], copies to distinct nodes [P, N], rows [P, R].
+
+    `value` is in the unit of the objective, so that the layers' values, plus `constant`, sum to it. `tie` decides between equal values
+    and is of the order of 1. `peak_cap` is the load cap as a multiple of the mean, or None. Where `needs_nodes` is False the copies to
+    nodes may be anything; with `nodes_only` swaps within a node change nothing.
+    """
+
+    value: Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
+    tie: Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
+    constant: float
+    peak_cap: float | None
+    needs_nodes: bool
+    nodes_only: bool = False
+
+    def excess(self, load_PR: FloatArray) -> FloatArray:
+        """By how much, in mean loads, devices stand above the cap, each with a fixed charge; 0 where the plan keeps to the cap."""
+        if self.peak_cap is None:
+            return np.zeros(len(load_PR))
+        mean_P1 = np.maximum(load_PR.mean(axis=1, keepdims=True), 1e-300)
+        above_PR = load_PR / mean_P1 - self.peak_cap
+        return np.where(above_PR > 1e-12, above_PR + FIXED_CHARGE, 0.0).sum(axis=1)
+
+
+def price_of(problem: Problem) -> Price:
+    """The price of every layer under objective seconds, devices or nodes; hops couples layers and has its own search in `chain.py`."""
+    topology, tokens = problem.topology, problem.affinity.num_tokens
+    per_layer = 1.0 / (tokens * problem.num_layers)
+    cap = problem.constraints.load_cap
+
+    def peak(load_PR: FloatArray) -> FloatArray:
+        return np.asarray(load_PR.max(axis=1) / np.maximum(load_PR.mean(axis=1), 1e-300) / topology.num_devices)
+
+    if problem.objective == "devices":
+        return Price(lambda copies, nodes, load: copies.sum(axis=1) * per_layer, lambda copies, nodes, load: peak(load), 0.0, cap, False)
+    if problem.objective == "nodes":
+        return Price(
+            lambda copies, nodes, load: nodes.sum(axis=1) * per_layer,
+            lambda copies, nodes, load: copies.sum(axis=1) / (tokens * problem.affinity.top_k),
+            0.0,
+            cap,
+            needs_nodes=True,
+            nodes_only=True,
+        )
+    seconds = BlockSeconds.of(problem)
+    slow_share_R = _slowest_class_share(topology)
+    return Price(
+        lambda copies, nodes, load: seconds(copies, nodes, load),
+        lambda copies, nodes, load: copies @ slow_share_R / (tokens * problem.affinity.top_k),
+        problem.workload.other_s,
+        cap,
+        needs_nodes=has_two_hops(problem),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSeconds:
+    """Seconds that one layer adds to the step, from counts over the trace: `cost.block_cost` for uniform homes, times the micro-batches."""
+
+    problem: Problem
+    dispatch: tuple[Ports, ...]  # hop by hop
+    combine: tuple[Ports, ...]
+
+    @classmethod
+    def of(cls, problem: Problem) -> "BlockSeconds":
+        units, topology = units_of(problem), problem.topology
+        return cls(problem, *(tuple(ports_of(topology, unit_XRR, combine=combine) for unit_XRR in units) for combine in (False, True)))
+
+    def __call__(self, copies_PR: FloatArray, nodes_PN: FloatArray, load_PR: FloatArray) -> FloatArray:
+        problem, workload = self.problem, self.problem.workload
+        sent_PX = load_PR if workload.dispatch == "flat" else copies_PR
+        if len(self.dispatch) > 1:
+            sent_PX = np.concatenate([copies_PR, nodes_PN], axis=1)
+        sent_PX = sent_PX * problem.tokens_per_trace_token
+        slowest_P = (load_PR * (problem.tokens_per_trace_token * workload.row_flop) / problem.topology.flop_per_s_R).max(axis=1)
+        dispatch_P, combine_P = (np.sum([hop.busiest(sent_PX) for hop in hops], axis=0) for hops in (self.dispatch, self.combine))
+        return self.from_times(dispatch_P, combine_P, slowest_P)
+
+    def from_times(self, dispatch_s: FloatArray, combine_s: FloatArray, slowest_s: FloatArray) -> FloatArray:
+        """The same from the times of the two all-to-alls and of the busiest device's experts forward. Monotone in all three."""
+        workload = self.problem.workload
+        forward_s, backward_s = pass_seconds(workload, dispatch_s, combine_s, slowest_s)
+        return np.asarray(workload.micro_batches * (forward_s + backward_s))
+
+
+def _slowest_class_share(topology: Topology) -> FloatArray:
+    """[R]: share of homes from which device r is reached over the slowest link class that the topology has; 1 where it has no links."""
+    present = [k for k in range(1, len(LINK_CLASSES)) if (topology.link_class_RR == k).any()]
+    if not present:
+        return np.ones(topology.num_devices)
+    slowest = min(present, key=lambda k: float(topology.bytes_per_s_RR[topology.link_class_RR == k].min()))
+    return np.asarray((topology.link_class_RR == slowest).mean(axis=0))

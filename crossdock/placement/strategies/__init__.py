@@ -1,0 +1,1 @@
+"""Which dispatch, expert slot, chunks and gathered experts each layer should use under a plan."""
