@@ -254,7 +254,7 @@ def test_the_help_names_every_method() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from crossdock.placement import cli; "
+        "import sys; from crossdock.placement.commands import cli; "
         "print([name for name in ('numpy', 'scipy', 'jinja2', 'pydantic', 'torch') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
