@@ -138,7 +138,7 @@ def doctor(
 
     Example: torchrun --nproc-per-node 2 -m crossdock doctor --run-dir /shared/runs
     """
-    from crossdock.launch.doctor.command import run_doctor
+    from crossdock.launch.commands.doctor import run_doctor
 
     raise typer.Exit(run_doctor(run_dir, ranks, device, on_ray, as_json))
 
@@ -230,8 +230,8 @@ def _print_config(run_config: Any, as_json: bool) -> None:
 
 
 def _print_dry_run(run_config: Any, facts: dict[str, Any], as_json: bool) -> None:
-    from crossdock.launch.commands.dry_run import comment
     from crossdock.launch.config import resolved
+    from crossdock.launch.dry_run import comment
 
     if as_json:
         print_json({**resolved(run_config), "dry_run": facts})

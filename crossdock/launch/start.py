@@ -35,7 +35,7 @@ def check_inputs(config: RunConfig) -> None:
 
 def dry_run(config: RunConfig, world_size: int | None) -> dict[str, Any]:
     """What the run would be on `world_size` ranks, or as many as it would have; see `dry_run.describe`."""
-    from crossdock.launch.commands.dry_run import describe
+    from crossdock.launch.dry_run import describe
 
     env = worker_env()
     return describe(config, world_size or (config.parallel.local_ranks if env is None else env.world_size))

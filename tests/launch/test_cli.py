@@ -77,7 +77,7 @@ def test_every_command_has_an_example_and_json() -> None:
 
 
 def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from crossdock.launch.doctor import command
+    from crossdock.launch.commands import doctor as command
 
     def broken(run_dir: Path) -> None:
         raise ZeroDivisionError("ours")
