@@ -16,12 +16,13 @@ from crossdock.models.config import ModelConfig
 from crossdock.placement.costs.cost import Dispatch
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.choice import AdaptConfig
+from crossdock.runtime.adaptation.replan import ReplanConfig
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
 from crossdock.runtime.data import DataConfig
 from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig
 from crossdock.runtime.optimization.engines import EngineName
 from crossdock.runtime.profiler import ProfileConfig
-from crossdock.runtime.training.train import ReplanConfig, TrainConfig
+from crossdock.runtime.training.steps import TrainConfig
 from crossdock.strict_yaml import Document, StrictModel
 
 

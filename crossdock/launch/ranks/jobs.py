@@ -28,8 +28,8 @@ from crossdock.runtime.optimization.engine import Engine
 from crossdock.runtime.optimization.fsdp import shard_dense
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.training.metrics import RunDirectory
-from crossdock.runtime.training.train import Training
 from crossdock.runtime.training.train import train as run_training
+from crossdock.runtime.training.training import Training
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
 

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from crossdock.launch.config import RunConfig
 from crossdock.runtime.training.metrics import readable_bytes
-from crossdock.runtime.training.train import Progress as Watcher
-from crossdock.runtime.training.train import Silent
+from crossdock.runtime.training.training import Progress as Watcher
+from crossdock.runtime.training.training import Silent
 
 
 class Lines:

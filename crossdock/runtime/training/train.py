@@ -9,100 +9,36 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-from torch import nn
+from typing import Any, cast
 
 from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
 from crossdock.placement.costs.cost import Workload
-from crossdock.placement.homing.forecast import Forecast
 from crossdock.placement.records.plan import Plan
-from crossdock.placement.records.topology import Topology
 from crossdock.placement.strategies.choice import Strategy
 from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
 from crossdock.runtime.adaptation.calibrate import Calibrated, calibrate
-from crossdock.runtime.adaptation.capture import Capture, CaptureConfig
-from crossdock.runtime.adaptation.choice import Adaptable, AdaptConfig, strategies_of
+from crossdock.runtime.adaptation.capture import Capture
+from crossdock.runtime.adaptation.choice import Adaptable, strategies_of
 from crossdock.runtime.adaptation.migrate import RoutedLayer, migrate
-from crossdock.runtime.adaptation.replan import ReplanConfig, decide, topology_of, window_steps, workload_of
+from crossdock.runtime.adaptation.replan import decide, topology_of, window_steps, workload_of
 from crossdock.runtime.adaptation.windows import Measured, Window
 from crossdock.runtime.checkpoints import checkpoint
-from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState
+from crossdock.runtime.checkpoints.checkpoint import RunState
 from crossdock.runtime.checkpoints.saver import Saved, Saver
-from crossdock.runtime.data import Corpus, DataState
-from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
+from crossdock.runtime.data import DataState
+from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedEngine
 from crossdock.runtime.optimization.engine import Engine
-from crossdock.runtime.optimization.engines import AnyEngine, EngineName
-from crossdock.runtime.profiler import ProfileConfig, Profiler
+from crossdock.runtime.optimization.engines import AnyEngine
+from crossdock.runtime.profiler import Profiler
 from crossdock.runtime.training.homing import Homing, Movable
-from crossdock.runtime.training.metrics import RunDirectory, console_line
+from crossdock.runtime.training.metrics import console_line
 from crossdock.runtime.training.result import Speeds, TrainResult, WindowReport, median, report_window
-from crossdock.runtime.training.steps import Stepper, TrainConfig
+from crossdock.runtime.training.steps import Stepper
+from crossdock.runtime.training.training import Training
 from crossdock.runtime.transport import collectives
-from crossdock.runtime.transport.mesh import Mesh
-
-__all__ = ["ReplanConfig", "Silent", "TrainConfig", "TrainResult", "Training", "train"]
-
-
-class Progress(Protocol):
-    """Told by rank 0 how the run goes; a launcher draws it."""
-
-    def step(self, row: Mapping[str, Any], line: str) -> None:
-        """A finished step: its metrics, and the same in one line."""
-
-    def event(self, event: str, details: Mapping[str, Any]) -> None:
-        """Anything else that happened: what events.jsonl holds."""
-
-    def table(self, text: str) -> None:
-        """A table that somebody asked for."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def step(self, row: Mapping[str, Any], line: str) -> None:
-        """Nothing."""
-
-    def event(self, event: str, details: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def table(self, text: str) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """Everything that a run is made of. `plan` is the one that `model` was built with, None for a model without experts."""
-
-    model: nn.Module
-    mesh: Mesh
-    plan: Plan | None
-    corpus: Corpus
-    seq_len: int
-    directory: RunDirectory
-    config: TrainConfig = field(default_factory=TrainConfig)
-    engine: EngineName = "native"
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    """Of `engine` deepspeed, with which experts stay where `plan` puts them."""
-    capture: CaptureConfig = field(default_factory=CaptureConfig)
-    replan: ReplanConfig = field(default_factory=ReplanConfig)
-    adapt: AdaptConfig = field(default_factory=AdaptConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    forecast: Forecast | None = None
-    """By which the sequences of each batch are given to ranks; None: as they are read."""
-    topology: Topology | None = None
-    """Declared devices and links; where None, this machine's, calibrated from the run."""
-    progress: Progress = field(default_factory=Silent)
-    resume: bool = False
-    """Continue from the newest valid checkpoint of the run directory."""
-    keep_plan: bool = False
-    """Resume under `plan`, even where the checkpoint was saved under another, unless the run had re-planned by then. Without it the
-    checkpoint's plan goes on where it fits."""
 
 
 def train(training: Training) -> TrainResult:

@@ -25,7 +25,8 @@ from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
 from crossdock.runtime.experts.overlap import Chunked
 from crossdock.runtime.profiler import ProfileConfig
 from crossdock.runtime.training.metrics import RunDirectory
-from crossdock.runtime.training.train import Silent, Training, train
+from crossdock.runtime.training.train import train
+from crossdock.runtime.training.training import Silent, Training
 from tests.pool import Pool, mesh_for
 from tests.runtime import tiny
 

@@ -23,7 +23,9 @@ from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.replan import ReplanConfig, WindowSteps, topology_of, window_steps
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
 from crossdock.runtime.training.metrics import METRICS, RunDirectory
-from crossdock.runtime.training.train import Silent, TrainConfig, Training, train
+from crossdock.runtime.training.steps import TrainConfig
+from crossdock.runtime.training.train import train
+from crossdock.runtime.training.training import Silent, Training
 from tests.pool import Pool, mesh_for
 from tests.runtime import tiny
 
