@@ -68,6 +68,11 @@ class Setting:
         """Without `batch_sequences` as many as the workload's micro-batch has, or as the trace has. Raises `UsageError`, `BadData`."""
         if problem.mode != "home":
             raise UsageError(f"homing is for tokens that return home, and mode is {problem.mode}; leave --homing out, or use mode home")
+        if problem.objective in ("devices", "nodes") and problem.workload.dispatch == "flat":
+            raise UsageError(
+                f"objective {problem.objective} counts distinct {problem.objective}, and flat dispatch sends a copy to each of a token's "
+                "experts: homes would save copies that it does not count; choose objective seconds, or a workload of another dispatch"
+            )
         costs = CopyCosts.of(problem.topology, problem.workload, problem.objective)
         sequence_T = sequences_of(trace, sequence_tokens)
         num_sequences, num_devices = int(sequence_T.max()) + 1, problem.num_devices

@@ -84,11 +84,14 @@ class Homing:
         self._tally = _Tally()
 
     def begin(self, plan: Plan) -> None:
-        """Before a step: costs for the plan and the strategies at hand. All ranks call it, and talk only where these have changed."""
+        """Before a step: costs for the plan and the strategies at hand. All ranks call it, and talk only where these have changed.
+
+        Whether they have is a question of the plan's contents, on which all ranks agree; a rank may hold them in an object of its own.
+        """
         self._tally = _Tally()
         layers = self.model.moe_layers
         travel = tuple((layer.dispatch, layer.gathered_experts) for layer in layers)
-        if self._setup is not None and self._setup.plan is plan and self._setup.travel == travel:
+        if self._setup is not None and self._setup.plan.digest == plan.digest and self._setup.travel == travel:
             return
         seen = gathered_plan(plan, [gathered for _, gathered in travel]) if any(gathered for _, gathered in travel) else plan
         workload = workload_of(layers[0], 1, 1)

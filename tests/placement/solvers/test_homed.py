@@ -1,11 +1,12 @@
 """Experts and homes together: tables that know homes, the joint optimum of small cases, and never worse than what it begins from."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from crossdock.errors import InfeasiblePlan
+from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.analysis.homing_score import Setting, solve_with_homes
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.homing.forecast import Forecast
@@ -159,3 +160,12 @@ def test_what_keeps_to_no_constraint_is_not_returned() -> None:
     begun = solve(copied, "auto", 1.0, 0)
     found = solve_with_homes(Setting.of(copied, trace), [broken, begun], None, 0.5, 0)
     assert found.plan.digest == begun.plan.digest
+
+
+@pytest.mark.parametrize("objective", ["devices", "nodes"])
+def test_distinct_places_are_no_objective_for_copies_of_flat_dispatch(objective: str) -> None:
+    trace, topology = themed_trace(0), Topology.uniform(2, 1)
+    problem = Problem(Affinity.from_trace(trace), topology, Workload(dispatch="flat"), objective=objective)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"objective {objective} counts distinct {objective}, and flat dispatch sends a copy to each"):
+        Setting.of(problem, trace)
+    Setting.of(dataclasses.replace(problem, objective="seconds"), trace)

@@ -138,3 +138,15 @@ def test_a_stopped_run_goes_on_bitwise(ranks: Pool, folder: str) -> None:
     kept = ["loss", "bytes_same_node", "bytes_other_node", "homing_saved", "homing_saved_forecast"]
     lines = [[{name: row[name] for name in kept} for row in test_train.files(folder, run)[1]] for run in ("whole", "stopped")]
     assert lines[0] == lines[1]
+
+
+def test_the_same_plan_in_another_object_is_no_reason_to_talk() -> None:
+    """Ranks decide by contents whether costs go round again: one that holds an equal plan in a new object must not wait for the others."""
+    mesh, plan = mesh_for(0, 1, 1), tiny.random_plan(1, 4)
+    homing = Homing(byte_forecast(), tiny.build(mesh, plan), mesh, topology_of(mesh, None))
+    homing.begin(plan)
+    before = homing._setup
+    homing.begin(Plan(plan.slots_LRS.copy(), plan.num_experts))
+    assert homing._setup is before is not None
+    homing.begin(Plan(plan.slots_LRS[:, :, ::-1].copy(), plan.num_experts))
+    assert homing._setup is not before
