@@ -159,7 +159,7 @@ def _group(request: Request, env: WorkerEnv, store: "Store") -> Check:
 def _facts(env: WorkerEnv, checks: tuple[Check, ...], sees_run_dir: bool, ahead_s: float, uncertain_s: float) -> RankFacts:
     import torch
 
-    peer = env.meeting.host if env.meeting is not None and env.meeting.host and env.local_world_size < env.world_size else LOOPBACK
+    peer = env.meeting.host if env.meeting is not None and env.meeting.host and env.spans_hosts else LOOPBACK
     try:
         address, interface = towards(socket.gethostbyname(peer))
     except OSError:

@@ -94,7 +94,10 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, starter: Starter | None 
         outcomes = [_read_outcome(rank, child, outcome_paths[rank]) for rank, child in enumerate(children)]
     if stopped_by == signal.SIGINT:
         return Outcome(rank=0, exit_code=INTERRUPTED, message="interrupted by Ctrl-C; the ranks have been ended")
-    if stopped_by == signal.SIGTERM and all(outcome.signalled for outcome in outcomes):
+    if stopped_by == signal.SIGTERM and all(outcome.signalled or outcome.exit_code == Preempted.exit_code for outcome in outcomes):
+        in_order = [outcome for outcome in outcomes if not outcome.signalled]  # the others had not come so far
+        if in_order:
+            return in_order[0]
         return Outcome(rank=0, exit_code=Preempted.exit_code, message="asked to stop before there was anything to save; start it again")
     told = [outcome for rank, outcome in enumerate(outcomes) if rank not in ended_by_us]
     return root_cause(told or outcomes, first_dead)

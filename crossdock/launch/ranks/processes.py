@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,18 +110,26 @@ def stacks_kept(path: Path) -> Iterator[None]:
             path.parent.rmdir()
 
 
-def dumped(address: Address, path: Path) -> str:
-    """The stacks of another process on this host, which keeps them at `path`; empty where it cannot write them."""
-    before = path.stat().st_size if path.exists() else 0
-    address.signal(signal.SIGUSR1)
-    deadline_s, size = time.monotonic() + DUMP_S, before
+def dumped(kept: Sequence[tuple[Address, Path]]) -> list[str]:
+    """The stacks of other processes of this host, which each keeps at its path; empty for one that cannot write them.
+
+    All are asked at once: together they take no longer than one.
+    """
+    before = [_size(path) for _, path in kept]
+    for address, _ in kept:
+        address.signal(signal.SIGUSR1)
+    deadline_s, sizes = time.monotonic() + DUMP_S, before
     while time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
-        now = path.stat().st_size if path.exists() else 0
-        if now > before and now == size:  # begun, and no longer growing
+        now = [_size(path) for _, path in kept]
+        if all(new > old and new == last for old, last, new in zip(before, sizes, now, strict=True)):  # begun, and no longer growing
             break
-        size = now
-    return path.read_text(errors="replace")[before:] if size > before else ""
+        sizes = now
+    return [path.read_text(errors="replace")[old:] if new > old else "" for (_, path), old, new in zip(kept, before, sizes, strict=True)]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _host() -> str:

@@ -90,10 +90,10 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
     old announcement leads to a refused connection, to another world size, or to a rank that has arrived before, and is tried again.
     """
     assert env.meeting is not None
-    secret = env.secret if env.secret is not None or _spans_hosts(env) else host_secret(meeting_name())
+    secret = env.secret if env.secret is not None or env.spans_hosts else host_secret(meeting_name())
     shared = signed(_tcp_store(env.meeting.host, env.meeting.port, env.rank, timeout_s=timeout_s), secret)
     if env.rank == 0:
-        host = _reachable_host(env.meeting) if _spans_hosts(env) else LOOPBACK
+        host = _reachable_host(env.meeting) if env.spans_hosts else LOOPBACK
         listening = listen(env.rank, host, timeout_s)
         token = secrets.token_hex(16)
         own = signed(listening, secret, token)
@@ -184,10 +184,6 @@ def host_secret(name: str) -> Secret:
     return Secret.read(path)
 
 
-def _spans_hosts(env: WorkerEnv) -> bool:
-    return env.local_world_size < env.world_size
-
-
 def _reachable_host(meeting: Meeting) -> str:
     """The address under which other hosts reach this one: that of the interface that leads to the shared store."""
     with socket.create_connection((meeting.host, meeting.port), timeout=_CONNECT_S) as connection:
@@ -235,16 +231,21 @@ def network_interface(env: WorkerEnv) -> Iterator[None]:
 def _interface_towards(env: WorkerEnv) -> str | None:
     import psutil
 
-    address = LOOPBACK
-    if _spans_hosts(env):
-        assert env.meeting is not None
-        try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent: connecting a datagram socket only routes
-                probe.connect((env.meeting.host, env.meeting.port))
-                address = probe.getsockname()[0]
-        except OSError:
-            return None
+    address = own_address(env) if env.spans_hosts else LOOPBACK
     names = [name for name, entries in psutil.net_if_addrs().items() if any(entry.address == address for entry in entries)]
-    if _spans_hosts(env) and address.startswith("127."):
-        return None  # this host holds the store and only knows it by loopback: leave the choice to the backend
     return names[0] if names else None
+
+
+def own_address(env: WorkerEnv) -> str | None:
+    """This host's address towards the store, under which ranks of other hosts reach it.
+
+    None where there is none, or where this host holds the store and only knows it by loopback.
+    """
+    assert env.meeting is not None
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent: connecting a datagram socket only routes
+            probe.connect((env.meeting.host, env.meeting.port or 1))
+            address = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if address.startswith("127.") else address

@@ -20,7 +20,8 @@ from crossdock.launch.local.children import tie_to_parent, write_outcome
 from crossdock.launch.ranks.carried import carried
 from crossdock.launch.ranks.jobs import JOBS
 from crossdock.launch.ranks.rendezvous import exchange, network_interface, open_store, stay_away
-from crossdock.launch.ranks.roll_call import Crew, Lost
+from crossdock.launch.ranks.roll_call import Cause, Crew, Lost
+from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
 from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
 from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.runtime.training.metrics import RunDirectory
@@ -47,6 +48,11 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
 
     Of a training run rank 0 makes the directory ready, unless the launcher has, and leaves `result.json` in it however it ends.
     """
+    with sigterm_restored():
+        return _done(request, env, store)
+
+
+def _done(request: Request, env: WorkerEnv, store: "Store | None") -> Result:
     trains = request.job == "train"
     try:
         if trains and env.rank == 0 and "resume" not in request.arguments:
@@ -60,6 +66,7 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
             return Result(0, MEETING_JOBS[request.job](request, env, store))
         with joined(request.config, env, trains=trains, store=store) as mesh:
             result = Result(0, JOBS[request.job](request, env, mesh))
+            be_deaf()
         if trains and env.rank == 0:
             write_report(RunDirectory(run_directory(request.config)))
         return result
@@ -71,8 +78,17 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
         if code == 1:
             details["traceback"] = "".join(traceback.format_exception(failure))
         if trains and (env.rank == 0 if lost is None else lost.is_mine_to_tell):
+            if lost is not None:
+                _record_loss(request.config, env, lost)
             return Result(code, {**record_failure(request.config, code, message, rank, env.world_size).fields, **details})
         return Result(code, details)
+
+
+def _record_loss(config: RunConfig, env: WorkerEnv, lost: Cause) -> None:
+    """Note in the run's events who was lost: others' launchers start the ranks again and leave nothing of `result.json`; ours note it."""
+    if env.launcher not in ("local", "ray"):
+        with contextlib.suppress(CrossdockError):  # the disk may be what failed; the exit code still tells
+            RunDirectory(run_directory(config)).write_event("rank_lost", rank=lost.rank, exit_code=lost.exit_code, message=lost.message)
 
 
 def write_report(directory: RunDirectory) -> None:
@@ -130,6 +146,7 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
             ) from failure
     assert store is not None, "a world of several ranks has met somewhere"
     crew = Crew.gather(store, env, RunDirectory(run_directory(config)).stacks if trains else None)
+    stop_in_order()
     patience_s = SHUTDOWN_S
     try:
         with crew.watching(explain), carried(mesh, config, env) as mesh_of_run:
@@ -176,7 +193,7 @@ def choose_device(config: RunConfig, env: WorkerEnv, store: Any) -> torch.device
 
 def check_reachable(config: RunConfig, env: WorkerEnv) -> None:
     """Raise `BadConfig` where ranks on several hosts would write to places relative to each one's working directory."""
-    if env.local_world_size < env.world_size and not run_directory(config).is_absolute():
+    if env.spans_hosts and not run_directory(config).is_absolute():
         raise BadConfig(
             f"run.dir {config.run.dir} is relative, and {env.world_size} ranks on several hosts must all reach it; "
             "set run.dir to an absolute path on a file system that they share"

@@ -59,6 +59,11 @@ class WorkerEnv:
         if self.world_size > 1 and self.meeting is None:
             raise UsageError(f"{self.world_size} ranks and no store to meet at; start through torchrun, or alone")
 
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether some ranks are on other hosts."""
+        return self.local_world_size < self.world_size
+
     @classmethod
     def single(cls) -> "WorkerEnv":
         """A world of one rank, which needs no store."""

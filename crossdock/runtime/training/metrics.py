@@ -141,15 +141,15 @@ class RunDirectory:
         atomic.write_json(self.result, finite(result))
 
     def start_anew(self, keep_history: bool) -> None:
-        """Take away the result of an earlier start, and unless `keep_history` its metrics, traces and events, but for those of restarts:
+        """Take away the result of an earlier start, and unless `keep_history` its metrics, traces and events, but for those of losses:
         they tell why this start is not the first."""
         history = [self.metrics, self.choices, self.trace, self.topology, self.workload, self.report]
         stale = [self.result] if keep_history else [self.result, *history]
         for path in stale:
             path.unlink(missing_ok=True)
         if not keep_history and self.events.exists():
-            restarts = [line for line, row in _rows(self.events) if row.get("event") == "restart"]
-            atomic.write_text(self.events, "".join(line + "\n" for line in restarts))
+            losses = [line for line, row in _rows(self.events) if row.get("event") in ("restart", "rank_lost")]
+            atomic.write_text(self.events, "".join(line + "\n" for line in losses))
 
     def forget_after(self, step: int) -> None:
         """Drop the metric lines of steps after `step`: a resumed run writes them anew, and a torn last line goes too."""
