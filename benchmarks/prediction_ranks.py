@@ -16,6 +16,7 @@ from benchmarks.measure import Spread, bootstrap_interval, in_turns
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, tell
 from benchmarks.prediction_model import Trainee, fit_zipf, model_of
+from benchmarks.prediction_parts import PARTS, copy_waits, measured_parts, predicted_parts
 from crossdock.launch.config import RunConfig
 from crossdock.launch.ranks.jobs import read_corpus
 from crossdock.placement.analysis.homing_score import Setting, solve_with_homes
@@ -215,12 +216,14 @@ def case_rows(bench: Bench, case: str, names: Sequence[str], options: argparse.N
     beside = calibrated_by(bench, another, seconds[CALIBRATION])
     rows = []
     for name, trainee in trainees.items():
-        measured = trainee.measured()
+        measured, copies_s = trainee.measured(), copy_waits(trainee.steps, mesh)
         if measured is None or before is None or beside is None:
             continue
         head = {"case": case, "link_bit_per_s": rate, "method": name}
         promises = [promised(bench, methods[name], answers[name], model, trainee.strategies) for model in (before, beside)]
         held = held_against(measured, trainee, promises, beside, mesh)
+        parts = predicted_parts(promises[1], beside.workload)
+        found_parts = measured_parts(measured, statistics.median(seconds[name]), copies_s, beside.workload)
         interface = [turn.interface_bytes for turn in turns[name]]
         rows.append(
             {
@@ -231,6 +234,8 @@ def case_rows(bench: Bench, case: str, names: Sequence[str], options: argparse.N
                     found / (told + dense_bytes) for found, told in zip(interface, ledger[name], strict=True)
                 ),
                 **step_times(name, seconds, held["predicted_s"]),
+                **{f"{part}_s": found_parts[part] for part in PARTS},
+                **{f"{part}_predicted_s": parts[part] for part in PARTS},
                 "communication_share": statistics.median(e / s for e, s in zip(exposed[name], seconds[name], strict=True)),
                 "loss": statistics.fmean(step.loss for step in trainee.steps),
                 "homing_saved": statistics.fmean(step.metrics.get("homing_saved", 0.0) for step in trainee.steps),

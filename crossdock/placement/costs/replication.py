@@ -1,9 +1,13 @@
 """Copies of an expert in one group: what the sums of their gradients send, how long that takes, and what all copies keep in memory.
 
-Once a step, after the backward pass, every copy of an expert must get the sum of all copies' gradients. An expert with m copies is cut into
+Once a step every copy of an expert must get the sum of all copies' gradients. An expert with m copies is cut into
 m shares, one for each holder in ascending order of device; every holder sends each share to the holder that owns it (first hop), and
 owners send the sums back (second hop). Each holder sends 2 (m - 1) / m of the gradient, which is the least that any way of doing it needs
-(Patarasuk and Yuan 2009), and devices without a copy have no part in it. All layers travel together.
+(Patarasuk and Yuan 2009), and devices without a copy have no part in it.
+
+The price is that of all layers' sums together with the links to themselves, and an upper bound: the runtime lets each layer's sums travel
+under the backward pass of the layers below, where they share links with tokens and find them idle while devices compute. On two emulated
+nodes that halved what they add to a step; where several groups hold the same experts, sums over these come first, and copies pay in full.
 """
 
 import numpy as np

@@ -67,8 +67,11 @@ class Engine:
             self._weight_of[name] = torch.tensor(weights, dtype=torch.float64, device=self.mesh.device)
         self._sum_copies: CopySums | None = None
         if plan is not None and plan.has_replicas:
-            of_bank = [(bank, [gradient_of[tensor] for tensor in self.expert_names[name]]) for name, bank in self.banks.items()]
-            self._sum_copies = CopySums(plan, of_bank, self.mesh)
+            of_bank = [
+                (bank, [named[tensor] for tensor in self.expert_names[name]], [gradient_of[tensor] for tensor in self.expert_names[name]])
+                for name, bank in self.banks.items()
+            ]
+            self._sum_copies = CopySums(plan, of_bank, self.mesh)  # behind the reducer, whose hooks complete the gradients
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The live optimizer state of every parameter by name; see `optimizer.STATES`."""
@@ -114,6 +117,8 @@ class Engine:
         """Take over banks that now have the layout of `plan`, with the migrated state of their parameters; dense state stays."""
         kept = {name: state for name, state in self.states().items() if name not in states}
         self.reducer.close()
+        if self._sum_copies is not None:
+            self._sum_copies.close()
         self.optimizer.remove([*kept, *states])
         self._attach(plan, {**kept, **states})
 
@@ -123,6 +128,8 @@ class Engine:
         """Accumulate gradients; on the `last` micro-batch of a step their reduction starts as they come."""
         if last:
             self.reducer.arm()
+            if self._sum_copies is not None:
+                self._sum_copies.arm()
         set_gradient_sync(self.model, last)
         with naming_lost_peers():
             loss.backward()
@@ -131,7 +138,7 @@ class Engine:
         """Wait until every gradient is the sum over all ranks and copies that share the parameter."""
         self.reducer.finish()
         if self._sum_copies is not None:
-            self._sum_copies()
+            self._sum_copies.finish()
         for name, parameter in self._parts.items():
             if parameter.grad is not None:
                 self._part_gradients[name].copy_(local_part(parameter.grad))

@@ -57,7 +57,7 @@ class LayerProfile:
     expert_forward_s: float
     expert_backward_s: float
     exposed_s: float
-    """Time blocked in waits, all kinds, per movement."""
+    """Time blocked in waits, all kinds but gradients of copies, per movement."""
 
 
 class Ledger:
@@ -203,7 +203,7 @@ def _profile_layer(
         combine_backward_s=mean_window_s("combine", "backward"),
         expert_forward_s=expert_s("dispatch", "combine", "forward"),
         expert_backward_s=expert_s("combine", "dispatch", "backward"),
-        exposed_s=exposed_s(f for f in flights if f.layer == layer) / len(movements),
+        exposed_s=exposed_s(f for f in flights if f.layer == layer and f.kind != "gradients") / len(movements),
     )
 
 

@@ -54,7 +54,7 @@ class Mesh:
     count_group: Group = None
     """How many rows will come."""
     weight_group: Group = None
-    """Weights of gathered experts, which travel beside all of these."""
+    """Weights of gathered experts and gradients of copied ones, which travel beside all of these."""
     node_group: Group = None
     """The ranks of this expert group on this node; like the next one only where `has_rails`."""
     rail_group: Group = None

@@ -46,3 +46,23 @@ def test_the_ledger_counts_what_the_planner_predicts(
     assert sum(predicted) == 2 * copies * workload.expert_parameters * workload.gradient_bytes  # 2 (m - 1) gradients for m copies
     assert (copies > 0) == plan.has_replicas == (extra_slots > 1)
     tiny.merged([census for _, census in results])  # raises where copies differ in a bit
+
+
+def flights_of_a_step(rank: int, world_size: int, folder: str, plan: Plan) -> list[tuple[int, str, str, float]]:
+    """The flights of one step by launch: layer, kind, direction and moment."""
+    steps = tiny.stepper(rank, world_size, folder, plan, config=tiny.TRAIN.model_copy(update={"accumulate": 2}))
+    flights = steps.run(0, DataState(), (), stop_asked=False).flights
+    return sorted(((f.layer, f.kind, f.direction, f.launched_s) for f in flights), key=lambda flight: flight[3])
+
+
+@pytest.mark.parametrize(("world_size", "expert_parallel"), [(2, 2), (4, 2)])
+def test_gradients_of_a_layer_set_out_before_the_layers_below_are_done(
+    ranks: Pool, folder: str, world_size: int, expert_parallel: int
+) -> None:
+    """Once a step, not once a micro-batch; where other groups hold the same slots, behind their sums."""
+    plan = tiny.random_plan(expert_parallel, seed=3, extra_slots=3)
+    for flights in ranks.run(world_size, flights_of_a_step, folder, plan):
+        gradients = [number for number, (_, kind, _, _) in enumerate(flights) if kind == "gradients"]
+        below = max(number for number, (layer, kind, way, _) in enumerate(flights) if (layer, kind, way) == (0, "tokens", "backward"))
+        assert [flights[number][0] for number in gradients] == [1, 0]
+        assert (gradients[0] < below) == (world_size == expert_parallel)
