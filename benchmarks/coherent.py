@@ -184,8 +184,7 @@ def measure(mesh: Mesh, shape: Shape, case: str, rate_bit_per_s: float, repeats:
 
 
 def _expert_load(found: CoherentEvaluation) -> float:
-    rows_LR = found.moves_LRR[:-1].sum(axis=1)
-    return float((rows_LR.max(axis=1) / rows_LR.mean(axis=1)).mean())
+    return float((found.rows_LR.max(axis=1) / found.rows_LR.mean(axis=1)).mean())
 
 
 def worker(options: argparse.Namespace) -> None:

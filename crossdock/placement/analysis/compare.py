@@ -136,10 +136,9 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
     if cost is not None and _keeps_to(problem, plan):
         proven = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
         gap_cost = (cost - proven) / cost if cost > 0 else 0.0
-    between_LRR, load_LR = found.moves_LRR[1:-1], found.moves_LRR[:-1].sum(axis=1)
-    peak_L = load_LR.max(axis=1) / np.maximum(load_LR.mean(axis=1), 1e-300)
+    peak_L = found.rows_LR.max(axis=1) / np.maximum(found.rows_LR.mean(axis=1), 1e-300)
     other_device_RR, other_node_RR = (problem.topology.link_class_RR >= link_class for link_class in (1, 2))
-    hops = max(int(between_LRR.sum()), 1)
+    hops = max(int(found.hops_LRR.sum()), 1)
     return Row(
         method=candidate.label,
         cost_s=found.step_s,
@@ -147,8 +146,8 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
         kept=1.0 - found.moved,
         devices_per_token=1.0,
         nodes_per_token=1.0,
-        cross_device_hops=float(between_LRR[:, other_device_RR].sum() / hops),
-        cross_node_hops=float(between_LRR[:, other_node_RR].sum() / hops),
+        cross_device_hops=float(found.hops_LRR[:, other_device_RR].sum() / hops),
+        cross_node_hops=float(found.hops_LRR[:, other_node_RR].sum() / hops),
         load_max_over_mean=float(peak_L.mean()),
         bound=proven,
         gap_cost=gap_cost,

@@ -42,6 +42,8 @@ class CoherentEvaluation:
     """What a trace does under a plan with coherent traffic; bytes are of the whole trace, forward and backward, by link class.
 
     moves_LRR          int64 [L + 1, R, R], tokens from device (row) to device (column) behind each layer's gate; the last of them go home
+    rows_LR            int64 [L, R], tokens that each device's experts compute: a dropped one stays where it is and is computed nowhere
+    hops_LRR           int64 [L - 1, R, R], tokens with a choice in a layer and in the next, from device to device: what `evaluate` counts
     residents_LR       int64 [L, R], tokens on each device when a layer begins
     token_bytes        rows of the all-to-alls: what the runtime counts as "tokens"
     key_value_bytes    what the runtime counts as "keys_values"
@@ -51,6 +53,8 @@ class CoherentEvaluation:
 
     num_tokens: int
     moves_LRR: Counts
+    rows_LR: Counts
+    hops_LRR: Counts
     residents_LR: Counts
     token_bytes: Sizes
     key_value_bytes: Sizes
@@ -75,40 +79,51 @@ def evaluate_coherent(trace: Trace, plan: Plan, topology: Topology, workload: Wo
     if trace.experts_TLK.shape[2] != 1 or trace.home_T is None:
         homes = "no homes" if trace.home_T is None else "homes"
         raise BadData(f"coherent traffic needs one expert per token, and homes; the trace has {trace.experts_TLK.shape[2]}, and {homes}")
-    moves_LRR = _moves(trace, plan, topology)
+    moves_LRR, chosen_LRR, hops_LRR = _moves(trace, plan, topology)
+    rows_LR = chosen_LRR.sum(axis=1)
     residents_LR = moves_LRR[:-1].sum(axis=2)
     to_everyone_LRR = np.repeat(residents_LR[:, :, None], topology.num_devices, axis=2)
     per_class = [topology.link_class_RR == link_class for link_class in range(len(LINK_CLASSES))]
     mean_L = residents_LR.mean(axis=1)
-    scale = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
+    scale = np.float64(workload.tokens_per_rank * topology.num_devices / trace.num_tokens)
+    scaled = (np.asarray(moves_LRR * scale), np.asarray(rows_LR * scale), np.asarray(residents_LR * scale))
     return CoherentEvaluation(
         num_tokens=trace.num_tokens,
         moves_LRR=moves_LRR,
+        rows_LR=rows_LR,
+        hops_LRR=hops_LRR,
         residents_LR=residents_LR,
         token_bytes=_sizes(moves_LRR, per_class, 2 * workload.copy_bytes),
         key_value_bytes=_sizes(to_everyone_LRR, per_class, 2 * context.attentions * context.key_value_bytes),
         dense_max_over_mean=float((residents_LR.max(axis=1) / mean_L).mean()),
-        step_s=step_seconds(np.asarray(moves_LRR * scale), np.asarray(residents_LR * scale), topology, workload, context),
+        step_s=step_seconds(*scaled, topology, workload, context),
     )
 
 
-def _moves(trace: Trace, plan: Plan, topology: Topology) -> Counts:
+def _moves(trace: Trace, plan: Plan, topology: Topology) -> tuple[Counts, Counts, Counts]:
+    """From device to device: all tokens [L + 1, R, R], those with a choice [L, R, R], and those with one before it too [L - 1, R, R]."""
     num_devices, home_T = topology.num_devices, trace.home_T
     assert home_T is not None
     if len(home_T) and home_T.max() >= num_devices:
         raise BadData(f"a token lives on device {home_T.max()}, and topology {topology.name} has devices 0..{num_devices - 1}")
     device_LRE = choose_replica(plan, topology.node_of_R) // plan.slots_per_device
     moves_LRR = np.zeros((trace.num_layers + 1, num_devices, num_devices), dtype=np.int64)
-    here_T = home_T.astype(np.int64)
+    chosen_LRR, hops_LRR = (
+        np.zeros((layers, num_devices, num_devices), dtype=np.int64) for layers in (trace.num_layers, trace.num_layers - 1)
+    )
+    here_T, came_T = home_T.astype(np.int64), np.zeros(trace.num_tokens, dtype=bool)
     for layer in range(trace.num_layers):
         expert_T = trace.experts_TLK[:, layer, 0]
         goes_T = expert_T < plan.num_experts  # a dropped token stays where it is
         next_T = here_T.copy()
         next_T[goes_T] = device_LRE[layer, here_T[goes_T], expert_T[goes_T]]
         np.add.at(moves_LRR[layer], (here_T, next_T), 1)
-        here_T = next_T
+        np.add.at(chosen_LRR[layer], (here_T[goes_T], next_T[goes_T]), 1)
+        if layer > 0:
+            np.add.at(hops_LRR[layer - 1], (here_T[goes_T & came_T], next_T[goes_T & came_T]), 1)
+        here_T, came_T = next_T, goes_T
     np.add.at(moves_LRR[-1], (here_T, home_T), 1)
-    return moves_LRR
+    return moves_LRR, chosen_LRR, hops_LRR
 
 
 def _sizes(counts_LRR: Counts, per_class: Sequence[NDArray[np.bool_]], unit_bytes: int) -> Sizes:
@@ -116,11 +131,11 @@ def _sizes(counts_LRR: Counts, per_class: Sequence[NDArray[np.bool_]], unit_byte
     return same_device, same_node, other_node
 
 
-def step_seconds(moves_LRR: Float, residents_LR: Float, topology: Topology, workload: Workload, context: Context) -> float:
-    """All micro-batches and the rest of the step, from tokens of one micro-batch: [L + 1, R, R] that move, [L, R] that are there."""
-    num_layers = len(residents_LR)
-    rows_LR = moves_LRR[:-1].sum(axis=1)
-    layers_s = sum(layer_seconds(rows_LR[layer], residents_LR[layer], topology, workload, context) for layer in range(num_layers))
+def step_seconds(moves_LRR: Float, rows_LR: Float, residents_LR: Float, topology: Topology, workload: Workload, context: Context) -> float:
+    """All micro-batches and the rest of the step, from tokens of one micro-batch: [L + 1, R, R] that move, [L, R] that experts compute,
+    [L, R] that are there."""
+    per_layer = zip(rows_LR, residents_LR, strict=True)
+    layers_s = sum(layer_seconds(rows_R, residents_R, topology, workload, context) for rows_R, residents_R in per_layer)
     moved_s = sum(move_seconds(moves_RR, topology, workload) for moves_RR in moves_LRR)
     return workload.micro_batches * (layers_s + moved_s) + workload.other_s
 

@@ -27,6 +27,19 @@ class ExpertSets:
 
 
 @dataclass(frozen=True, eq=False)
+class Leaps:
+    """How tokens with one choice a layer go past layers that dropped them: from place to place, int64 [P] each, and how many tokens do.
+
+    Place 0 is home before the first layer, 1 + l * E + e expert e of layer l, and 1 + L * E home behind the last layer. Steps to the very
+    next layer are not among them: `transitions_LEE` and `load_LE` count those.
+    """
+
+    from_P: NDArray[np.int64]
+    to_P: NDArray[np.int64]
+    count_P: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
 class Affinity:
     """Counts over `num_tokens` tokens.
 
@@ -36,6 +49,7 @@ class Affinity:
     transitions_LEE   int64 [L-1, E, E]: tokens whose first choice was the row's expert in layer l and the column's in layer l + 1
     sequence_counts   int64 sparse [Q, L * E], column l * E + e: choices of the expert by the tokens of each sequence, sequences in
                       ascending order; None where the trace names no sequences
+    leaps             of a trace with one choice per token, else None
     """
 
     num_tokens: int
@@ -47,6 +61,7 @@ class Affinity:
     coactivation_LEE: NDArray[np.int64]
     transitions_LEE: NDArray[np.int64]
     sequence_counts: sparse.csr_array | None
+    leaps: Leaps | None
     trace_digest: str
 
     @classmethod
@@ -64,6 +79,7 @@ class Affinity:
             coactivation_LEE=coactivation_LEE,
             transitions_LEE=_transitions(trace),
             sequence_counts=_sequence_counts(trace),
+            leaps=_leaps(trace) if trace.top_k == 1 else None,
             trace_digest=trace.digest,
         )
 
@@ -78,6 +94,10 @@ class Affinity:
         both = None
         if self.sequence_counts is not None and other.sequence_counts is not None:
             both = sparse.csr_array(sparse.vstack([self.sequence_counts, other.sequence_counts], format="csr"))
+        leaps = None
+        if self.leaps is not None and other.leaps is not None:
+            pairs = [np.concatenate(parts) for parts in zip(*(vars(of).values() for of in (self.leaps, other.leaps)), strict=True)]
+            leaps = _counted(*pairs)
         return Affinity(
             num_tokens=self.num_tokens + other.num_tokens,
             num_experts=self.num_experts,
@@ -88,6 +108,7 @@ class Affinity:
             coactivation_LEE=self.coactivation_LEE + other.coactivation_LEE,
             transitions_LEE=self.transitions_LEE + other.transitions_LEE,
             sequence_counts=both,
+            leaps=leaps,
             trace_digest=hashlib.sha256(f"{self.trace_digest}+{other.trace_digest}".encode()).hexdigest(),
         )
 
@@ -147,6 +168,31 @@ def _transitions(trace: Trace) -> NDArray[np.int64]:
         pairs = np.bincount(first_LT[layer] * side + first_LT[layer + 1], minlength=side * side).reshape(side, side)
         transitions_LEE[layer] = pairs[: trace.num_experts, : trace.num_experts]
     return transitions_LEE
+
+
+def _leaps(trace: Trace) -> Leaps:
+    place_T, layer_T = np.zeros(trace.num_tokens, dtype=np.int64), np.full(trace.num_tokens, -1)
+    from_, to = [], []
+    for layer in range(trace.num_layers + 1):
+        if layer < trace.num_layers:
+            expert_T = trace.first_choice_TL[:, layer]
+            goes_T, next_T = expert_T != NO_EXPERT, 1 + layer * trace.num_experts + expert_T.astype(np.int64)
+        else:
+            goes_T, next_T = np.ones(trace.num_tokens, dtype=bool), np.full(trace.num_tokens, 1 + layer * trace.num_experts)
+        leaps_T = goes_T & (layer_T < layer - 1)
+        from_.append(place_T[leaps_T])
+        to.append(next_T[leaps_T])
+        place_T, layer_T = np.where(goes_T, next_T, place_T), np.where(goes_T, layer, layer_T)
+    from_P, to_P = np.concatenate(from_), np.concatenate(to)
+    return _counted(from_P, to_P, np.ones(len(from_P), dtype=np.int64))
+
+
+def _counted(from_P: NDArray[np.int64], to_P: NDArray[np.int64], count_P: NDArray[np.int64]) -> Leaps:
+    """Every pair of places once, in order."""
+    pairs_2P, which_P = np.unique(np.stack([from_P, to_P]), axis=1, return_inverse=True)
+    total_P = np.zeros(pairs_2P.shape[1], dtype=np.int64)
+    np.add.at(total_P, which_P.reshape(-1), count_P)
+    return Leaps(pairs_2P[0], pairs_2P[1], total_P)
 
 
 def _sequence_counts(trace: Trace) -> sparse.csr_array | None:

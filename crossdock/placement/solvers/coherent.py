@@ -2,11 +2,12 @@
 
 Fewer hops are fewer bytes, but a chain of popular experts on one device gathers the tokens there, and attention waits for that device
 (`placement.coherent`). So the chain search for hops runs under several load caps, the plans it finds are priced in seconds, and the best
-is annealed by swaps of two experts, each of which changes the terms of one layer and the next. Tokens start at homes anywhere alike.
+is annealed by swaps of two experts, each of which changes the terms of one layer and the next, and of later ones that tokens reach from
+there past layers that dropped them. Tokens start at homes anywhere alike.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,31 @@ def is_about(problem: Problem) -> bool:
     return problem.mode == "coherent" and problem.objective == "seconds"
 
 
+@dataclass(frozen=True, eq=False)
+class _Dropped:
+    """The affinity's leaps, layer by layer of the L + 1 that a token moves into: `stay` [layer] are (places, tokens) that the layer drops,
+    `arrive` [layer] (places, places, tokens) that come from before the layer above, `reach_L` the last layer whose terms a layer is in."""
+
+    stay: tuple[tuple[IntArray, IntArray], ...]
+    arrive: tuple[tuple[IntArray, IntArray, IntArray], ...]
+    reach_L: IntArray
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Dropped":
+        leaps, num_layers = problem.affinity.leaps, problem.num_layers
+        assert leaps is not None, "mode coherent has one expert per token"
+        # home is place 0, one before those of layer 0
+        from_layer_P, to_layer_P = ((place_P - 1) // problem.num_experts for place_P in (leaps.from_P, leaps.to_P))
+        stay, arrive, reach_L = [], [], np.arange(1, num_layers + 1)
+        for layer in range(num_layers + 1):
+            passed_P, met_P = (from_layer_P < layer) & (layer < to_layer_P), to_layer_P == layer
+            stay.append((leaps.from_P[passed_P], leaps.count_P[passed_P]))
+            arrive.append((leaps.from_P[met_P], leaps.to_P[met_P], leaps.count_P[met_P]))
+        placed_P = from_layer_P >= 0
+        np.maximum.at(reach_L, from_layer_P[placed_P], to_layer_P[placed_P])
+        return cls(tuple(stay), tuple(arrive), reach_L)
+
+
 class Stay:
     """An assignment `device_LE` [L, E] and its seconds: `layer_s` [L] of the layers, `move_s` [L + 1] of the moves into each and home."""
 
@@ -41,6 +67,7 @@ class Stay:
         self.problem, self.device_LE = problem, device_LE.copy()
         self._unit_RR, self._transitions_LEE = np.eye(problem.num_devices), problem.affinity.transitions_LEE.astype(np.float64)
         self._load_LE = problem.affinity.load_LE.astype(np.float64)
+        self._dropped = _Dropped.of(problem)
         num_layers = problem.num_layers
         self.layer_s = np.array([self._layer_s(layer) for layer in range(num_layers)])
         self.move_s = np.array([self._move_s(layer) for layer in range(num_layers + 1)])
@@ -56,9 +83,9 @@ class Stay:
         device_E = self.device_LE[layer]
         device_E[one], device_E[other] = device_E[other], device_E[one]
         before_s = self.layer_s.sum() + self.move_s.sum()
-        for changed in range(layer, min(layer + 2, self.problem.num_layers)):
-            self.layer_s[changed] = self._layer_s(changed)
-        for changed in (layer, layer + 1):
+        for changed in range(layer, int(self._dropped.reach_L[layer]) + 1):
+            if changed < self.problem.num_layers:
+                self.layer_s[changed] = self._layer_s(changed)
             self.move_s[changed] = self._move_s(changed)
         return float(self.problem.workload.micro_batches * (self.layer_s.sum() + self.move_s.sum() - before_s))
 
@@ -70,7 +97,18 @@ class Stay:
         """[R]: tokens of the whole trace on each device when the layer begins."""
         if layer == 0:
             return np.full(self.problem.num_devices, self.problem.affinity.num_tokens / self.problem.num_devices)
-        return self.rows(layer - 1)
+        return self.rows(layer - 1) + self._stay(layer - 1)
+
+    def _stay(self, layer: int) -> Float:
+        """[R]: tokens that the layer drops, on the devices that they stay on."""
+        place_P, count_P = self._dropped.stay[layer]
+        return np.asarray(count_P @ self._at(place_P), dtype=np.float64)
+
+    def _at(self, place_P: IntArray) -> Float:
+        """[P, R]: how much of a token at each place is on each device; at home as much on every one."""
+        num_devices = self.problem.num_devices
+        device_X = np.concatenate([[num_devices], self.device_LE.reshape(-1), [num_devices]])
+        return np.vstack([self._unit_RR, np.full(num_devices, 1.0 / num_devices)])[device_X[place_P]]
 
     def _layer_s(self, layer: int) -> float:
         problem, scale = self.problem, self.problem.tokens_per_trace_token
@@ -86,6 +124,13 @@ class Stay:
         else:
             before_ER, after_ER = self._unit_RR[self.device_LE[layer - 1]], self._unit_RR[self.device_LE[layer]]
             moves_RR = before_ER.T @ self._transitions_LEE[layer - 1] @ after_ER
+        from_P, to_P, count_P = self._dropped.arrive[layer]
+        if len(count_P):
+            never_P = (from_P == 0) & (to_P > problem.num_layers * problem.num_experts)  # chosen nowhere: such a token is home all along
+            moves_RR = moves_RR + self._at(from_P[~never_P]).T @ (count_P[~never_P, None] * self._at(to_P[~never_P]))
+            moves_RR = moves_RR + self._unit_RR * count_P[never_P].sum() / R
+        if len(self._dropped.stay[layer][0]):
+            moves_RR = moves_RR + np.diag(self._stay(layer))
         return move_seconds(moves_RR * problem.tokens_per_trace_token, problem.topology, problem.workload)
 
 

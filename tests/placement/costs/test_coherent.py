@@ -139,8 +139,31 @@ def test_solvers_and_the_replay_price_alike(seed: int) -> None:
     assert cost_of(coherent_problem(trace), device_LE) == pytest.approx(replayed.step_s, rel=1e-12)
 
 
-def test_a_swap_prices_what_it_changes() -> None:
-    problem = coherent_problem(chained(0, num_layers=4, num_experts=8))
+@pytest.mark.parametrize("seed", range(5))
+def test_solvers_and_the_replay_price_dropped_tokens_alike(seed: int) -> None:
+    trace, rng = chained(seed, num_layers=4, num_experts=8), np.random.default_rng(seed)
+    device_LE = np.stack([rng.permutation(np.arange(8) % 4) for _ in range(4)])
+    experts_TLK = np.where(np.repeat(rng.random((300, 4, 1)) < 0.4, 4, axis=0), np.uint16(NO_EXPERT), trace.experts_TLK)
+    dropped = replace(trace, experts_TLK=experts_TLK)
+    assert (experts_TLK == NO_EXPERT).all(axis=1).any()  # some are dropped everywhere, and never leave home
+    finite = replace(SLOW_LINKS, bytes_per_s_RR=np.where(np.eye(4, dtype=bool), 3e6, SLOW_LINKS.bytes_per_s_RR))
+    problem = replace(coherent_problem(dropped), topology=finite)
+    replayed = evaluate_coherent(dropped, Plan.from_devices(device_LE, 4), finite, BUSY, ATTENTION)
+    assert cost_of(problem, device_LE) == pytest.approx(replayed.step_s, rel=1e-12)
+    assert replayed.rows_LR.sum() == (experts_TLK != NO_EXPERT).sum()
+    # routing that comes in two parts is the same routing
+    halves = [Affinity.from_trace(dropped.select(np.arange(1200) % 8 // 4 == part)) for part in (0, 1)]
+    assert cost_of(replace(problem, affinity=halves[0] + halves[1]), device_LE) == pytest.approx(replayed.step_s, rel=1e-12)
+    hops = evaluate(dropped, Plan.from_devices(device_LE, 4), finite, BUSY).cross_device_hops
+    off_device_RR = finite.link_class_RR > 0
+    assert replayed.hops_LRR[:, off_device_RR].sum() / replayed.hops_LRR.sum() == pytest.approx(hops, rel=1e-12)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_a_swap_prices_what_it_changes(drop: float) -> None:
+    trace = chained(0, num_layers=4, num_experts=8)
+    dropped_TL = np.random.default_rng(1).random((trace.num_tokens, 4, 1)) < drop
+    problem = coherent_problem(replace(trace, experts_TLK=np.where(dropped_TL, np.uint16(NO_EXPERT), trace.experts_TLK)))
     stay = Stay(problem, np.tile(np.arange(8) % 4, (4, 1)))
     rng = np.random.default_rng(0)
     for _ in range(50):
