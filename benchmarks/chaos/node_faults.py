@@ -1,4 +1,4 @@
-"""Faults of nodes and of the network between them, on emulated hosts under torchrun (root, Linux)."""
+"""Faults of nodes and of the network between them, on emulated hosts under the torchrun that `crossdock launch` prints (root, Linux)."""
 
 import contextlib
 import os
@@ -7,42 +7,95 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.chaos.runs import EVERY, STEPS, Row, Trial, Workshop, ended, errors_of, lines, result_of, wait_for_steps
+from benchmarks.chaos.runs import (
+    EVERY,
+    LIMIT_S,
+    NUM_RANKS,
+    STEPS,
+    Aftermath,
+    Row,
+    Trial,
+    Workshop,
+    ended,
+    errors_of,
+    lines,
+    result_of,
+    script_of,
+    wait_for_steps,
+)
 from benchmarks.netlab import Lab
 from benchmarks.netlab.lab import PORT
 from benchmarks.netlab.links import ip
-from crossdock.launch.ranks.faults import Fault
+from crossdock.launch.ranks.faults import Fault, log_of, struck
+from crossdock.launch.scripts import allocation
+from crossdock.launch.scripts.allocation import Run, Shape
 
 TIMEOUT_S = 4.0
 CUT_S = 8.0
 NODES = 2
+RESTARTS = 20
+FOUR_RANKS = ("parallel.expert=4", "topology=2x2-local")
 SLOW_BIT_PER_S = 400e3
 REPLACED_S = 1.0
 """After which whoever supervises the nodes has put a lost one back."""
 
 
-def _agent(lab: Lab, node: int, workshop: Workshop, directory: Path, *overrides: str) -> "subprocess.Popen[str]":
-    """torchrun on one node; stdout and stderr as `Workshop.start` has them."""
-    options = ["--nnodes", str(NODES), "--nproc-per-node", "1", "--local-addr", lab.address(node), "--max-restarts", "20"]
-    options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{lab.address(0)}:{PORT}", "--rdzv-id", directory.name]
-    options += ["--monitor-interval", "0.1", "--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=60,join_timeout=120"]
-    command = lab.command(node, [sys.executable, "-m", "torch.distributed.run", *options, "-m", "crossdock"])
-    # a store that agents share with ranks keeps what a lost node wrote, and the next rendezvous reads it
-    interface = {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return workshop.start(directory, f"parallel.timeout_s={TIMEOUT_S}", *overrides, command=command, environment=interface)
+class Nodes:
+    """torchrun on the hosts of a laboratory, and whoever supervises it there: puts back agents that end badly, where that is asked."""
 
+    def __init__(self, lab: Lab, workshop: Workshop, directory: Path, ranks_per_node: int, *overrides: str) -> None:
+        self.lab, self.workshop, self.directory, self.ranks_per_node = lab, workshop, directory, ranks_per_node
+        self.overrides = (f"parallel.timeout_s={TIMEOUT_S}", *overrides)
+        self.agents = [self._agent(node) for node in range(NODES)]
+        self.codes: list[list[int]] = [[] for _ in range(NODES)]
 
-@contextlib.contextmanager
-def _on_nodes(lab: Lab, workshop: Workshop, directory: Path, *overrides: str) -> Iterator[list["subprocess.Popen[str]"]]:
-    agents = [_agent(lab, node, workshop, directory, *overrides) for node in range(NODES)]
-    try:
-        yield agents
-    finally:
-        for agent in agents:
+    def __enter__(self) -> "Nodes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for agent in self.agents:
             _end(agent)
+
+    def kill(self, node: int) -> None:
+        """SIGKILL for every process of a node at once, its agent included."""
+        found = subprocess.run(["ip", "netns", "pids", self.lab.namespace(node)], capture_output=True, text=True, check=True).stdout
+        for pid in found.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def ended(self, limit_s: float = LIMIT_S, *, supervises: bool = False) -> bool:
+        """Wait for the end of all agents; says whether it is a good one. supervises: one that ended badly is put back after `REPLACED_S`."""
+        deadline_s = time.monotonic() + limit_s
+        while time.monotonic() < deadline_s:
+            codes = [agent.poll() for agent in self.agents]
+            if all(code == 0 for code in codes) or (None not in codes and not supervises):
+                break
+            for node, code in enumerate(codes):
+                if code and supervises:
+                    self.codes[node].append(code)
+                    time.sleep(REPLACED_S)
+                    self.agents[node] = self._agent(node)
+            time.sleep(0.05)
+        return all(agent.poll() == 0 for agent in self.agents)
+
+    def _agent(self, node: int) -> "subprocess.Popen[str]":
+        shape = Shape(NODES, self.ranks_per_node, gpus=False, cores_per_rank=1)
+        run = Run(self.directory.name, self.directory, "", ())
+        command = allocation.torchrun(shape, run, self.lab.address(0), PORT, RESTARTS)
+        launcher = command[: command.index("-m")]
+        inside = [
+            *launcher[: launcher.index("torchrun")],
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--local-addr",
+            self.lab.address(node),
+        ]
+        inside += [*launcher[launcher.index("torchrun") + 1 :], "-m", "crossdock"]
+        interface = {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"}
+        return self.workshop.start(self.directory, *self.overrides, command=self.lab.command(node, inside), environment=interface)
 
 
 def _end(agent: "subprocess.Popen[str]") -> None:
@@ -57,44 +110,26 @@ def _pause(step: int, seconds: float) -> Fault:
     return Fault("sleep", 0, "backward", step, seconds=seconds)
 
 
-def _wait_for_blame(directory: Path, begin_s: float, limit_s: float) -> tuple[str, float | None]:
-    """What the run says was lost, and after how many seconds it did."""
-    while time.monotonic() - begin_s < limit_s:
-        message = str(result_of(directory).get("message", ""))
-        if "(process " in message:  # before the roll was called it only says that a collective failed
-            return message, time.monotonic() - begin_s
-        time.sleep(0.02)
-    return "", None
-
-
-def _resumed_s(directory: Path, known: int, begin_s: float, limit_s: float) -> float | None:
-    """Seconds until the run has resumed once more than the `known` times."""
-    while time.monotonic() - begin_s < limit_s:
-        if sum(event["event"] == "resumed" for event in lines(directory / "events.jsonl")) > known:
-            return time.monotonic() - begin_s
-        time.sleep(0.02)
-    return None
-
-
 def node_losses(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row]:
-    """SIGKILL of every process of a node, its agent included; a new agent comes in its place."""
-    draw, row = random.Random(seed), Row("SIGKILL of a whole emulated node (torchrun)", "named, goes on when a node comes back, bitwise")
-    for _ in range(trials):
-        directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
-        with _on_nodes(lab, workshop, directory, workshop.script(directory, [_pause(step, 0.5)])) as agents:
-            wait_for_steps(directory, step - 1)
-            begin_s = time.monotonic()
-            for pid in subprocess.run(["ip", "netns", "pids", lab.namespace(1)], capture_output=True, text=True, check=True).stdout.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            agents[1].wait()
-            message, detection_s = _wait_for_blame(directory, begin_s, 30.0)
-            time.sleep(max(0.0, REPLACED_S - (time.monotonic() - begin_s)))
-            agents[1] = _agent(lab, 1, workshop, directory)
-            recovery_s = _resumed_s(directory, 0, begin_s, 120.0)
-            codes = [ended(agent) for agent in agents]
-        row.trials.append(_judged(workshop, directory, codes, "rank 1" in message, message, detection_s, recovery_s))
-    return [row]
+    """SIGKILL of every process of a node, its agent included; a new agent comes in its place.
+
+    The node that does not hold torchrun's rendezvous, whose peer goes on waiting; and the one that does, with which the other agent ends.
+    """
+    draw, rows = random.Random(seed), []
+    for node, which in ((1, "a node"), (0, "the node of the rendezvous")):
+        row = Row(f"SIGKILL of {which}, 2 x 2 ranks (torchrun)", "all its ranks named in 2 s, goes on in 15 s when it is back, bitwise")
+        for _ in range(trials):
+            directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
+            with Nodes(lab, workshop, directory, 2, workshop.script(directory, [_pause(step, 0.5)]), *FOUR_RANKS) as nodes:
+                wait_for_steps(directory, step - 1)
+                blow_s = time.monotonic()
+                nodes.kill(node)
+                is_done = nodes.ended(supervises=True)
+            after = Aftermath.of(directory, blow_s)
+            named = f"ranks {2 * node}, {2 * node + 1} (all of node{node})" in after.blame
+            row.trials.append(_judged(workshop, directory, is_done, named, after, *FOUR_RANKS))
+        rows.append(row)
+    return rows
 
 
 def partitions(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row]:
@@ -103,17 +138,16 @@ def partitions(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row
     row = Row("network partition (torchrun)", f"named in timeout ({TIMEOUT_S:g} s) + 3 s, goes on when the link is back, bitwise")
     for _ in range(trials):
         directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
-        with _on_nodes(lab, workshop, directory, workshop.script(directory, [_pause(step, 0.5)])) as agents:
+        with Nodes(lab, workshop, directory, 1, workshop.script(directory, [_pause(step, 0.5)])) as nodes:
             wait_for_steps(directory, step - 1)
-            begin_s = time.monotonic()
+            blow_s = time.monotonic()
             ip(lab.namespace(1), "link set eth0 down")
-            message, detection_s = _wait_for_blame(directory, begin_s, 30.0)
-            time.sleep(max(0.0, CUT_S - (time.monotonic() - begin_s)))
+            time.sleep(CUT_S)
             ip(lab.namespace(1), "link set eth0 up")
             back_s = time.monotonic()
-            recovery_s = _resumed_s(directory, 0, back_s, 120.0)
-            codes = [ended(agent) for agent in agents]
-        row.trials.append(_judged(workshop, directory, codes, "rank 1" in message, message, detection_s, recovery_s))
+            is_done = nodes.ended()
+        after = Aftermath.of(directory, blow_s, back_s)
+        row.trials.append(_judged(workshop, directory, is_done, "rank 1 (" in after.blame, after))
     return [row]
 
 
@@ -122,58 +156,42 @@ def slow_links(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row
     draw, row = random.Random(seed), Row("slow link (torchrun)", "no restart, nobody blamed, bitwise")
     for _ in range(trials):
         directory, step = workshop.directory(), draw.randint(2, STEPS // 2)
-        with _on_nodes(lab, workshop, directory) as agents:
+        with Nodes(lab, workshop, directory, 1) as nodes:
             wait_for_steps(directory, step)
             lab.set_rate(SLOW_BIT_PER_S)
             time.sleep(2.0)
             lab.set_rate(None)
-            codes = [ended(agent) for agent in agents]
-        quiet = not result_of(directory).get("message") and not any(
-            event["event"] == "resumed" for event in lines(directory / "events.jsonl")
-        )
-        row.trials.append(_judged(workshop, directory, codes, quiet, str(result_of(directory).get("message")), None, None))
+            is_done = nodes.ended()
+        told = [event for event in lines(directory / "events.jsonl") if event["event"] in ("rank_lost", "resumed")]
+        row.trials.append(_judged(workshop, directory, is_done, not told, Aftermath(str(told or ""))))
     return [row]
 
 
 def kills_under_torchrun(workshop: Workshop, trials: int, seed: int) -> list[Row]:
     """SIGKILL and SIGSTOP of ranks that torchrun --max-restarts starts again."""
     draw, rows = random.Random(seed), []
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "5",
-        "-m",
-        "crossdock",
-    ]
+    launcher = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "5"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "crossdock"]
     for act, limit in (("kill", "2 s"), ("stop", f"timeout ({TIMEOUT_S:g} s) + 3 s")):
-        row = Row(f"{act} of a rank under torchrun --max-restarts", f"named in {limit}, goes on, bitwise")
-        for _ in range(trials):
+        row = Row(f"{act} of a rank under torchrun --max-restarts", f"named in {limit}, goes on in 15 s, bitwise")
+        for number in range(trials):
             directory = workshop.directory()
-            fault = Fault(act, draw.randrange(2), "in_flight", draw.randint(EVERY + 1, STEPS - 1))
+            fault = Fault(act, number % NUM_RANKS, draw.choice(("in_flight", "backward", "optimizer")), draw.randint(EVERY + 1, STEPS - 1))
             overrides = [workshop.script(directory, [fault]), f"parallel.timeout_s={TIMEOUT_S}"]
-            process = workshop.start(directory, *overrides, command=torchrun)
+            process = workshop.start(directory, *overrides, command=command)
             try:
-                wait_for_steps(directory, fault.step - 1)
-                begin_s = time.monotonic()
-                message, detection_s = _wait_for_blame(directory, begin_s, 60.0)
-                recovery_s = _resumed_s(directory, 0, begin_s, 120.0)
                 code = ended(process)
             finally:
                 _end(process)
-            named = f"rank {fault.rank} (" in message
-            row.trials.append(_judged(workshop, directory, [code], named, message, detection_s, recovery_s))
+            blows = struck(log_of(script_of(directory)))
+            after = Aftermath.of(directory, blows[0]["monotonic_s"]) if blows else Aftermath("it never struck")
+            row.trials.append(_judged(workshop, directory, code == 0, f"rank {fault.rank} (" in after.blame, after))
         rows.append(row)
     return rows
 
 
-def _judged(
-    workshop: Workshop, directory: Path, codes: list[int], named: bool, message: str, detection_s: float | None, recovery_s: float | None
-) -> Trial:
-    survived = codes == [0] * len(codes) and result_of(directory).get("status") == "done"
-    note = "" if survived and named else f"exit codes {codes}; blamed: {message[:300]} {'' if survived else errors_of(directory)}"
-    return Trial(survived, named, survived and workshop.is_undisturbed(directory), detection_s, recovery_s, note)
+def _judged(workshop: Workshop, directory: Path, is_done: bool, named: bool, after: Aftermath, *overrides: str) -> Trial:
+    survived = is_done and result_of(directory).get("status") == "done"
+    note = "" if survived and named else f"blamed: {after.blame[:300] or 'nobody'} {'' if survived else errors_of(directory)}"
+    bitwise = survived and workshop.is_undisturbed(directory, *overrides)
+    return Trial(survived, named, bitwise, after.detection_s, after.recovery_s, note)

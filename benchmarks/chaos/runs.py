@@ -117,7 +117,7 @@ class Workshop:
         self.folder = folder
         self.number = 0
         (folder / "text.txt").write_text(TEXT)
-        self._undisturbed: Curve | None = None
+        self._undisturbed: dict[tuple[str, ...], Curve] = {}
 
     def directory(self) -> Path:
         """For a new run."""
@@ -142,19 +142,18 @@ class Workshop:
         """The exit code of a run to its end."""
         return ended(self.start(directory, *overrides, environment=environment))
 
-    @property
-    def undisturbed(self) -> Curve:
+    def undisturbed(self, *overrides: str) -> Curve:
         """The curve of the run that nobody disturbs."""
-        if self._undisturbed is None:
+        if overrides not in self._undisturbed:
             directory = self.directory()
-            assert self.run(directory) == 0, errors_of(directory)
-            self._undisturbed = Curve.of(directory)
-            assert [row[0] for row in self._undisturbed.rows] == list(range(1, STEPS + 1))
-        return self._undisturbed
+            assert self.run(directory, *overrides) == 0, errors_of(directory)
+            self._undisturbed[overrides] = Curve.of(directory)
+            assert [row[0] for row in self._undisturbed[overrides].rows] == list(range(1, STEPS + 1))
+        return self._undisturbed[overrides]
 
-    def is_undisturbed(self, directory: Path) -> bool:
+    def is_undisturbed(self, directory: Path, *overrides: str) -> bool:
         """Whether a run computed what the undisturbed one did, bit by bit."""
-        return Curve.of(directory) == self.undisturbed
+        return Curve.of(directory) == self.undisturbed(*overrides)
 
     def script(self, directory: Path, faults: Sequence[Fault]) -> str:
         """`faults` written down for the run in `directory`; the override that makes it suffer them."""
@@ -212,6 +211,28 @@ def wait_for_steps(directory: Path, steps: int, limit_s: float = LIMIT_S) -> Non
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"{directory} made no {steps} steps in {limit_s:g} s: {errors_of(directory)}")
         time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """What a run's events say of one blow: who is to blame, and seconds until that was said and until training went on."""
+
+    blame: str = ""
+    detection_s: float | None = None
+    recovery_s: float | None = None
+
+    @classmethod
+    def of(cls, directory: Path, blow_s: float, back_s: float | None = None) -> "Aftermath":
+        """After a blow at `blow_s` on the monotonic clock; the recovery counts from `back_s` where that is given."""
+        to_monotonic_s = time.monotonic() - time.time()
+        later = [(event["time"] + to_monotonic_s, event) for event in lines(directory / "events.jsonl")]
+        later = [(moment_s, event) for moment_s, event in later if moment_s > blow_s - 0.01]
+        said = next(((moment_s, event) for moment_s, event in later if event["event"] in ("rank_lost", "restart")), None)
+        going_s = next((moment_s for moment_s, event in later if event["event"] == "resumed"), None)
+        recovery_s = None if going_s is None else going_s - (blow_s if back_s is None else back_s)
+        if said is None:
+            return cls(recovery_s=recovery_s)
+        return cls(str(said[1].get("message") or said[1].get("cause")), said[0] - blow_s, recovery_s)
 
 
 def answers(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, float | None]]:

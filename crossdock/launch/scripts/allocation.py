@@ -9,6 +9,7 @@ from pathlib import Path
 from crossdock import errors
 from crossdock.errors import CrossdockError, PeerLost, Preempted, UsageError
 
+_LOST_BEATS = 5
 RETRY_CODES = (Preempted.exit_code, PeerLost.exit_code)
 """Exit codes after which the same command goes on from the newest checkpoint: asked to stop, or another rank was lost."""
 
@@ -62,14 +63,19 @@ def scheduler_name(text: str) -> str:
 
 
 def torchrun(shape: Shape, run: Run, head: str, port: int, restarts: int) -> tuple[str, ...]:
-    """The command for every node; the same on all. Without its own store per start, torchrun cannot restart gloo (see `rendezvous`)."""
-    meeting = (
-        ("--standalone",)
-        if shape.nodes == 1
-        else ("--rdzv-backend=c10d", f"--rdzv-endpoint={head}:{port}", f"--rdzv-id={run.name}", f"--nnodes={shape.nodes}")
-    )
+    """The command for every node; the same on all.
+
+    Several agents keep their store from the ranks: shared, it has the ranks' port only for agents that were there when it was chosen, and
+    one that comes in the place of a lost node waits for it in vain. A node that has not been heard of for `_LOST_BEATS` heartbeats
+    is lost; torchrun's own 15 s are more than the rest of a restart. The store hears of one heartbeat a second for each 16 nodes.
+    """
     restarting = (f"--max-restarts={restarts}",) if restarts else ()
-    return ("torchrun", *meeting, f"--nproc-per-node={shape.ranks_per_node}", *restarting, "-m", "crossdock", *run.train)
+    what = (f"--nproc-per-node={shape.ranks_per_node}", *restarting, "-m", "crossdock", *run.train)
+    if shape.nodes == 1:
+        return ("torchrun", "--standalone", *what)
+    beats = f"keep_alive_interval={max(1, shape.nodes // 16)},keep_alive_max_attempt={_LOST_BEATS}"
+    meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint={head}:{port}", f"--rdzv-id={run.name}", f"--rdzv-conf={beats}")
+    return ("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *meeting, f"--nnodes={shape.nodes}", *what)
 
 
 def mpirun(shape: Shape, run: Run, hosts: Sequence[str]) -> tuple[str, ...]:
