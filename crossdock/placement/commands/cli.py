@@ -34,6 +34,9 @@ ReplicasOption = Annotated[int | None, typer.Option("--replicas", help="At most 
 AlsoTraceOption = Annotated[
     list[Path] | None, typer.Option("--also-trace", help="More routing: counted in, and the load cap holds on each; may be repeated.")
 ]
+LoadPiecesOption = Annotated[
+    int, typer.Option("--load-pieces", min=1, help="The cap holds on each of so many pieces of the routing: loads drift between texts.")
+]
 NodeWeightOption = Annotated[float, typer.Option("--node-weight", help="Objective hops: what one between nodes counts.")]
 PinOption = Annotated[
     list[str] | None, typer.Option("--pin", metavar="LAYER:EXPERT:DEVICE", help="An expert that stays where it is; may be repeated.")
@@ -75,6 +78,7 @@ def solve_command(
     pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
     also_trace: AlsoTraceOption = None,
+    load_pieces: LoadPiecesOption = 1,
     num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
@@ -114,6 +118,7 @@ def solve_command(
         ),
         node_weight=node_weight,
         also_paths=also_trace or (),
+        load_pieces=load_pieces,
         num_experts=num_experts,
         eval_path=eval_trace,
     )
@@ -157,6 +162,7 @@ def compare_command(
     pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
     also_trace: AlsoTraceOption = None,
+    load_pieces: LoadPiecesOption = 1,
     num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
@@ -189,6 +195,7 @@ def compare_command(
         ),
         node_weight=node_weight,
         also_paths=also_trace or (),
+        load_pieces=load_pieces,
         num_experts=num_experts,
         eval_path=eval_trace,
     )

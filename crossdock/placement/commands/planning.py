@@ -19,7 +19,7 @@ from crossdock.placement.costs.workload_file import load_context, load_shape, lo
 from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
-from crossdock.placement.records.trace import Trace, concatenate
+from crossdock.placement.records.trace import Trace, concatenate, in_pieces
 from crossdock.placement.solvers import SOLVERS
 from crossdock.placement.solvers.certificates.bounds import lower_bound
 from crossdock.placement.solvers.certificates.certificate import certified
@@ -49,10 +49,13 @@ class Asked:
         constraints: Constraints | None = None,
         node_weight: float = 1.0,
         also_paths: Sequence[Path] = (),
+        load_pieces: int = 1,
         num_experts: int | None = None,
         eval_path: Path | None = None,
     ) -> "Asked":
         """Load everything and build the problem. Raises the errors of its parts."""
+        if load_pieces > 1 and (constraints is None or constraints.load_cap is None):
+            raise UsageError("--load-pieces says on what the load cap must hold; give --load-cap as well, or leave it out")
         topology, workload = Topology.load(topology_name), read_workload(workload_path)
         trace = Trace.load(trace_path, num_experts)
         eval_trace = Trace.load(eval_path, num_experts or trace.num_experts) if eval_path else None
@@ -63,7 +66,8 @@ class Asked:
             )
         asked = constraints or Constraints()
         apart = [trace, *(Trace.load(path, num_experts or trace.num_experts) for path in also_paths)]
-        also = tuple(Affinity.from_trace(part) for part in apart) if also_paths else ()
+        pieces = [piece for part in apart for piece in in_pieces(part, load_pieces)]
+        also = tuple(Affinity.from_trace(piece) for piece in pieces) if len(pieces) > 1 else ()
         trace = concatenate(apart) if also_paths else trace
         context = Context() if workload_path is None else load_context(workload_path)
         problem = Problem(Affinity.from_trace(trace), topology, workload, mode, objective, asked, node_weight, also, context)  # type: ignore[arg-type]
@@ -77,12 +81,12 @@ class Asked:
         lines = [
             f"trace      {self.trace_path}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, "
             f"top {trace.top_k} of {trace.num_experts}{known}",
-            f"topology   {topology.name}: {topology.num_devices} devices on {topology.num_nodes} nodes",
+            f"topology   {topology.name}: {counted(topology.num_devices, 'device')} on {counted(topology.num_nodes, 'node')}",
             f"workload   {workload.tokens_per_rank:,} tokens per rank, D {workload.model_width}, F {workload.expert_width}, "
             f"{workload.wire} on the wire, {workload.dispatch}",
             f"problem    mode {self.problem.mode}, objective {self.problem.objective}, load cap {cap}, slots {self.problem.slots_R.max()}"
             + (f", {self.problem.context.key_value_bytes:,} bytes of keys and values a token" if self.problem.mode == "coherent" else "")
-            + (f", {len(constraints.pins)} pins" if constraints.pins else "")
+            + (f", {counted(len(constraints.pins), 'pin')}" if constraints.pins else "")
             + (f", {constraints.memory_fraction:.0%} of memory" if constraints.memory_fraction is not None else "")
             + (f", a hop between nodes counts {self.problem.node_weight:g}" if self.problem.node_weight != 1.0 else ""),
             f"search     {search}",
@@ -104,7 +108,7 @@ class Asked:
         rows = [self._row(candidate, self.problem, self.trace, fitted=True, bound=bound) for candidate in candidates]
         eval_rows: list[dict[str, object]] = []
         if self.eval_trace is not None:
-            held_out = problem_for(self.eval_trace, self.problem)
+            held_out = problem_for(Affinity.from_trace(self.eval_trace), self.problem)
             bound = lower_bound(held_out)
             eval_rows = [self._row(candidate, held_out, self.eval_trace, fitted=False, bound=bound) for candidate in candidates]
             apart = drift(self.problem.affinity, held_out.affinity)
@@ -225,8 +229,13 @@ def error_bar_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def read_workload(path: Path | None) -> Workload:
+def counted(number: int, word: str) -> str:
+    """1 node, 2 nodes."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
+
+def read_workload(path: Path | None) -> Workload:
+    """The workload of a file; without one the default, a model of DeepSeek-V2-Lite's size."""
     return Workload() if path is None else load_workload(path)
 
 
@@ -234,7 +243,6 @@ def check_plan(
     plan: Plan, config: Path | None, trace_path: Path | None, topology_name: str | None, load_cap: float | None, num_experts: int | None
 ) -> list[str]:
     """Raise where the plan does not fit; return what is worth knowing and no error."""
-
     if config is not None:
         shape = load_shape(config)
         plan.check_model(shape.num_layers, shape.num_experts, shape.num_devices)
@@ -265,4 +273,5 @@ def check_plan(
 
 
 def wrapped(head: str, text: str) -> list[str]:
+    """`text` behind `head` in lines of at most 80 columns, indented alike."""
     return textwrap.wrap(text, 80, initial_indent=head + " ", subsequent_indent=" " * (len(head) + 1)) or [head]

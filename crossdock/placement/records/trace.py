@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from crossdock import atomic
-from crossdock.errors import BadData, MissingInput
+from crossdock.errors import BadData, MissingInput, UsageError
 from crossdock.placement.records.array_files import MAX_RATIO, SUSPICIOUS_BYTES, check_header, check_room
 from crossdock.strict_yaml import nearest
 
@@ -142,6 +142,17 @@ class Trace:
         known = {"experts": self.experts_TLK, "weights": self.weights_TLK}
         known |= {name: getattr(self, f"{name}_T") for name in _PER_TOKEN}
         return {name: array for name, array in known.items() if array is not None}
+
+
+def in_pieces(trace: Trace, number: int) -> tuple[Trace, ...]:
+    """The trace cut into `number` consecutive pieces, as equal as whole tokens allow: 5 tokens in 2 pieces are 3 and 2.
+
+    Raises `UsageError` where it has fewer tokens.
+    """
+    if not 1 <= number <= trace.num_tokens:
+        raise UsageError(f"{number} pieces of a trace of {trace.num_tokens} tokens; give 1 to {trace.num_tokens}")
+    piece_T = np.arange(trace.num_tokens) * number // trace.num_tokens
+    return tuple(trace.select(piece_T == piece) for piece in range(number))
 
 
 def concatenate(traces: Sequence[Trace]) -> Trace:

@@ -16,6 +16,7 @@ from crossdock.placement.commands.cli import DEFAULT_METHODS, METHODS, plan_app
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.workload_file import load_shape, load_workload
 from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.trace import Trace, in_pieces
 from crossdock.placement.solvers import SOLVERS
 from tests.placement.conftest import random_plan, random_trace
 
@@ -95,6 +96,27 @@ def test_pins_memory_and_node_weight_reach_the_solver(traces: tuple[str, str], t
         run(*common, "--pin", "1:2")
     with pytest.raises(InfeasiblePlan, match="do not fit into"):
         run(*common, "--memory-fraction", "0.00000001")
+
+
+def test_a_cap_on_pieces_of_the_routing_holds_on_each(traces: tuple[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "plan.json")
+    common = ("solve", "--trace", traces[0], "--topology", "1x4-local", "--seconds", "2", "--objective", "devices", "--out", out)
+    trace = Trace.load(traces[0])
+
+    def worst_piece() -> float:
+        plan = Plan.load(out)
+        loads = [np.bincount(plan.device_of_LE()[layer][piece.experts_TLK[:, layer]].ravel(), minlength=4)
+                 for piece in in_pieces(trace, 3) for layer in range(trace.num_layers)]  # fmt: skip
+        return max(float(load_R.max() / load_R.mean()) for load_R in loads)
+
+    run_json(*common, "--load-cap", "1.35")
+    on_the_whole = worst_piece()
+    run_json(*common, "--load-cap", "1.35", "--load-pieces", "3")
+    assert worst_piece() <= 1.35 + 1e-9 < on_the_whole
+    with pytest.raises(UsageError, match="--load-pieces says on what the load cap must hold"):
+        run(*common, "--load-pieces", "3")
+    with pytest.raises(UsageError, match=f"1000000 pieces of a trace of {trace.num_tokens} tokens"):
+        run(*common, "--load-cap", "1.35", "--load-pieces", "1000000")
 
 
 def test_compare_gives_auto_the_other_plans_and_every_gap(traces: tuple[str, str]) -> None:
