@@ -87,8 +87,15 @@ def wire_named(name: str | None) -> Wire | None:
 
 
 def wire_of(wire: Wire | None, dtype: torch.dtype) -> Wire:
-    """The format for tokens of `dtype`: `wire`, or where that is None the tokens' own."""
-    return wire or next(own for own in WIRES.values() if own.dtype == dtype)
+    """The format for tokens of `dtype`: `wire`, or where that is None the tokens' own. Raises `BadConfig` where they have none (fp16)."""
+    if wire is not None:
+        return wire
+    for own in WIRES.values():
+        if own.dtype == dtype:
+            return own
+    raise BadConfig(
+        f"tokens of {str(dtype).removeprefix('torch.')} have no wire format of their own; choose from {', '.join(WIRES)}, or compute in bf16"
+    )
 
 
 def _num_blocks(width: int) -> int:
