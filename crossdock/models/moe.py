@@ -33,6 +33,22 @@ class MoELayer(nn.Module):
     `layer(x)` does all of it, and `layer.losses` then holds the balance losses to add to the training loss. `layer.finish_gradients()`
     after the backward pass turns the experts' gradients into those of the loss's mean over ranks, as `DistributedDataParallel` does for
     the rest of the model.
+
+    Args:
+        model_width, expert_width: D and F. num_experts: E of the whole layer, not of this rank. top_k: K.
+        gate: the router and its losses; noisy top-k where None. activation: "swiglu" or "gelu".
+        mesh: who holds which experts; one process where None. plan, layer: the plan that places them and which of its layers this is, 0
+            for a layer by itself; in contiguous blocks, also of unequal size, where plan is None.
+        dispatch: "flat", "deduplicated" or "hierarchical". wire: the format of rows between ranks, "fp64", "fp32", "bf16" or "int8"; the
+            tokens' own where None.
+        dtype: of the experts and of what they compute in; the router is of float32 or wider.
+        seed, initial_std, output_scale: initial values, the same on any number of ranks; see `ExpertBank.reset_parameters`.
+        expert_recompute: what backward computes again instead of keeping it: "none", "activation" or "all".
+        gathered_experts: those whose weights travel to all ranks instead of their tokens.
+        turns: how often a forward pass of the model routes each token here.
+
+    Every rank of the mesh makes the same calls in the same order. Raises `BadConfig` for what does not fit together, `BadData` for a plan
+    of another model.
     """
 
     def __init__(
@@ -78,20 +94,27 @@ class MoELayer(nn.Module):
         self._num_forwards = 0
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> Tensor:
-        """Route `x` [..., T, D] and return y of its shape; leading dimensions are sequences. Sets `self.losses`, equal on every rank.
+        """Route `x` [..., T, D] and return y of its shape and dtype; leading dimensions are sequences, and a rank may have no tokens.
 
-        Without a context, steps are counted by forwards in training mode, and every rank must bring equally many tokens.
+        Sets `self.losses`, scalars of the global batch and equal on every rank. Experts compute in the layer's own dtype, also under
+        autocast. Without a context, steps are counted by forwards in training mode, and every rank must bring equally many tokens.
+        Raises `BadData` for another width, and `BadConfig` where activation checkpointing computes again without a context.
         """
-        x_TD = x.reshape(-1, x.shape[-1])
+        if x.ndim < 2 or x.shape[-1] != self.bank.model_width:
+            raise BadData(
+                f"x has shape {list(x.shape)}, and the layer is for tokens of width {self.bank.model_width}; "
+                f"give it [..., tokens, {self.bank.model_width}]"
+            )
+        x_TD = x.reshape(-1, x.shape[-1]).to(self.bank.inner.dtype)
         if context is None:
             context = self._plain_context(x_TD)
         self.prefetch()
-        routing = self.route(x_TD, context, x.shape[-2])
+        routing = self.route(x_TD, context, max(1, x.shape[-2]))  # a rank without tokens has no sequences to divide
         received = self.dispatch_start(x_TD, routing.assignment).wait()
         y_TD = self.combine_start(self.compute(received)).wait()
         (statistics,) = reduce_statistics([routing.statistics], self.mesh)
         self.losses = self.gate.balance(statistics, context.training).losses
-        return y_TD.view(x.shape)
+        return y_TD.view(x.shape).to(x.dtype)
 
     def prefetch(self) -> None:
         """Start what waits for no token, the weights of gathered experts; whatever computes until `compute` may hide them."""
@@ -197,6 +220,11 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = DISPATCHERS[self.dispatch](self.mesh, layout, self.wire)
 
     def _plain_context(self, x_TD: Tensor) -> StepContext:
+        if self.training and torch._C._current_graph_task_id() >= 0:  # inside a backward pass
+            raise BadConfig(
+                "activation checkpointing computes this forward again, and without a context it would count as another step and draw other "
+                "noise; call layer(x, StepContext(seed, step, True, token_ids, first_token)), or leave the layer out of checkpointing"
+            )
         step = self._num_forwards
         self._num_forwards += self.training
         unknown_T = torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device)

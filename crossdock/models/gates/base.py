@@ -117,7 +117,7 @@ class Gate(nn.Module, abc.ABC):
         """Losses and load from the sums over the global batch."""
         losses = self._losses(statistics)
         if self.config.z_loss:
-            losses["z"] = self.config.z_loss * (statistics["z"] / statistics["tokens"]).squeeze(0)
+            losses["z"] = self.config.z_loss * (statistics["z"] / statistics["tokens"].clamp(min=1)).squeeze(0)
         load_E = statistics["load"].detach()
         if training:
             self._observe(statistics["chosen"].detach())
@@ -183,9 +183,9 @@ def count_experts(expert_TK: Tensor, counted_TK: Tensor | None, num_experts: int
 def share_loss(chosen_E: Tensor, probability_E: Tensor, tokens_1: Tensor) -> Tensor:
     """E x sum_i f_i P_i of sums over the batch: 1 when even (Switch, arXiv 2101.03961, equation 4; GShard's E^2 x mean is the same).
 
-    f_i is expert i's part of all choices and carries no gradient; P_i is its mean probability.
+    f_i is expert i's part of all choices and carries no gradient; P_i is its mean probability. A batch without tokens has no loss: 0.
     """
-    return len(chosen_E) * torch.dot(chosen_E / chosen_E.sum(), probability_E / tokens_1)
+    return len(chosen_E) * torch.dot(chosen_E / chosen_E.sum().clamp(min=1), probability_E / tokens_1.clamp(min=1))
 
 
 def largest_over_world(value: Tensor, mesh: Mesh) -> Tensor:

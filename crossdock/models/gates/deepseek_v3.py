@@ -102,7 +102,7 @@ class DeepSeekV3(Gate):
         return {"sequence_balance": balance, "sequences": balance.new_full((1,), num_sequences)}
 
     def _losses(self, statistics: Statistics) -> dict[str, Tensor]:
-        mean = (statistics["sequence_balance"] / statistics["sequences"]).squeeze(0)
+        mean = (statistics["sequence_balance"] / statistics["sequences"].clamp(min=1)).squeeze(0)
         return {"balance": self.config.sequence_loss * mean}
 
     def _observe(self, chosen_E: Tensor) -> None:
