@@ -93,9 +93,8 @@ def wire_of(wire: Wire | None, dtype: torch.dtype) -> Wire:
     for own in WIRES.values():
         if own.dtype == dtype:
             return own
-    raise BadConfig(
-        f"tokens of {str(dtype).removeprefix('torch.')} have no wire format of their own; choose from {', '.join(WIRES)}, or compute in bf16"
-    )
+    name = str(dtype).removeprefix("torch.")
+    raise BadConfig(f"tokens of {name} have no wire format of their own; choose from {', '.join(WIRES)}, or compute in bf16")
 
 
 def _num_blocks(width: int) -> int:
