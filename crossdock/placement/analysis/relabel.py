@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from crossdock.placement.records.plan import EMPTY, Plan, choose_devices
 from crossdock.placement.records.topology import Topology
@@ -91,6 +90,8 @@ class Alike:
 
     def cheapest(self, cost_RR: NDArray[np.float64]) -> IntArray:
         """int64 [R]: the new name of each device such that the sum of `cost_RR[device, name]` is least."""
+        from scipy.optimize import linear_sum_assignment  # 0.3 s, and every rank imports this module
+
         kept_RR = cost_RR - 0.5 / (len(cost_RR) + 1) * np.eye(len(cost_RR))  # of equal ones the one that renames least
         num_nodes = len(self.classes)
         cost_NN = np.full((num_nodes, num_nodes), 4 * FORBIDDEN * len(cost_RR))
