@@ -290,6 +290,8 @@ class Grouped:
     def forward(self, rows_MD: Tensor, inner_SPD: Tensor, outer_SFD: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Kept]:
         """See `Looped.forward`."""
         _check(rows_MD, counts)
+        if not len(rows_MD):  # a kernel need not know matrices without rows
+            return torch.empty_like(rows_MD), Kept(rows_MD, counts, None, None)
         offset_S = _offsets(counts, rows_MD.device)
         pre_MP = _grouped_mm(rows_MD, inner_SPD.transpose(1, 2), offs=offset_S)
         activated_MF = rows_MD.new_empty(len(rows_MD), outer_SFD.shape[1])
@@ -311,6 +313,8 @@ class Grouped:
     ) -> Tensor | None:
         """See `Looped.backward`; a part of the kept rows is copied side by side first."""
         counts = tuple(run.count for run in runs)
+        if not len(grad_MD):
+            return torch.empty_like(grad_MD) if needs_rows else None
         if counts != kept.counts:
             kept = _selected(kept, runs)
         offset_S = _offsets(counts, grad_MD.device)

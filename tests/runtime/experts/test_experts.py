@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crossdock.errors import BadConfig, BadData
 from crossdock.runtime.dispatch.layout import ExpertLayout
+from crossdock.runtime.experts import grouped_mlp as grouped_mlp_module
 from crossdock.runtime.experts.expert_bank import ExpertBank, choose_kernel
 from crossdock.runtime.experts.grouped_mlp import ACTIVATIONS, ROW_MULTIPLE, Recompute, grouped_mlp
 
@@ -147,6 +148,22 @@ def test_grouped_equals_loop(counts: tuple[int, ...], activation: str, dtype: to
     found = results(grouped(rows_MD, torch.tensor(counts)), gradient_MD, [rows_MD, grouped.inner, grouped.outer])
     expected = results(loop(rows_MD, torch.tensor(counts)), gradient_MD, [rows_MD, loop.inner, loop.outer])
     assert largest_difference(found, expected) < tolerance
+
+
+def test_no_kernel_is_asked_for_matrices_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_matrices: Tensor, **_options: Tensor) -> Tensor:
+        raise AssertionError("CUDA kernels need not take empty matrices")
+
+    monkeypatch.setattr(grouped_mlp_module, "_grouped_mm", refuses)
+    bank = bank_of("swiglu", torch.float32, kernel="grouped")
+    rows_MD = torch.zeros(0, 16, requires_grad=True)
+    y_MD = bank(rows_MD, torch.zeros(bank.layout.num_slots, dtype=torch.int64))
+    y_MD.sum().backward()
+    assert y_MD.shape == (0, 16)
+    assert rows_MD.grad is not None
+    for weight in (bank.inner, bank.outer):
+        assert weight.grad is not None
+        assert not weight.grad.any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32_TOLERANCE), (torch.bfloat16, BFLOAT16_TOLERANCE)], ids=str)
