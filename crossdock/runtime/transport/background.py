@@ -75,6 +75,8 @@ class Background:
     def _run_on_stream(self, task: Task) -> None:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
+        # What the program has made for the task may still be under way; the collective that the task waits for waits for it anyway.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             task.run()
             # Memory of this stream that the collective reads goes back to this stream: it must not run ahead of the collective.

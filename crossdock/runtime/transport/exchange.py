@@ -2,9 +2,9 @@
 
 Beside `collectives` the only module that moves data through `torch.distributed`; `mpi_exchange` moves it through MPI, where a run asks so.
 
-On CUDA they run on the process group's own stream: a start makes that stream wait for the rows, a wait makes the compute stream wait for
-the collective, and neither blocks the host. Buffers are held here until they are joined, so that the
-allocator cannot hand them out earlier.
+On CUDA they run on the process group's own stream: a start makes that stream wait for the rows, a wait makes the current stream wait for
+the collective, and neither blocks the host. Buffers are held here until they are joined, and their memory is not handed out again before
+the stream that joined them is done with it, which need not be the one that made them.
 
 Every rank of a group must start the same exchanges in the same order, empty ones included.
 """
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -76,6 +77,9 @@ class _NcclExchange:
 
     def wait(self) -> Tensor:
         self.work.wait()
+        stream = torch.cuda.current_stream(self.received.device)
+        for buffer in (self.received, self.sent):  # free of cost on the stream that made them
+            buffer.record_stream(stream)
         return self.received
 
 

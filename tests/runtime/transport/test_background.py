@@ -1,13 +1,16 @@
 """The background runs tasks in order, beside the program, and hands on what they return or raise."""
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from crossdock.runtime.transport.background import Background
+from crossdock.runtime.transport.exchange import _NcclExchange
 
 
 class Done:
@@ -56,6 +59,59 @@ def test_the_thread_ends_with_its_owner() -> None:
     assert not thread.is_alive()
 
 
+class Stream:
+    """A stream that only says what it is asked to do."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+class Buffer:
+    """Memory on a device."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said, self.device = name, said, torch.device("cpu")
+
+    def record_stream(self, stream: Stream) -> None:
+        self.said.append(f"{self.name} is kept for {stream.name}")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What streams are told, with two streams in place of CUDA's: the program's, and the first that is made."""
+    told: list[str] = []
+    current = [Stream("program", told)]
+
+    @contextlib.contextmanager
+    def use(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: Stream("side", told))
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: current[-1])
+    return told
+
+
+def test_on_cuda_a_task_reads_nothing_that_is_not_made_yet_and_frees_nothing_too_early(said: list[str]) -> None:
+    """The side stream waits for the program's kernels, and the memory of the first hop's rows outlives its own kernels."""
+    background = Background("cuda")
+    first = _NcclExchange(Buffer("received", said), Buffer("sent", said), Done(None))  # type: ignore[arg-type]
+
+    def second_hop() -> Done:
+        first.wait()
+        said.append("kernels")
+        return Done(None)
+
+    background.submit(second_hop)
+    assert said == ["side waits for program", "received is kept for side", "sent is kept for side", "kernels"]
+
+
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_tasks_run_on_a_stream_of_their_own() -> None:
     background = Background("cuda")
