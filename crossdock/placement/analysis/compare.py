@@ -161,11 +161,11 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
     )
 
 
-def problem_for(trace: Trace, like: Problem) -> Problem:
-    """The same question about another trace, without a load cap or pins: for scoring plans, not for solving."""
+def problem_for(affinity: Affinity, like: Problem) -> Problem:
+    """The same question about other routing, without a load cap or pins: for scoring plans, not for solving."""
     asked = like.constraints
     room = Constraints(slots=asked.slots, spare_slots=asked.spare_slots, spare_bytes=asked.spare_bytes, replicas=asked.replicas)
-    return replace(like, affinity=Affinity.from_trace(trace), constraints=room, also=())
+    return replace(like, affinity=affinity, constraints=room, also=())
 
 
 def describe(trace: Trace, path: str, topology: Topology, workload: Workload, problem: Problem) -> dict[str, object]:

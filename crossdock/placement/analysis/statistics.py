@@ -4,12 +4,13 @@ Tokens of one text resemble one another, so whole blocks are drawn: sequences wh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import UsageError
+from crossdock.placement.analysis.compare import problem_for
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import evaluate
 from crossdock.placement.records.affinity import Affinity
@@ -17,7 +18,7 @@ from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace, concatenate
 from crossdock.placement.solvers import solve
-from crossdock.placement.solvers.problem import Constraints, Problem
+from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.solution import cost_of_plan
 
 FloatArray = NDArray[np.float64]
@@ -83,12 +84,12 @@ def enough_tokens(problem: Problem, trace: Trace, other: Affinity, sizes: Sequen
     if not sizes or min(sizes) < 1 or max(sizes) > trace.num_tokens:
         raise UsageError(f"sizes are {list(sizes)}; give numbers of tokens from 1 to {trace.num_tokens}")
     order_T = np.concatenate([np.flatnonzero(block) for block in np.random.default_rng(0).permutation(np.array(blocks_of(trace)))])
-    elsewhere = _like(problem, other)
+    elsewhere = problem_for(other, problem)
     points = []
     for size in sizes:
         chosen_T = np.zeros(trace.num_tokens, dtype=bool)
         chosen_T[order_T[:size]] = True
-        solution = solve(_like(problem, Affinity.from_trace(trace.select(chosen_T)), constrained=True), method, seconds)
+        solution = solve(replace(problem, affinity=Affinity.from_trace(trace.select(chosen_T)), also=()), method, seconds)
         points.append(CurvePoint(size, solution.cost, cost_of_plan(elsewhere, solution.plan)))
     return points
 
@@ -132,9 +133,3 @@ def blocks_of(trace: Trace) -> list[NDArray[np.bool_]]:
     num_blocks = int(block_T.max(initial=0)) + 1
     group_T = block_T * min(num_blocks, MAX_BLOCKS) // num_blocks
     return [group_T == group for group in range(int(group_T.max(initial=0)) + 1)]
-
-
-def _like(problem: Problem, affinity: Affinity, *, constrained: bool = False) -> Problem:
-    """The same question about other routing; constraints that bind the search, such as a load cap, only where asked for."""
-    constraints = problem.constraints if constrained else Constraints()
-    return Problem(affinity, problem.topology, problem.workload, problem.mode, problem.objective, constraints, problem.node_weight)

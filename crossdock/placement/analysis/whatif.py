@@ -4,6 +4,7 @@ Homes are anywhere alike, since the homes that a trace knows are those of the de
 its own devices, dispatch and slots, and scored by the evaluator, except that `contiguous` stands first for what nobody planned.
 """
 
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -107,11 +108,17 @@ def table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         head = f"{row.topology[:14]:<14}{row.devices:>6}{DISPATCH_WORDS[row.dispatch]:>8}{row.spare_slots:>6}{row.method[:10]:>11}"  # type: ignore[index]
         if row.step_s is None or row.moved is None or row.load_max_over_mean is None or row.memory_bytes is None or row.solve_s is None:
-            lines.append(f"{head}  no plan: see --json")
+            lines.append(f"{head}  no plan: see below")
             continue
         size = f"{row.memory_bytes / 2**30:>7.2f}"
         lines.append(f"{head}{row.step_s * 1e3:>10.2f}{row.moved:>7.1%}{row.load_max_over_mean:>6.2f}{size}{row.solve_s:>5.1f}")
     return lines
+
+
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """Why rows have no plan, each reason once, as lines of at most 80 columns."""
+    reasons = dict.fromkeys(row.refused for row in rows if row.refused)
+    return [line for reason in reasons for line in ("", *textwrap.wrap(f"no plan: {reason}", 80, break_on_hyphens=False))]
 
 
 def all_dispatches() -> tuple[Dispatch, ...]:

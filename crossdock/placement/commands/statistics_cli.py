@@ -11,9 +11,16 @@ from crossdock.placement.commands.cli import (
     AsJson,
     EvalTraceOption,
     LoadCapOption,
+    MemoryOption,
+    ModeOption,
     NodeWeightOption,
     NumExpertsOption,
     ObjectiveOption,
+    PinOption,
+    ReplicasOption,
+    SlotsOption,
+    SpareBytesOption,
+    SpareSlotsOption,
     TopologyOption,
     TraceOption,
     WorkloadOption,
@@ -38,9 +45,16 @@ def tokens_command(
     trace: TraceOption,
     topology: TopologyOption,
     method: Annotated[str, typer.Option("--method", help=f"{METHODS}.")] = "auto",
+    mode: ModeOption = "home",
     objective: ObjectiveOption = "seconds",
     workload: WorkloadOption = None,
     load_cap: LoadCapOption = None,
+    slots: SlotsOption = None,
+    spare_slots: SpareSlotsOption = None,
+    spare_bytes: SpareBytesOption = None,
+    replicas: ReplicasOption = None,
+    memory_fraction: MemoryOption = None,
+    pin: PinOption = None,
     node_weight: NodeWeightOption = 1.0,
     num_experts: NumExpertsOption = None,
     sizes: Annotated[str, typer.Option("--sizes", help="Numbers of tokens, comma-separated; halvings of all if left out.")] = "",
@@ -62,9 +76,12 @@ def tokens_command(
     asked = Asked.read(
         trace,
         topology,
+        mode=mode,
         objective=objective,
         workload_path=workload,
-        constraints=constraints_of(load_cap, None, None, ()),
+        constraints=constraints_of(
+            load_cap, slots, memory_fraction, pin or (), spare_slots=spare_slots, spare_bytes=spare_bytes, replicas=replicas
+        ),
         node_weight=node_weight,
         num_experts=num_experts,
         eval_path=eval_trace,
@@ -75,7 +92,7 @@ def tokens_command(
     elsewhere = Affinity.from_trace(other)
     points = enough_tokens(asked.problem, fit, elsewhere, counts, method, seconds)
     contiguous = Plan.contiguous(fit.num_layers, fit.num_experts, asked.topology.num_devices)
-    reference = cost_of_plan(problem_for(other, asked.problem), contiguous)
+    reference = cost_of_plan(problem_for(elsewhere, asked.problem), contiguous)
     enough = _enough(points)
     if as_json:
         rows = [{"num_tokens": point.num_tokens, "fit": point.fit, "held_out": point.held_out} for point in points]

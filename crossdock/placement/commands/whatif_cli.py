@@ -43,7 +43,7 @@ def whatif_command(
 
     Example: crossdock plan whatif --trace trace.npz --topology 1x8-nvlink --topology 2x8-nvlink-ib --spare-slots 1
     """
-    from crossdock.placement.analysis.whatif import all_dispatches, answer, table, variants
+    from crossdock.placement.analysis.whatif import all_dispatches, answer, refusals, table, variants
     from crossdock.placement.commands.planning import method_names, read_workload
     from crossdock.placement.records.topology import Topology
     from crossdock.placement.records.trace import Trace
@@ -55,6 +55,8 @@ def whatif_command(
         raise UsageError(f"--seconds is {seconds}; give more than 0")
     if len(method_names(method)) != 1:
         raise UsageError(f"--method is {method!r}; give one method for all rows")
+    if method == "replicas" and not spare_slots:
+        raise UsageError("method replicas fills slots for copies, and there are none; give --spare-slots 1, or method auto")
     topologies, routing, sizes = [Topology.load(name) for name in topology], Trace.load(trace, num_experts), read_workload(workload)
     asked = [name for name in all_dispatches() if name in (dispatch or all_dispatches())]
     questions = variants(topologies, asked, spare_slots or (), method)
@@ -64,7 +66,7 @@ def whatif_command(
         found = {"path": str(trace), "digest": routing.digest, "tokens": routing.num_tokens, "experts": routing.num_experts}
         _print_json({"trace": found, "workload": sizes.to_mapping(), "rows": [row.as_json() for row in rows]})
         return
-    print("\n" + "\n".join(table(rows)))
+    print("\n" + "\n".join([*table(rows), *refusals(rows)]))
     print(
         "\ncopy to: a token sends a copy per expert, per distinct device, or per distinct\n"
         "node and on from there. spare: slots per device and layer for copies of experts,\n"

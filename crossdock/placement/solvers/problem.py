@@ -109,12 +109,7 @@ class Problem:
                     f"other routing has {other.num_layers} layers x {other.num_experts} experts, and the first {self.num_layers} x "
                     f"{self.num_experts}; give traces of one model"
                 )
-        num_slots, num_experts = int(self.slots_R.sum()), self.num_experts
-        if num_slots < num_experts:
-            raise InfeasiblePlan(
-                f"{num_experts} experts do not fit into {num_slots} slots on {self.num_devices} devices ({self.slots_R.min()} to "
-                f"{self.slots_R.max()} each); give {-(-num_experts // self.num_devices)} slots per device, more memory or more devices"
-            )
+        self._check_room()
         self._check_pins()
         if self.constraints.asks_for_replicas:
             self._check_replicas()
@@ -194,6 +189,21 @@ class Problem:
         if self.objective not in ("seconds", "hops"):
             raise UsageError(f"in mode coherent a token is on one device; objective {self.objective} says nothing, choose seconds or hops")
 
+    def _check_room(self) -> None:
+        num_slots, fewest = int(self.slots_R.sum()), -(-self.num_experts // self.num_devices)
+        if num_slots >= self.num_experts:
+            return
+        each = f"{self.slots_R.min()} to {self.slots_R.max()}" if self.slots_R.min() < self.slots_R.max() else f"{self.slots_R.min()}"
+        where = f"{num_slots} slots on {self.num_devices} devices ({each} each"
+        fraction = self.constraints.memory_fraction
+        if fraction is not None and self._slots_wanted * self.num_devices >= self.num_experts:
+            raise InfeasiblePlan(
+                f"{self.num_experts} experts do not fit into {where}, which is what memory fraction {fraction:g} leaves them at "
+                f"{self.workload.expert_state_bytes:,.0f} bytes with optimizer state in each of {self.num_layers} layers); give a higher "
+                "memory fraction or more devices"
+            )
+        raise InfeasiblePlan(f"{self.num_experts} experts do not fit into {where}); give {fewest} slots per device or more devices")
+
     def _check_replicas(self) -> None:
         constraints, state_bytes = self.constraints, self.workload.expert_state_bytes
         if self.mode != "home" or self.objective == "hops":
@@ -230,6 +240,13 @@ class Problem:
                 f"{pinned_LR[layer, device]} experts of layer {layer} are pinned to device {device}, "
                 f"which has {self.slots_R[device]} slots; unpin some"
             )
+        for layer, expert in {(pin.layer, pin.expert): None for pin in self.constraints.pins}:
+            devices = sorted({pin.device for pin in self.constraints.pins if (pin.layer, pin.expert) == (layer, expert)})
+            if len(devices) > 1 and not self.wants_replicas:
+                raise InfeasiblePlan(
+                    f"expert {expert} of layer {layer} is pinned to devices {', '.join(map(str, devices))}, and has one copy; "
+                    "pin it to one of them, or give slots for copies, such as --spare-slots 1"
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from crossdock.errors import UsageError
 from crossdock.launch.commands.maps import plan_app
 from crossdock.placement.analysis.relabel import renamed
-from crossdock.placement.analysis.whatif import answer, table, variants
+from crossdock.placement.analysis.whatif import answer, refusals, table, variants
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import evaluate
 from crossdock.placement.costs.moving import price_of_move, steps_to_pay_back
@@ -65,7 +65,11 @@ def test_copies_help_a_hot_expert_and_what_cannot_be_is_said(trace_file: Path) -
     refused = [answer(one, trace, WORKLOAD, 1.1, 0.5, 0) for one in variants([SLOW], ("flat",), [], "auto")]
     assert refused[0].refused is None  # the unplanned row knows no cap
     assert "load cap 1.1" in str(refused[1].refused)
-    assert "no plan" in table(refused)[2]
+    assert "no plan: see below" in table(refused)[2]
+    assert "no plan: " in refusals(refused)[1]
+    assert "load cap 1.1" in " ".join(refusals(refused))
+    assert all(len(line) <= 80 for line in refusals(refused))
+    assert refusals(refused[1:] * 2) == refusals(refused)
 
 
 def test_whatif_on_the_command_line(trace_file: Path) -> None:

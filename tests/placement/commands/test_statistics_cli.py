@@ -43,6 +43,36 @@ def test_the_curve_falls_to_what_the_pairs_allow(paths):
     assert value["held_out_tokens"] == 1000
 
 
+@pytest.mark.parametrize("method", ["replicas", "auto"])
+def test_how_much_text_copies_of_experts_need(paths, method):
+    arguments = (
+        "tokens",
+        "--trace",
+        paths[0],
+        "--topology",
+        "1x4-local",
+        "--eval-trace",
+        paths[1],
+        "--sizes",
+        "50,2000",
+        "--objective",
+        "devices",
+    )
+    copied = run_json(*arguments, "--method", method, "--spare-slots", "1", "--pin", "0:3:2", "--seconds", "1")
+    single = run_json(*arguments, "--pin", "0:3:2", "--seconds", "1")
+    assert copied["rows"][-1]["fit"] < 0.98 * single["rows"][-1]["fit"]
+
+
+def test_how_much_text_a_plan_needs_where_tokens_stay(tmp_path):
+    trace = clustered_trace(0, 1000)
+    Trace(trace.experts_TLK[:, :, :1], 8).save(tmp_path / "one.npz")
+    arguments = ("--topology", "1x4-local", "--sizes", "1000", "--seconds", "1", "--workload", "configs/tiny.yaml")
+    value = run_json(
+        "tokens", "--trace", str(tmp_path / "one.npz"), "--mode", "coherent", *arguments, "--eval-trace", str(tmp_path / "one.npz")
+    )
+    assert value["rows"][0]["fit"] == pytest.approx(value["rows"][0]["held_out"], rel=1e-12)
+
+
 def test_without_other_text_a_quarter_is_held_out(paths):
     value = run_json("tokens", "--trace", paths[0], "--topology", "1x4-local", "--objective", "devices")
     assert value["held_out_tokens"] == 500

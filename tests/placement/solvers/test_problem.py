@@ -51,7 +51,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CrossdockError], str]] = {
     "too little memory": (
         {"memory_bytes": 300.0, "constraints": Constraints(memory_fraction=1.0)},
         InfeasiblePlan,
-        "8 experts do not fit into 3 slots",
+        r"8 experts do not fit into 3 slots on 3 devices \(1 each, which is what memory fraction 1 leaves .* 100 bytes",
+    ),
+    "one expert pinned twice": (
+        {"constraints": Constraints(pins=(Pin(0, 5, 0), Pin(0, 5, 2), Pin(0, 5, 2)))},
+        InfeasiblePlan,
+        "expert 5 of layer 0 is pinned to devices 0, 2, and has one copy; .*--spare-slots 1",
     ),
     "pinned layer": ({"constraints": Constraints(pins=(Pin(3, 0, 0),))}, BadData, r"layer 3 does not exist; it is 0\.\.2"),
     "pinned expert": ({"constraints": Constraints(pins=(Pin(0, 8, 0),))}, BadData, r"expert 8 does not exist; it is 0\.\.7"),
