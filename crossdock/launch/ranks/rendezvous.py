@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from crossdock.authentication import Secret
 from crossdock.errors import BadConfig, CrossdockError, PeerLost, Unavailable
 from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv, meeting_name
+from crossdock.runtime.transport.control import Control
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -210,6 +211,17 @@ def exchange(store: "Store | None", env: WorkerEnv, key: str, value: str) -> tup
         raise PeerLost(
             f"rank {env.rank} did not hear the {key} of all {env.world_size} ranks ({first_line}); see which one did not start"
         ) from failure
+
+
+def control_of(store: "Store | None", env: WorkerEnv) -> Control:
+    """What signs the control records of this start: the job's secret, and a name to which every rank has added something new.
+
+    A record of an earlier start is therefore worth nothing, though the secret may be the same. Every rank calls this.
+    """
+    from crossdock.launch.ranks.signed_store import SignedStore
+
+    said = exchange(store, env, "start", secrets.token_hex(16))
+    return Control(store.secret if isinstance(store, SignedStore) else env.secret, hashlib.sha256(" ".join(said).encode()).hexdigest()[:32])
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from crossdock.launch.doctor.ranks import doctor
 from crossdock.launch.local.children import tie_to_parent, write_outcome
 from crossdock.launch.ranks.carried import carried
 from crossdock.launch.ranks.jobs import JOBS
-from crossdock.launch.ranks.rendezvous import exchange, network_interface, open_store, stay_away
+from crossdock.launch.ranks.rendezvous import control_of, exchange, network_interface, open_store, stay_away
 from crossdock.launch.ranks.roll_call import Cause, Crew, Lost
 from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
 from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
@@ -137,7 +137,7 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
         try:
             initialise(env.rank, env.world_size, device=device, store=store, timeout_s=timeout_s)
             nodes = nodes_of_ranks(started, declared, config.parallel.expert)
-            mesh = Mesh.create(env.rank, env.world_size, config.parallel.expert, nodes, device, timeout_s)
+            mesh = Mesh.create(env.rank, env.world_size, config.parallel.expert, nodes, device, timeout_s, control_of(store, env))
         except RuntimeError as failure:
             first_line = (str(failure).splitlines() or ["no reason given"])[0]
             raise PeerLost(

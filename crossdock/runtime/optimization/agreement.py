@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class StepReport:
 
 
 def agree(step: int, scalars: Mapping[str, Tensor | float], dense_sq: Tensor, own_sq: Tensor, mesh: Mesh) -> tuple[dict[str, float], float]:
-    """(sums of `scalars` over ranks, squared norm of the gradients): the one all-reduce, and the one wait of the host, in a step.
+    """(sums of `scalars` over ranks, squared norm of the gradients): the one exchange of numbers, and the one wait of the host, in a step.
 
     scalars: the same keys on every rank, `loss` among them. dense_sq: squared norm of gradients that are the same on every rank.
     own_sq: that of gradients of which every rank has others; it is summed over the ranks.
@@ -29,15 +30,9 @@ def agree(step: int, scalars: Mapping[str, Tensor | float], dense_sq: Tensor, ow
     """
     values = [torch.as_tensor(value, dtype=torch.float64, device=mesh.device).detach().reshape(()) for value in scalars.values()]
     *mine, dense, own = torch.stack([*values, dense_sq, own_sq]).tolist()
+    numbers_R = collectives.all_gather_numbers((*mine, own, dense), mesh)
     # ill ranks are named by number: the sum of their losses would say nothing
-    message = torch.zeros(len(mine) + 1 + mesh.world_size, dtype=torch.float64)
-    if all(map(math.isfinite, (*mine, dense, own))):
-        message[: len(mine) + 1] = torch.tensor([*mine, own], dtype=torch.float64)
-    else:
-        message[len(mine) + 1 + mesh.rank] = 1.0
-    collectives.all_reduce(message, mesh.control_group)
-    *sums, own_sum = message[: len(mine) + 1].tolist()
-    ill_ranks = message[len(mine) + 1 :].nonzero().flatten().tolist()
+    ill_ranks = np.flatnonzero(~np.isfinite(numbers_R).all(axis=1)).tolist()
     if ill_ranks:
         loss = dict(zip(scalars, mine, strict=True)).get("loss", math.nan)
         raise NonFiniteLoss(
@@ -45,6 +40,7 @@ def agree(step: int, scalars: Mapping[str, Tensor | float], dense_sq: Tensor, ow
             f"(loss of rank {mesh.rank}: {loss:.6g}); nothing was updated. "
             "Lower train.optimizer.lr, lengthen its warm-up, or look at the data"
         )
+    *sums, own_sum, _ = numbers_R.sum(axis=0).tolist()
     return dict(zip(scalars, sums, strict=True)), dense + own_sum
 
 

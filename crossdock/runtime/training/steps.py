@@ -173,9 +173,9 @@ class Stepper:
             with naming_lost_peers():
                 output: Output = self.model(token_QP, self._context(batch, token_QP, number=0, captures=(), training=False))
             sums += torch.tensor([float(cross_entropy(output.logits_QPV, target_QP)) * target_QP.numel(), target_QP.numel()])
-        collectives.all_reduce(sums, self.mesh.control_group)
+        loss_sum, num_targets = collectives.all_gather_numbers(sums.tolist(), self.mesh).sum(axis=0).tolist()
         self.mesh.ledger.take()  # evaluation's traffic is no step's
-        return float(sums[0] / sums[1])
+        return float(loss_sum / num_targets)
 
     def _batch(self, state: DataState, micro: int) -> Batch:
         """This rank's share of a micro-batch of the step that begins at `state`."""

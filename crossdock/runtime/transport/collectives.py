@@ -1,19 +1,23 @@
 """Reductions, broadcasts and control records between ranks. Beside `exchange` the only module that moves data through `torch.distributed`.
 
-Every rank of a group must make the same calls in the same order.
+Every rank of a group must make the same calls in the same order. Control records are signed with the secret of the job; see `control`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crossdock.errors import BadConfig
+from crossdock.runtime.transport.control import FIRST_BYTES
 from crossdock.runtime.transport.exchange import Pending, naming_lost_peers
 from crossdock.runtime.transport.mesh import Group, Mesh
+from crossdock.runtime.transport.records import decoded, encoded
 
 
 class _SumOverWorld(torch.autograd.Function):
@@ -88,33 +92,86 @@ def all_gather_rows(rows: Tensor, group: Group) -> list[Tensor]:
 
 
 def gather_objects(value: Any, mesh: Mesh) -> list[Any] | None:
-    """Every rank's picklable `value`, in rank order, on rank 0; None elsewhere. For control records, between ranks of one run."""
+    """Every rank's `value`, in rank order, on rank 0; None elsewhere. For control records (`records` says of what they may be made)."""
     if mesh.control_group is None:
         return [value]
-    gathered = [None] * mesh.world_size if mesh.rank == 0 else None
-    with naming_lost_peers():
-        dist.gather_object(value, gathered, dst=0, group=mesh.control_group)
-    return gathered
+    gathered = _gather(encoded(value), mesh, everywhere=False)
+    return None if gathered is None else [decoded(record) for record in gathered]
 
 
 def all_gather_objects(value: Any, mesh: Mesh) -> list[Any]:
-    """Every rank's picklable `value`, in rank order, on every rank."""
+    """Every rank's `value`, in rank order, on every rank."""
     if mesh.control_group is None:
         return [value]
-    gathered: list[Any] = [None] * mesh.world_size
-    with naming_lost_peers():
-        dist.all_gather_object(gathered, value, group=mesh.control_group)
-    return gathered
+    gathered = _gather(encoded(value), mesh, everywhere=True)
+    assert gathered is not None
+    return [decoded(record) for record in gathered]
+
+
+def all_gather_numbers(values: Sequence[float], mesh: Mesh) -> NDArray[np.float64]:
+    """Every rank's `values`, [ranks, numbers], on every rank; all have as many."""
+    mine = np.asarray(values, dtype="<f8")
+    if mesh.control_group is None:
+        return mine[None]
+    gathered = _gather(mine.tobytes(), mesh, everywhere=True)
+    assert gathered is not None
+    return np.stack([np.frombuffer(record, dtype="<f8") for record in gathered])
 
 
 def broadcast_object(value: Any, mesh: Mesh, source_rank: int = 0) -> Any:
-    """World rank `source_rank`'s picklable `value`, on every rank: how a decision taken on one rank becomes everybody's."""
+    """World rank `source_rank`'s `value`, on every rank: how a decision taken on one rank becomes everybody's.
+
+    Raises `BadConfig` where it is not signed with the secret of the job.
+    """
     if mesh.control_group is None:
         return value
-    box = [value]
+    call, is_source = mesh.control.next_call(), mesh.rank == source_rank
+    record = encoded(value) if is_source else b""
+    first = _message(call.first(source_rank, record)) if is_source else torch.empty(FIRST_BYTES, dtype=torch.uint8)
+    second_bytes, found = call.read_first(source_rank, _bytes(broadcast(first, source_rank, mesh.control_group)))
+    if second_bytes:
+        second = _message(call.second(source_rank, record)) if is_source else torch.empty(second_bytes, dtype=torch.uint8)
+        broadcast(second, source_rank, mesh.control_group)
+        found = record if is_source else call.read_second(source_rank, _bytes(second))
+    assert found is not None
+    return value if is_source else decoded(found)
+
+
+def _gather(record: bytes, mesh: Mesh, everywhere: bool) -> list[bytes] | None:
+    """Every rank's record, in rank order, each shown to be that rank's own; None on other ranks than 0 unless `everywhere`."""
+    call, ranks = mesh.control.next_call(), range(mesh.world_size)
+    firsts = _all_gather_bytes(call.first(mesh.rank, record), mesh)
+    read = [call.read_first(rank, firsts[rank]) for rank in ranks]
+    longest = max(size for size, _ in read)
+    if longest == 0:
+        return [found or b"" for _, found in read] if everywhere or mesh.rank == 0 else None
+    second = call.second(mesh.rank, record).ljust(longest, b"\0") if read[mesh.rank][0] else bytes(longest)
+    seconds = _all_gather_bytes(second, mesh) if everywhere else _gather_bytes(second, mesh)
+    if seconds is None:
+        return None
+    return [call.read_second(rank, seconds[rank][:size]) if size else found or b"" for rank, (size, found) in enumerate(read)]
+
+
+def _all_gather_bytes(message: bytes, mesh: Mesh) -> list[bytes]:
+    gathered = torch.empty((mesh.world_size, len(message)), dtype=torch.uint8)
     with naming_lost_peers():
-        dist.broadcast_object_list(box, src=source_rank, group=mesh.control_group)
-    return box[0]
+        dist.all_gather(list(gathered.unbind()), _message(message), group=mesh.control_group)
+    return [_bytes(row) for row in gathered]
+
+
+def _gather_bytes(message: bytes, mesh: Mesh) -> list[bytes] | None:
+    gathered = [torch.empty(len(message), dtype=torch.uint8) for _ in range(mesh.world_size)] if mesh.rank == 0 else None
+    with naming_lost_peers():
+        dist.gather(_message(message), gathered, dst=0, group=mesh.control_group)
+    return None if gathered is None else [_bytes(row) for row in gathered]
+
+
+def _message(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _bytes(message: Tensor) -> bytes:
+    return message.numpy().tobytes()
 
 
 def check_same(facts: Mapping[str, str], mesh: Mesh) -> None:

@@ -25,6 +25,7 @@ from crossdock.errors import BadConfig, PeerLost, Unavailable
 from crossdock.placement.costs.hops import devices_per_node
 from crossdock.runtime.transport.background import Background
 from crossdock.runtime.transport.carrier import Carrier
+from crossdock.runtime.transport.control import Control
 from crossdock.runtime.transport.host_memory import keep_freed_memory
 from crossdock.runtime.transport.ledger import Ledger
 
@@ -69,6 +70,8 @@ class Mesh:
     """The world: reduction of dense gradients and of balance statistics."""
     control_group: Group = None
     """The world, on the CPU: decisions, records, checkpoints."""
+    control: Control = field(default_factory=Control)
+    """What the records in it are signed with."""
     ledger: Ledger = field(default_factory=Ledger)
     timeout_s: float = 600.0
     carrier: Carrier = field(default_factory=Carrier)
@@ -138,6 +141,7 @@ class Mesh:
         node_of_rank: tuple[int, ...] | None = None,
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
+        control: Control | None = None,
     ) -> "Mesh":
         """The mesh of an initialised world: every rank calls this at the same time, after `initialise`.
 
@@ -145,6 +149,7 @@ class Mesh:
             expert_parallel: R; must divide `world_size`, else `BadConfig`.
             node_of_rank: node number of each rank; None puts all of them on one node.
             timeout_s: how long a collective may take before its ranks give up.
+            control: what signs the ranks' records; without it they are not signed.
         """
         check_expert_parallel(expert_parallel, world_size)
         nodes = (0,) * world_size if node_of_rank is None else tuple(node_of_rank)
@@ -188,6 +193,7 @@ class Mesh:
             expert_replica_group=mine(replica_groups),
             dense_group=mine(world),
             control_group=mine(world, backend="gloo"),
+            control=Control() if control is None else control,
             ledger=Ledger(device),
             timeout_s=timeout_s,
         )
