@@ -1,17 +1,22 @@
 """The command line: which faults, how often, and where the table goes. See the package."""
 
 import argparse
+import importlib.util
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.chaos import local_faults, node_faults
+from benchmarks.chaos import local_faults, node_faults, ray_faults
 from benchmarks.chaos.clock import unavailable_reason as no_clock
-from benchmarks.chaos.page import publish
-from benchmarks.chaos.runs import Row, Workshop
+from benchmarks.chaos.journal import Journal, Portion
+from benchmarks.chaos.page import publish, show
+from benchmarks.chaos.runs import Row, Trial, Workshop
+from benchmarks.measure import commit
 from benchmarks.netlab import Lab
 from benchmarks.netlab import unavailable_reason as no_lab
 
@@ -23,32 +28,45 @@ def _on_lab(rows: Callable[[Workshop, Lab, int, int], list[Row]], workshop: Work
         return rows(workshop, lab, trials, seed)
 
 
-FAULTS: dict[str, tuple[Suffering, int, int]] = {
-    "kill": (local_faults.kills, 200, 20),
-    "crash": (local_faults.crashes, 20, 2),
-    "stop": (local_faults.stops, 20, 2),
-    "hang": (local_faults.hangs, 10, 1),
-    "terminate": (local_faults.terminations, 10, 1),
-    "poison": (local_faults.poisons, 6, 1),
-    "memory": (local_faults.exhaustions, 6, 2),
-    "write": (local_faults.writes, 6, 2),
-    "disk": (local_faults.full_disks, 5, 1),
-    "loop": (local_faults.crash_loops, 4, 1),
-    "clock": (local_faults.clocks, 5, 1),
-    "plan": (local_faults.plans, 4, 2),
-    "torchrun": (node_faults.kills_under_torchrun, 5, 1),
-    "node": (partial(_on_lab, node_faults.node_losses), 5, 1),
-    "partition": (partial(_on_lab, node_faults.partitions), 5, 1),
-    "slow": (partial(_on_lab, node_faults.slow_links), 5, 1),
-    "corrupt": (local_faults.corruptions, 1000, 100),
+@dataclass(frozen=True)
+class Kind:
+    """A fault of the command line: what suffers it, trials of the long and of the short form, and of one portion."""
+
+    suffer: Suffering
+    long: int
+    short: int
+    portion: int
+
+
+FAULTS = {
+    "kill": Kind(local_faults.kills, 200, 20, 10),
+    "crash": Kind(local_faults.crashes, 20, 2, 10),
+    "stop": Kind(local_faults.stops, 20, 2, 10),
+    "hang": Kind(local_faults.hangs, 10, 1, 5),
+    "terminate": Kind(local_faults.terminations, 10, 1, 5),
+    "poison": Kind(local_faults.poisons, 6, 1, 2),
+    "memory": Kind(local_faults.exhaustions, 8, 2, 4),
+    "write": Kind(local_faults.writes, 6, 2, 2),
+    "disk": Kind(local_faults.full_disks, 5, 1, 1),
+    "loop": Kind(local_faults.crash_loops, 4, 1, 1),
+    "clock": Kind(local_faults.clocks, 5, 1, 1),
+    "plan": Kind(local_faults.plans, 4, 2, 2),
+    "torchrun": Kind(node_faults.kills_under_torchrun, 10, 1, 2),
+    "node": Kind(partial(_on_lab, node_faults.node_losses), 5, 1, 1),
+    "ray": Kind(ray_faults.node_losses, 4, 1, 2),
+    "partition": Kind(partial(_on_lab, node_faults.partitions), 5, 1, 1),
+    "slow": Kind(partial(_on_lab, node_faults.slow_links), 5, 1, 1),
+    "corrupt": Kind(local_faults.corruptions, 1000, 100, 100),
 }
-"""By name: what suffers, and how many trials in the long and in the short form."""
+"""By name, in the order in which they are brought about."""
 
 
 def impossible(name: str) -> str | None:
     """Why a fault cannot be brought about here, or None."""
     if name in ("node", "partition", "slow"):
         return no_lab()
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        return "ray is not installed"
     if name == "disk" and not local_faults.is_root():
         return "file systems are mounted by root alone"
     return no_clock() if name == "clock" else None
@@ -62,11 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, help="of each fault; otherwise as many as its form has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path, help="rows as JSON; the table in words beside it, as .md. Rows of earlier calls in it stay")
+    parser.add_argument("--out", type=Path, help="rows as JSON; beside it the table in words as .md, and every trial as .jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on with a call that was cut off: trials that stand in .jsonl are done")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.only if name not in FAULTS]
     if unknown:
         parser.error(f"no fault {unknown[0]!r}; choose from {', '.join(FAULTS)}")
+    if options.resume and options.out is None:
+        parser.error("--resume goes on with what stands beside --out; name it")
+    command = shlex.join(["python", "-m", "benchmarks.chaos", *(sys.argv[1:] if arguments is None else arguments)])
+    journal = Journal.read(None if options.out is None else options.out.with_suffix(".jsonl"))
     kept = True
     try:
         with tempfile.TemporaryDirectory(prefix="crossdock-chaos-") as folder:
@@ -75,15 +98,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if (reason := impossible(name)) is not None:
                     print(f"{name}: left out, {reason}", file=sys.stderr)
                     continue
-                suffer, long, short = FAULTS[name]
-                begin_s = time.monotonic()
-                rows = suffer(workshop, options.trials or (short if options.short else long), options.seed)
+                kind, begin_s = FAULTS[name], time.monotonic()
+                journal = journal if options.resume else journal.without(name)
+                for first, trials in portions(options.trials or (kind.short if options.short else kind.long), kind.portion):
+                    if journal.has(name, options.seed, first, trials):
+                        continue
+                    rows = suffered(name, workshop, trials, options.seed + first)
+                    journal = journal.with_portion(Portion(name, options.seed, first, trials, commit(), command, tuple(rows)))
+                    if options.out is not None:
+                        publish(journal, options.out)
+                rows = journal.rows(name)
                 kept = kept and all(row.is_kept for row in rows)
-                publish([row.as_json() for row in rows], options.out, options.json)
+                show(rows, options.json)
                 print(f"{name}: {sum(len(row.trials) for row in rows)} trials in {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 0 if kept else 1
+
+
+def portions(trials: int, size: int) -> list[tuple[int, int]]:
+    """(first, how many) of each portion."""
+    return [(first, min(size, trials - first)) for first in range(0, trials, size)]
+
+
+def suffered(name: str, workshop: Workshop, trials: int, seed: int) -> list[Row]:
+    """The rows of some trials; where one could not be carried through, a row that says so: it must not cost the others."""
+    try:
+        return FAULTS[name].suffer(workshop, trials, seed)
+    except Exception as failure:
+        note = f"{type(failure).__name__}: {str(failure)[:600]}"
+        print(f"{name}: {note}", file=sys.stderr)
+        return [Row(f"{name}: trials that could not be carried through", "none", [Trial(False, note=note)])]
 
 
 if __name__ == "__main__":

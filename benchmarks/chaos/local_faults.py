@@ -255,7 +255,7 @@ def _write_plans(folder: Path) -> None:
 def corruptions(workshop: Workshop, trials: int, seed: int) -> list[Row]:
     """Flipped bits, truncated, swapped, missing and foreign files: what is loaded is what was saved, or nothing is."""
     injector: Any = importlib.import_module("tests.runtime.checkpoints.test_corruption")  # the same that CI runs
-    folder = workshop.folder / "corruptions"
+    folder = workshop.folder / f"corruptions-{seed}"
     folder.mkdir()
     (folder / "text").write_bytes(importlib.import_module("tests.runtime.tiny").text())
     bench = injector.Bench(str(folder))

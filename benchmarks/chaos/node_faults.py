@@ -66,7 +66,7 @@ class Nodes:
                 os.kill(int(pid), signal.SIGKILL)
 
     def ended(self, limit_s: float = LIMIT_S, *, supervises: bool = False) -> bool:
-        """Wait for the end of all agents; says whether it is a good one. supervises: one that ended badly is put back after `REPLACED_S`."""
+        """Wait for the end of all agents; says whether it is a good one. supervises: one that ended badly is put back a little later."""
         deadline_s = time.monotonic() + limit_s
         while time.monotonic() < deadline_s:
             codes = [agent.poll() for agent in self.agents]

@@ -132,11 +132,17 @@ class Workshop:
     def start(
         self, directory: Path, *overrides: str, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> "subprocess.Popen[str]":
-        """`crossdock train`, alone or under the launcher `command`; its output is in `<directory>.out` and `.err`."""
+        """`crossdock train`, alone or under the launcher `command`; see `start_command`."""
         full = [*(command or (sys.executable, "-m", "crossdock")), *self.arguments(directory, *overrides)]
+        return self.start_command(full, directory, environment)
+
+    def start_command(
+        self, command: Sequence[str], directory: Path, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[str]":
+        """A command that runs in `directory`; its output is in `<directory>.out` and `.err`."""
         with directory.with_suffix(".out").open("w") as out, directory.with_suffix(".err").open("a") as err:
             variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-            return subprocess.Popen(full, stdout=out, stderr=err, text=True, env=variables, start_new_session=True)
+            return subprocess.Popen(command, stdout=out, stderr=err, text=True, env=variables, start_new_session=True)
 
     def run(self, directory: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> int:
         """The exit code of a run to its end."""

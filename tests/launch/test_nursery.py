@@ -1,13 +1,74 @@
-"""Ranks that are forks of a waiting process: what is told of them when that process has gone."""
+"""Ranks that are forks of a waiting process: how they end, what they are given, and what is told of them when that process has gone."""
 
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+
+from crossdock.errors import Unavailable
 from crossdock.launch.local.nursery import Nursery
 
-SLEEP = ["-m", "timeit", "-n", "1", "-r", "1", "-s", "import time", "time.sleep(60)"]
-END = ["-m", "timeit", "-n", "1", "-r", "1", "pass"]
+ONCE = ["-m", "timeit", "-n", "1", "-r", "1"]
+SLEEP = [*ONCE, "-s", "import time", "time.sleep(60)"]
+END = [*ONCE, "pass"]
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as waiting:
+        yield waiting
+
+
+def python(statement: str) -> list[str]:
+    return [*ONCE, "-s", "import os, sys", statement]
+
+
+def test_each_rank_has_its_own_environment_and_its_exit_code_is_told(nursery: Nursery) -> None:
+    ranks = [nursery.start(python("os._exit(int(os.environ['CODE']))"), {**os.environ, "CODE": str(code)}) for code in (0, 7, 76)]
+    assert [rank.wait() for rank in ranks] == [0, 7, 76]
+    assert len({rank.pid for rank in ranks}) == 3
+
+
+def test_a_variable_of_the_first_rank_is_not_the_next_ones(nursery: Nursery) -> None:
+    nursery.start(END, {**os.environ, "ONLY_HERE": "1"}).wait()
+    assert nursery.start(python("os._exit('ONLY_HERE' in os.environ)"), dict(os.environ)).wait() == 0
+
+
+def test_a_killed_rank_is_told_by_its_signal_and_the_next_one_starts(nursery: Nursery) -> None:
+    rank = nursery.start(SLEEP, dict(os.environ))
+    assert rank.poll() is None
+    rank.send_signal(signal.SIGKILL)
+    assert rank.wait() == -signal.SIGKILL
+    rank.send_signal(signal.SIGKILL)  # its number may be somebody else's by now
+    assert nursery.start(END, dict(os.environ)).wait() == 0
+
+
+def test_what_ranks_print_is_not_taken_for_answers(nursery: Nursery) -> None:
+    liar = """print('{"ended": 1, "code": 5}', flush=True); os.write(1, b'no JSON\\n')"""
+    assert nursery.start(python(liar), dict(os.environ)).wait() == 0
+    assert nursery.start(END, dict(os.environ)).wait() == 0
+
+
+def test_a_rank_leads_a_session_of_its_own_and_reads_nothing(nursery: Nursery) -> None:
+    check = "os._exit(0 if os.getsid(0) == os.getpid() and sys.stdin.read() == '' else 1)"
+    assert nursery.start(python(check), dict(os.environ)).wait() == 0
+
+
+def test_a_rank_has_torch_already_in_memory(nursery: Nursery) -> None:
+    assert nursery.start(python("os._exit('torch' not in sys.modules)"), dict(os.environ)).wait() == 0
+
+
+def test_where_no_process_can_be_started_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with Nursery() as nursery, pytest.raises(Unavailable, match="cannot start a rank"):
+        nursery.start(END, dict(os.environ))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Nursery() as nursery, pytest.raises(Unavailable, match="ends at once"):
+        nursery.start(END, dict(os.environ))
 
 
 def test_ranks_of_a_waiting_process_that_was_killed_are_lost_also_when_another_waits() -> None:

@@ -35,7 +35,12 @@ class Address:
     @classmethod
     def here(cls) -> "Address":
         """This process."""
-        return cls(_host(), os.getpid(), _born(os.getpid()))
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> "Address":
+        """A process of this host."""
+        return cls(_host(), pid, _born(pid))
 
     @classmethod
     def parse(cls, text: str) -> "Address":

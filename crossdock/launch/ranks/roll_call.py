@@ -34,6 +34,7 @@ PATIENCE_S = 2.0
 """How long a silent rank of which nothing is known may take to answer."""
 _STORE_S = 0.5
 _PULSE_S = 0.2
+_SETTLE_S = 0.2  # the processes of a lost host do not go in the same moment
 _POLL_S = 0.05
 _WAITING = tuple(f"transport/{name}.py" for name in ("exchange", "mpi_exchange", "collectives", "all_to_all", "background"))
 _WAITS = "waits for others"
@@ -115,7 +116,7 @@ class Crew:
         """Call the roll and look at who stays silent. Raises `RuntimeError` where the store has gone."""
         self.store.set(self._key(self.env.rank), json.dumps({"exit_code": failure.exit_code}))
         others = [rank for rank in range(self.env.world_size) if rank != self.env.rank]
-        deadline_s = time.monotonic() + PATIENCE_S
+        deadline_s, is_settled = time.monotonic() + PATIENCE_S, False
         while True:
             silent = [rank for rank in others if not self.store.check([self._key(rank)])]
             for rank in others:
@@ -125,6 +126,10 @@ class Crew:
             fates = {rank: self._told_fate(rank) or self._certain_fate(rank, signs) for rank in silent}
             if any(fates[rank] and self.store.check([self._key(rank)]) for rank in silent):
                 continue  # it left its reason and went, between the two looks
+            if any(fates.values()) and not all(fates.values()) and not is_settled:
+                is_settled = True
+                time.sleep(_SETTLE_S)
+                continue
             if any(fates.values()) or not silent or time.monotonic() > deadline_s:
                 break
             time.sleep(_POLL_S)
@@ -189,6 +194,8 @@ class Crew:
     def _without_store(self, failure: PeerLost) -> Cause:
         """The store went with rank 0, who held it; and with its whole host, where nobody of that is left."""
         others = [rank for rank in range(1, self.env.world_size) if self.address_R[rank].host == self.address_R[0].host]
+        if others and not self.address_R[0].is_here:
+            time.sleep(_SETTLE_S)
         signs = self._signs([0, *others])
         fate = self._certain_fate(0, signs) or (_SILENT if signs.get(0) == "there" else _CUT_OFF)
         self._end(0, fate, is_told=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from crossdock import errors
 from crossdock.errors import CrossdockError, PeerLost, Preempted, UsageError
 
-_LOST_BEATS = 5
+_LOST_BEATS = 3
 RETRY_CODES = (Preempted.exit_code, PeerLost.exit_code)
 """Exit codes after which the same command goes on from the newest checkpoint: asked to stop, or another rank was lost."""
 

@@ -1,0 +1,64 @@
+"""SIGTERM before training, while a rank is failing, and when it is done."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from crossdock.errors import PeerLost, Preempted
+from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_before_training_it_stops_the_rank_in_order() -> None:
+    with sigterm_restored():
+        stop_in_order()
+        with pytest.raises(Preempted, match="before there was anything to save"):
+            terminate()
+
+
+def test_a_rank_that_is_failing_says_first_who_was_lost() -> None:
+    said = []
+
+    def fail() -> None:
+        try:
+            raise PeerLost("a collective failed")
+        except PeerLost:
+            terminate()
+            said.append("rank 1 was killed")
+            raise
+        finally:
+            terminate()
+            said.append("left")
+
+    with sigterm_restored():
+        stop_in_order()
+        with pytest.raises(PeerLost):
+            fail()
+    assert said == ["rank 1 was killed", "left"]
+
+
+def test_when_all_is_done_nothing_is_left_to_stop() -> None:
+    with sigterm_restored():
+        be_deaf()
+        terminate()
+
+
+def test_what_was_set_before_comes_back_and_other_threads_set_nothing() -> None:
+    heard: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with sigterm_restored():
+            stop_in_order()
+        terminate()
+        thread = threading.Thread(target=stop_in_order)
+        thread.start()
+        thread.join()
+        terminate()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert heard == [signal.SIGTERM, signal.SIGTERM]
