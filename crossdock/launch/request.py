@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock import atomic, strict_yaml
-from crossdock.bounded import json_value, read_bytes
 from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput
 from crossdock.launch.config import RunConfig, resolved
+from crossdock.launch.ending import Result, read_result
 from crossdock.runtime.data import sequences_per_rank
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.training.result import TrainResult
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from crossdock.placement.homing.forecast import Forecast
     from crossdock.placement.records.plan import Plan
     from crossdock.placement.records.topology import Topology
-
-MAX_RESULT_BYTES = 1 << 26
-STATUS_OF_CODE = {0: "done", 75: "preempted", 130: "interrupted"}
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,6 @@ class Request:
         fields = json.loads(path.read_text())
         config = strict_yaml.validated(RunConfig, Document(fields["config"], str(path), {}))
         return cls(fields["job"], config, fields["arguments"])
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a job ended, the same for every launcher: `status`, `exit_code`, and the rest of the job's JSON object."""
-
-    exit_code: int
-    fields: Mapping[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """The object of `result.json`."""
-        return {"status": STATUS_OF_CODE.get(self.exit_code, "failed"), "exit_code": self.exit_code, **self.fields}
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +130,6 @@ def prepare_directory(config: RunConfig) -> bool:
     if not has_checkpoint:
         directory.forget_after(0)
     return has_checkpoint
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """The object of a run directory's `result.json`; empty where there is none."""
-    try:
-        value = json_value(read_bytes(path / "result.json", MAX_RESULT_BYTES, "the result of a run"), str(path))
-    except CrossdockError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def record_failure(config: RunConfig, exit_code: int, message: str, rank: int, world_size: int) -> Result:

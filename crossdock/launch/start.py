@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, CrossdockError
 from crossdock.launch.config import RunConfig, read_config
+from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome, run_ranks
 from crossdock.launch.local.nursery import Nursery
 from crossdock.launch.ranks.worker import run_job
 from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
-from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.strict_yaml import Document

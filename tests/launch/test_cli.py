@@ -1,5 +1,6 @@
 """The command line as a whole: what it imports, what it lists, and the smaller commands."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -31,6 +32,20 @@ def imported(*arguments: str) -> set[str]:
 )
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert not imported(*arguments) & {"torch", "numpy", "scipy", "pydantic", "jinja2", "rich", "ray", "deepspeed", "mpi4py"}
+
+
+def test_status_loads_nothing_heavy(tmp_path: Path) -> None:
+    """Batch scripts and pods ask for it at their end."""
+    (tmp_path / "result.json").write_text('{"status": "done", "exit_code": 0}')
+    assert not imported("status", str(tmp_path)) & {"torch", "numpy", "scipy", "ray"}
+
+
+def test_a_rank_starts_without_the_solvers() -> None:
+    """Half a second for each rank of each start; a re-planning loads them."""
+    code = "import sys, crossdock.launch.ranks.worker; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "'torch'" in ended.stdout
+    assert not {"scipy", "ray", "deepspeed", "mpi4py", "jinja2"} & set(ast.literal_eval(ended.stdout))
 
 
 @pytest.fixture

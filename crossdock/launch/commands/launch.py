@@ -212,7 +212,7 @@ def status(directory: Path, otherwise: int | None) -> tuple[str, dict[str, Any]]
 
     Raises `MissingInput` where there is neither.
     """
-    from crossdock.launch.request import read_result
+    from crossdock.launch.ending import read_result
 
     result = read_result(directory)
     if not isinstance(code := result.get("exit_code"), int) or not 0 <= code <= 255:

@@ -16,6 +16,7 @@ from crossdock import atomic
 from crossdock.errors import BadConfig, CrossdockError, OutOfMemory, PeerLost, Unavailable
 from crossdock.launch.config import RunConfig
 from crossdock.launch.doctor.ranks import doctor
+from crossdock.launch.ending import Result
 from crossdock.launch.local.children import tie_to_parent, write_outcome
 from crossdock.launch.ranks.carried import carried
 from crossdock.launch.ranks.jobs import JOBS
@@ -23,7 +24,7 @@ from crossdock.launch.ranks.rendezvous import control_of, exchange, network_inte
 from crossdock.launch.ranks.roll_call import Cause, Crew, Lost
 from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
 from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
-from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.transport.mesh import SHUTDOWN_S, Mesh, initialise, shutdown
 

@@ -42,6 +42,7 @@ MAX_BYTES = 1 << 28
 """The most that is read as a plan: a hundred layers of half a million slots."""
 
 Mode = Literal["home", "coherent"]
+Objective = Literal["seconds", "devices", "nodes", "hops"]
 
 
 @dataclass(frozen=True)

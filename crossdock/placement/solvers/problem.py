@@ -1,7 +1,7 @@
 """What a solver is asked and what it answers: the problem with its constraints, and the solution."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +10,9 @@ from crossdock.errors import BadData, InfeasiblePlan, UsageError
 from crossdock.placement.costs.coherent import Context
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.records.affinity import Affinity
-from crossdock.placement.records.plan import Mode, Plan
+from crossdock.placement.records.plan import Mode, Objective, Plan
 from crossdock.placement.records.topology import Topology
 
-Objective = Literal["seconds", "devices", "nodes", "hops"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 

@@ -3,20 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pydantic
 
 from crossdock.errors import BadConfig, CrossdockError
-from crossdock.placement.analysis.relabel import relabelled
 from crossdock.placement.costs.cost import Dispatch, Window, WireName, Workload
 from crossdock.placement.costs.moving import Move, price_of_move, steps_to_pay_back
-from crossdock.placement.records.affinity import Affinity
-from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.plan import Objective, Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.solvers import solve
-from crossdock.placement.solvers.problem import Constraints, Objective, Problem, Solution
 from crossdock.placement.strategies.choice import Strategy
 from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated
@@ -27,6 +23,9 @@ from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.mesh import Mesh
 from crossdock.runtime.transport.wire import wire_of
 from crossdock.strict_yaml import StrictModel
+
+if TYPE_CHECKING:
+    from crossdock.placement.solvers.problem import Solution
 
 ALIKE = 0.1
 """Devices whose measured speeds differ by less than this share may stand for one another in a new plan; what that costs is weighed."""
@@ -73,9 +72,11 @@ def window_steps(total_steps: int, capture_steps: int, replan: ReplanConfig) -> 
     if length < 1:
         raise BadConfig("a re-planning needs a recorded window; set capture.steps or replan.capture_steps to 1 or more")
     if not length <= replan.at_step <= total_steps - length:
+        choice = f"choose it from {length} to {total_steps - length}, or record fewer (replan.capture_steps)"
+        if total_steps < 2 * length:
+            choice = f"train for {2 * length} steps or more, record fewer (replan.capture_steps), or set replan.at_step: null"
         raise BadConfig(
-            f"replan.at_step {replan.at_step} of {total_steps} steps leaves no room for {length} recorded steps before and after; "
-            f"choose it from {length} to {total_steps - length}, or record fewer"
+            f"replan.at_step {replan.at_step} of {total_steps} steps leaves no room for {length} recorded steps before and after; {choice}"
         )
     return WindowSteps(replan.at_step - length, replan.at_step, replan.at_step + length)
 
@@ -140,7 +141,7 @@ class Decision:
     step are predictions. payback_steps: after how many steps the move has paid, None for never; limit_steps: how many it may take.
     """
 
-    solution: Solution
+    solution: "Solution"
     plan: Plan
     is_accepted: bool
     move: Move
@@ -180,6 +181,11 @@ def decide(
     """Solve on rank 0 (which has the window), weigh the move, and tell everybody; a solver's error is raised on every rank."""
     answer: Decision | CrossdockError | None = None
     if measured is not None and calibrated is not None:
+        # solvers load scipy's optimisers, half a second that every rank of every run would pay at its start
+        from crossdock.placement.records.affinity import Affinity
+        from crossdock.placement.solvers import solve
+        from crossdock.placement.solvers.problem import Constraints, Problem
+
         try:
             affinity = Affinity.from_trace(measured.trace)
             constraints = Constraints(load_cap=config.load_cap, spare_slots=config.spare_slots or None)
@@ -197,12 +203,14 @@ def decide(
 
 
 def weigh(
-    solution: Solution, current: Plan, trace: Trace, calibrated: Calibrated, strategies: Sequence[Strategy], limit_steps: int
+    solution: "Solution", current: Plan, trace: Trace, calibrated: Calibrated, strategies: Sequence[Strategy], limit_steps: int
 ) -> Decision:
     """Whether to go from `current` to the solution's plan, and under which names of its devices: what saves most within `limit_steps`.
 
     With 0 steps it goes, and under the names that take the shortest move.
     """
+    from crossdock.placement.analysis.relabel import relabelled
+
     topology, workload = calibrated.topology, calibrated.workload
 
     def step_s(plan: Plan) -> float:
