@@ -121,26 +121,38 @@ class Chain:
 
     def descend(self, layer: int) -> None:
         """Best swaps of one layer, the load cap first, until none helps."""
-        kept_IR, device_I, load_I = self.attraction(layer), self.device_LI[layer], self.load_LI[layer]
-        free = np.flatnonzero(self.pinned_LI[layer] == EMPTY)
-        first, second = (free[side] for side in np.triu_indices(len(free), 1))
+        free_X = np.flatnonzero(self.pinned_LI[layer] == EMPTY)
+        if not len(free_X):
+            return
+        kept_XR, load_X, device_X = self.attraction(layer)[free_X], self.load_LI[layer][free_X], self.device_LI[layer][free_X]
         load_R, mean = self._load(layer), self._mean_L[layer]
         weight = EXCESS_WEIGHT * max(float(self.problem.affinity.num_tokens), 1.0) * max(float(self._saving_RR.max()), 1e-300)
-        heavier = load_I[second] - load_I[first]
-        while len(first):
-            p, q = device_I[first], device_I[second]
-            own_I = kept_IR[np.arange(len(device_I)), device_I]
-            change = own_I[first] + own_I[second] - kept_IR[first, q] - kept_IR[second, p]
+
+        def leaving(rows: IntArray) -> FloatArray:
+            """[V, X]: what changes on the devices of some items when each other item takes their place."""
+            device_V = device_X[rows]
+            lost_VX = kept_XR[rows, device_V][:, None] - kept_XR[:, device_V].T
             if self.problem.constraints.load_cap is not None:
-                above_R = self.excess(load_R, mean)
-                after = self.excess(load_R[p] + heavier, mean) + self.excess(load_R[q] - heavier, mean)
-                change = change + weight * (after - above_R[p] - above_R[q])
-            chosen = int(np.where(p != q, change, np.inf).argmin())
-            if p[chosen] == q[chosen] or change[chosen] >= -1e-9 * max(1.0, weight):
-                return
-            load_R[p[chosen]] += heavier[chosen]
-            load_R[q[chosen]] -= heavier[chosen]
-            device_I[first[chosen]], device_I[second[chosen]] = q[chosen], p[chosen]
+                after_VX = load_R[device_V][:, None] + (load_X - load_X[rows][:, None])
+                lost_VX += weight * (self.excess(after_VX, mean) - self.excess(load_R, mean)[device_V][:, None])
+            lost_VX[device_V[:, None] == device_X] = np.inf
+            return lost_VX
+
+        leaving_XX = leaving(np.arange(len(free_X)))
+        change_XX = leaving_XX + leaving_XX.T
+        while True:
+            a, b = divmod(int(change_XX.argmin()), len(free_X))
+            p, q = device_X[a], device_X[b]
+            if p == q or change_XX[a, b] >= -1e-9 * max(1.0, weight):
+                break
+            load_R[p] += load_X[b] - load_X[a]
+            load_R[q] += load_X[a] - load_X[b]
+            device_X[a], device_X[b] = q, p
+            stale = np.flatnonzero((device_X == p) | (device_X == q))
+            leaving_XX[stale] = leaving(stale)
+            change_XX[stale] = leaving_XX[stale] + leaving_XX[:, stale].T
+            change_XX[:, stale] = change_XX[stale].T
+        self.device_LI[layer, free_X] = device_X
 
     def polish(self, deadline: Deadline) -> None:
         """Sweeps of exact assignments, or of best swaps under a load cap, until a whole sweep brings nothing."""
