@@ -53,7 +53,7 @@ FAULTS = {
     "plan": Kind(local_faults.plans, 4, 2, 2),
     "torchrun": Kind(node_faults.kills_under_torchrun, 10, 1, 2),
     "node": Kind(partial(_on_lab, node_faults.node_losses), 5, 1, 1),
-    "ray": Kind(ray_faults.node_losses, 4, 1, 2),
+    "ray": Kind(ray_faults.node_losses, 6, 2, 1),
     "partition": Kind(partial(_on_lab, node_faults.partitions), 5, 1, 1),
     "slow": Kind(partial(_on_lab, node_faults.slow_links), 5, 1, 1),
     "corrupt": Kind(local_faults.corruptions, 1000, 100, 100),

@@ -178,7 +178,7 @@ def full_disks(workshop: Workshop, trials: int, seed: int) -> list[Row]:
         with _small_disk(directory):
             pause = Fault("sleep", 0, "backward", EVERY * (1 + number % 4) + 1, seconds=3.0)
             process = workshop.start(directory, workshop.script(directory, [pause]))
-            wait_for_steps(directory, pause.step - 1)
+            wait_for_steps(directory, pause.step - 1, [process])
             with contextlib.suppress(OSError), (directory / "ballast").open("wb", buffering=0) as ballast:
                 while True:
                     ballast.write(bytes(1 << 12))

@@ -121,7 +121,7 @@ def node_losses(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Ro
         for _ in range(trials):
             directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
             with Nodes(lab, workshop, directory, 2, workshop.script(directory, [_pause(step, 0.5)]), *FOUR_RANKS) as nodes:
-                wait_for_steps(directory, step - 1)
+                wait_for_steps(directory, step - 1, nodes.agents)
                 blow_s = time.monotonic()
                 nodes.kill(node)
                 is_done = nodes.ended(supervises=True)
@@ -139,7 +139,7 @@ def partitions(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row
     for _ in range(trials):
         directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
         with Nodes(lab, workshop, directory, 1, workshop.script(directory, [_pause(step, 0.5)])) as nodes:
-            wait_for_steps(directory, step - 1)
+            wait_for_steps(directory, step - 1, nodes.agents)
             blow_s = time.monotonic()
             ip(lab.namespace(1), "link set eth0 down")
             time.sleep(CUT_S)
@@ -157,7 +157,7 @@ def slow_links(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row
     for _ in range(trials):
         directory, step = workshop.directory(), draw.randint(2, STEPS // 2)
         with Nodes(lab, workshop, directory, 1) as nodes:
-            wait_for_steps(directory, step)
+            wait_for_steps(directory, step, nodes.agents)
             lab.set_rate(SLOW_BIT_PER_S)
             time.sleep(2.0)
             lab.set_rate(None)

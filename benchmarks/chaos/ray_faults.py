@@ -61,7 +61,7 @@ def node_losses(workshop: Workshop, trials: int, seed: int) -> list[Row]:
     """SIGKILL of all that runs on a node, by turns that of rank 0, with the ranks' store, and another; an idle node comes in its place."""
     draw, rows = random.Random(seed), []
     for number in range(trials):
-        rank = number % NUM_RANKS
+        rank = (seed + number) % NUM_RANKS
         row = Row(
             f"SIGKILL of the node of {'rank 0, with the store' if rank == 0 else 'another rank'} (Ray)",
             "named in 2 s, goes on on another node in 15 s, bitwise",
@@ -91,7 +91,7 @@ def _trial(workshop: Workshop, rank: int, step: int) -> Trial:
         arguments = workshop.arguments(directory, pause, "parallel.timeout_s=4.0")[1:]
         process = workshop.start_command([*launcher, *arguments], directory, ENVIRONMENT)
         try:
-            wait_for_steps(directory, step - 1)
+            wait_for_steps(directory, step - 1, [process])
             blow_s = time.monotonic()
             pids = [
                 event["pid"] for event in lines(directory / "events.jsonl") if event["event"] == "rank_started" and event["rank"] == rank

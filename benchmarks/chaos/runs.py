@@ -210,12 +210,12 @@ def errors_of(directory: Path) -> str:
     return path.read_text(errors="replace")[-1500:] if path.exists() else ""
 
 
-def wait_for_steps(directory: Path, steps: int, limit_s: float = LIMIT_S) -> None:
-    """Until a run has made so many steps. Raises `TimeoutError`."""
+def wait_for_steps(directory: Path, steps: int, processes: "Sequence[subprocess.Popen[str]]", limit_s: float = LIMIT_S) -> None:
+    """Until a run has made so many steps. Raises `TimeoutError`, also where one of its processes has ended before."""
     deadline_s = time.monotonic() + limit_s
     while len(lines(directory / "metrics.jsonl")) < steps:
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{directory} made no {steps} steps in {limit_s:g} s: {errors_of(directory)}")
+        if time.monotonic() > deadline_s or any(process.poll() is not None for process in processes):
+            raise TimeoutError(f"{directory} made no {steps} steps in {limit_s:g} s, or before it ended: {errors_of(directory)}")
         time.sleep(0.02)
 
 
