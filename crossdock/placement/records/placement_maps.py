@@ -24,6 +24,8 @@ IntArray = NDArray[np.int64]
 
 MAX_SLOTS = 1 << 24
 """Slots of all layers together that are read: a hundred layers of a hundred thousand."""
+MAX_CELLS = 1 << 26
+"""Layers x devices x experts of a map that names devices: a hundred layers of 800 experts on as many devices."""
 RECORD = "eplb_initial_mapping"
 
 
@@ -37,8 +39,14 @@ def plan_of(
     """
     if isinstance(value, dict) and "expert_to_ep_rank" in value:
         device_LE = _repeated(_matrix(value["expert_to_ep_rank"], "expert_to_ep_rank"), num_layers)
-        named = int(device_LE.max()) + 1
-        return Plan.from_devices(device_LE, named if num_devices is None else num_devices, method="imported")
+        num_found = int(device_LE.max()) + 1 if num_devices is None else num_devices
+        if device_LE.size * num_found > MAX_CELLS:
+            layers, experts = device_LE.shape
+            raise BadData(
+                f"expert_to_ep_rank names devices up to {device_LE.max()}: {layers} layers x {num_found} devices x {experts} experts are "
+                f"{device_LE.size * num_found}, and at most {MAX_CELLS} are read; number the devices from 0 without gaps"
+            )
+        return Plan.from_devices(device_LE, num_found, method="imported")
     slots_LRS = _slots(value, num_devices, num_layers)
     if not 0 <= first_dense < len(slots_LRS):
         raise BadData(f"the map has {len(slots_LRS)} layers, and {first_dense} are said to be dense; give fewer dense layers")
@@ -181,7 +189,9 @@ def _matrix(value: Any, name: str) -> IntArray:
         array = np.asarray(value)
     except ValueError as error:
         raise BadData(f"{name} is ragged: its layers differ in length; give every layer as many numbers") from error
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not 0 < array.size <= MAX_SLOTS:
+    if array.size > MAX_SLOTS:
+        raise BadData(f"{name} has {array.size} slots, and at most {MAX_SLOTS} are read; give the layers that you need")
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
         raise BadData(f"{name} has shape {array.shape} and type {array.dtype}; give integers, one list for each layer")
     matrix = np.atleast_2d(array)
     if int(matrix.min()) < 0 or int(matrix.max()) >= MAX_SLOTS:
@@ -202,7 +212,10 @@ def _repeated(rows: IntArray, num_layers: int | None) -> IntArray:
 
 
 def _without_twins(slots_LRS: IntArray) -> IntArray:
-    """The same with EMPTY for every further copy of an expert on one device."""
-    earlier_LRSS = slots_LRS[:, :, :, None] == slots_LRS[:, :, None, :]
-    is_twin_LRS = np.tril(earlier_LRSS, -1).any(axis=3)
-    return np.where(is_twin_LRS, EMPTY, slots_LRS)
+    """The same with EMPTY for every further copy of an expert on one device. Takes memory in proportion to the slots."""
+    order_LRS = np.argsort(slots_LRS, axis=2, kind="stable")  # copies side by side, the first in front
+    sorted_LRS = np.take_along_axis(slots_LRS, order_LRS, axis=2)
+    sorted_LRS[:, :, 1:][sorted_LRS[:, :, 1:] == sorted_LRS[:, :, :-1]] = EMPTY
+    distinct_LRS = np.empty_like(slots_LRS)
+    np.put_along_axis(distinct_LRS, order_LRS, sorted_LRS, axis=2)
+    return distinct_LRS

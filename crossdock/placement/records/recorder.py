@@ -11,8 +11,7 @@ nothing about those of the next. It serves methods that balance load, and promis
 """
 
 import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,11 @@ from crossdock.placement.records.trace import MAX_EXPERTS, NO_EXPERT, Trace
 IntArray = NDArray[np.int64]
 
 MAX_LOAD_TOKENS = 100_000  # tokens of a trace made from loads; larger counts are scaled down, to within one token for each expert
+MAX_COUNTS = 1 << 22
+"""Layers x experts of loads that are read: a hundred layers of forty thousand experts."""
+MAX_CHOICES = 1 << 27
+"""Tokens x layers of a trace made from loads; of more than a thousand layers fewer tokens are made."""
+_MOST = 1 << 46  # of one expert; a layer's sum stays below 2**62
 CSV_HEAD = ["layer_id", "expert_id", "count"]
 ONLY_LOADS = "loads alone: choices of a token, or of one layer and the next, are not known to belong together"
 
@@ -47,35 +51,69 @@ def trace_of(dump: Any, name: str, num_experts: int | None = None) -> Trace:
 
 def trace_of_csv(text: str, name: str, num_experts: int | None = None) -> Trace:
     """The trace of the CSV that SGLang wrote before its recorder had modes."""
-    rows = list(csv.reader(io.StringIO(text)))
-    if not rows or rows[0] != CSV_HEAD:
+    rows = _rows(text)
+    if (head := next(rows, None)) != CSV_HEAD:
         raise BadData(
-            f"the first line is {','.join(rows[0])[:60] if rows else 'absent'!r}; an expert distribution has {','.join(CSV_HEAD)}"
+            f"the first line is {'absent' if head is None else ','.join(head)[:60]!r}; an expert distribution has {','.join(CSV_HEAD)}"
         )
-    cells: list[tuple[int, int, int]] = []
-    for line, row in enumerate(rows[1:], 2):
+    count_of: dict[tuple[int, int], int] = {}  # by layer and expert
+    for line, row in enumerate(rows, 2):
         if len(row) != 3 or not all(cell.strip().isdecimal() for cell in row) or max(map(len, row)) > 15:
             raise BadData(f"line {line} is {','.join(row)[:60]!r}; give three whole numbers: layer, expert, count")
-        cells.append((int(row[0]), int(row[1]), int(row[2])))
-    if not cells or max(layer for layer, _, _ in cells) >= MAX_EXPERTS or max(expert for _, expert, _ in cells) >= MAX_EXPERTS:
-        raise BadData(f"{len(cells)} lines of counts; give at least one, with layers and experts below {MAX_EXPERTS}")
-    layers = sorted({layer for layer, _, _ in cells})
-    count_LE = np.zeros((len(layers), max(expert for _, expert, _ in cells) + 1), dtype=np.int64)
-    for layer, expert, count in cells:
-        count_LE[layers.index(layer), expert] += count
+        layer, expert, count = map(int, row)
+        if max(layer, expert) >= MAX_EXPERTS:
+            raise BadData(f"line {line} counts expert {expert} of layer {layer}; give layers and experts below {MAX_EXPERTS}")
+        count_of[layer, expert] = count_of.get((layer, expert), 0) + count
+        if len(count_of) > MAX_COUNTS:
+            raise BadData(f"line {line}: more than {MAX_COUNTS} counts of different experts; give the layers that you need")
+    if not count_of:
+        raise BadData("0 lines of counts; give at least one")
+    row_of = {layer: row for row, layer in enumerate(sorted({layer for layer, _ in count_of}))}
+    count_LE = _zero_counts(len(row_of), max(expert for _, expert in count_of) + 1)
+    for (layer, expert), count in count_of.items():
+        count_LE[row_of[layer], expert] = min(count, 1 << 62)  # refused as such
     return trace_of_loads(count_LE, name, num_experts)
+
+
+def _rows(text: str) -> Iterator[list[str]]:
+    """The lines' cells, one line at a time: a text of a gigabyte would be tens of them as lists."""
+    reader = csv.reader(_lines(text))
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise BadData(f"line {reader.line_num} is no line of a CSV ({error}); write it again") from error
+
+
+def _lines(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end + 1
+        yield text[start:end]
+        start = end
+
+
+def _zero_counts(num_layers: int, num_experts: int) -> IntArray:
+    if num_layers * num_experts > MAX_COUNTS:
+        raise BadData(
+            f"{num_layers} layers of experts up to {num_experts - 1} are {num_layers * num_experts} counts, and at most {MAX_COUNTS} are "
+            "read; number experts from 0 without gaps, or give the layers that you need"
+        )
+    return np.zeros((num_layers, num_experts), dtype=np.int64)
 
 
 def trace_of_loads(count_LE: IntArray, name: str, num_experts: int | None = None) -> Trace:
     """A trace of one choice per token in which every expert is chosen in proportion to `count_LE` [layers, experts]."""
-    if int(count_LE.min()) < 0:
-        layer, expert = np.argwhere(count_LE < 0)[0]
-        raise BadData(f"layer {layer}, expert {expert} was chosen {count_LE[layer, expert]} times; give counts from 0")
+    if int(count_LE.min()) < 0 or int(count_LE.max()) > _MOST:
+        layer, expert = np.argwhere((count_LE < 0) | (count_LE > _MOST))[0]
+        raise BadData(f"layer {layer}, expert {expert} was chosen {count_LE[layer, expert]} times; give counts from 0 to {_MOST}")
+    if count_LE.shape[1] > MAX_EXPERTS:
+        raise BadData(f"counts of {count_LE.shape[1]} experts; a layer has at most {MAX_EXPERTS}")
     count_LE = count_LE[count_LE.any(axis=1)]
     if not len(count_LE):
         raise BadData("no expert was chosen at all; record while requests are served")
     most = int(count_LE.sum(axis=1).max())
-    num_tokens = min(most, MAX_LOAD_TOKENS)
+    num_tokens = max(1, min(most, MAX_LOAD_TOKENS, MAX_CHOICES // len(count_LE)))
     rng = np.random.default_rng(0)
     experts_TL1 = np.full((num_tokens, len(count_LE), 1), NO_EXPERT, dtype=np.uint16)
     for layer, count_E in enumerate(count_LE):
@@ -137,7 +175,7 @@ def _counted(records: Sequence[Mapping[str, Any]], logical_LP: IntArray) -> IntA
         if count_LP.shape != physical_LP.shape:
             raise BadData(f"global_physical_count of record {number} has shape {count_LP.shape}, and the map {physical_LP.shape}")
         physical_LP += count_LP
-    count_LE = np.zeros((len(logical_LP), int(logical_LP.max()) + 1), dtype=np.int64)
+    count_LE = _zero_counts(len(logical_LP), int(logical_LP.max()) + 1)
     np.add.at(count_LE, (np.arange(len(logical_LP))[:, None], logical_LP), physical_LP)
     return count_LE
 
@@ -155,8 +193,13 @@ def _sequences(records: Sequence[Mapping[str, Any]]) -> IntArray | None:
     if not all(isinstance(record.get("extend_seq_lens"), list) for record in records):
         return None
     lengths = [_integers(record["extend_seq_lens"], f"extend_seq_lens of record {n}", (1,)) for n, record in enumerate(records)]
-    if any(int(part.min()) < 0 or int(part.sum()) > MAX_LOAD_TOKENS * 10_000 for part in lengths):
-        raise BadData("extend_seq_lens holds lengths below 0 or beyond reason; the dump is damaged")
+    for number, (part, record) in enumerate(zip(lengths, records, strict=True)):
+        num_tokens = np.shape(record["topk_ids_of_layer"])[1]
+        if int(part.min()) < 0 or int(part.max()) > num_tokens or int(part.sum()) != num_tokens:
+            raise BadData(
+                f"extend_seq_lens of record {number} are {len(part)} lengths from {part.min()} to {part.max()}, and {num_tokens} tokens "
+                "chose experts; the dump is damaged"
+            )
     first = np.cumsum([0, *(len(part) for part in lengths)])
     parts = [np.repeat(np.arange(len(part)) + start, part) for start, part in zip(first, lengths, strict=False)]
     return _as_long_as_choices(parts, records, "extend_seq_lens")

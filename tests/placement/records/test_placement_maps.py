@@ -150,3 +150,23 @@ def test_the_forms_read_as_the_other_systems_write_them(tmp_path: Path):
     assert ascend["moe_layer_count"] == 2
     assert ascend["layer_list"][1]["device_count"] == 3
     assert ascend["layer_list"][1]["device_list"][2] == {"device_id": 2, "device_expert": [3, 2]}
+
+
+def test_many_slots_on_one_device_take_no_memory_in_their_square() -> None:
+    slots = np.arange(200_000)
+    slots[100_000:] = np.arange(100_000)[::-1]
+    plan = plan_of([slots.tolist()], num_devices=1)  # compared each with each they would be 40 GB
+    assert np.array_equal(plan.slots_LRS[0, 0, :100_000], np.arange(100_000))
+    assert (plan.slots_LRS[0, 0, 100_000:] == EMPTY).all()
+
+
+def test_the_first_of_several_copies_stays() -> None:
+    plan = plan_of([[2, 0, 2, 1, 0, 2], [1, 1, 0, 2, 2, 0]], num_devices=2)
+    assert plan.slots_LRS.tolist() == [[[2, 0, EMPTY], [1, 0, 2]], [[1, EMPTY, 0], [2, EMPTY, 0]]]
+
+
+def test_maps_beyond_reason_are_refused_with_their_numbers() -> None:
+    with pytest.raises(BadData, match="16777217 slots, and at most 16777216"):
+        plan_of(np.zeros((1, (1 << 24) + 1), dtype=np.int64), num_devices=1)
+    with pytest.raises(BadData, match="devices up to 16000000: 1 layers x 16000001 devices x 100 experts are 1600000100, and at most"):
+        plan_of({"expert_to_ep_rank": [0] * 99 + [16_000_000]})

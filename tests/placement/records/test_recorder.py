@@ -145,8 +145,8 @@ def _without(key: str) -> dict:
         (_without("topk_ids_of_layer"), "global_physical_count of record 0"),
         (recorded(random_trace(), [40]) | {"last_physical_to_logical_map": SLOTS}, "has 4 layers, and last_physical_to_logical_map 3"),
         (recorded(random_trace(), [40], input_ids=[1, 2]), "for 2 tokens, and 40 chose"),
-        (recorded(random_trace(), [40], extend_seq_lens=[7]), "for 7 tokens, and 40 chose"),
-        (recorded(random_trace(), [40], extend_seq_lens=[-3, 43]), "below 0"),
+        (recorded(random_trace(), [40], extend_seq_lens=[7]), "from 7 to 7, and 40 tokens chose"),
+        (recorded(random_trace(), [40], extend_seq_lens=[-3, 43]), "from -3 to 43, and 40"),
         (recorded(random_trace(), [40], topk_ids_of_layer=np.full((4, 40, 2), 10)), "disable-shared-experts-fusion"),
         (recorded(random_trace(), [40], topk_ids_of_layer=np.full((4, 40, 2), -1)), "no token chose"),
         (recorded(random_trace(), [40], topk_ids_of_layer=np.full((4, 40, 2), 0.5)), "type float64"),
@@ -155,3 +155,48 @@ def _without(key: str) -> dict:
 def test_what_is_no_dump_is_refused(dump, message):
     with pytest.raises(BadData, match=message):
         trace_of(dump, "dump.pt")
+
+
+def test_small_files_do_not_take_large_memory() -> None:
+    """Each of these would have taken tens of gigabytes."""
+    far = "layer_id,expert_id,count\n" + "".join(f"{layer},{65_000},1\n" for layer in range(5_000))
+    with pytest.raises(BadData, match="5000 layers of experts up to 65000 are 325005000 counts, and at most 4194304"):
+        trace_of_csv(far, "x.csv")
+    with pytest.raises(BadData, match=r"from 40 to 4611686018427387904, and 40 tokens chose"):
+        trace_of(recorded(random_trace(), [40], extend_seq_lens=[40, 1 << 62]), "dump.pt")
+    records = [{"global_physical_count": np.ones((9_000, 1), dtype=np.int64)}]
+    dump = {"records": records, "last_physical_to_logical_map": np.full((9_000, 1), 60_000)}
+    with pytest.raises(BadData, match="9000 layers of experts up to 60000"):
+        trace_of(dump, "dump.pt")
+    wide = trace_of({"logical_count": np.full((50_000, 1), 1_000_000)}, "dump.pt")
+    assert wide.num_tokens * wide.num_layers <= 1 << 27
+    with pytest.raises(BadData, match="counts of 70000 experts"):
+        trace_of({"logical_count": np.ones((1, 70_000), dtype=np.int64)}, "dump.pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "piece"),
+    [
+        ("layer_id,expert_id,count\n0,70000,1\n", "line 2 counts expert 70000 of layer 0"),
+        ("layer_id,expert_id,count\n0,1,999999999999999\n", "was chosen 999999999999999 times"),
+        ("layer_id,expert_id,count\n0,1,3\r5\n", "line 2"),
+        ("layer_id,expert_id,count\n0,1," + "9" * 200_000 + "\n", "line 2"),
+        ("layer_id,expert_id,count\n", "0 lines"),
+    ],
+)
+def test_counts_that_are_none(text: str, piece: str) -> None:
+    with pytest.raises(BadData, match=piece):
+        trace_of_csv(text, "x.csv")
+
+
+def test_a_csv_is_read_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many lines for few experts take the memory of the few."""
+    import tracemalloc
+
+    text = "layer_id,expert_id,count\n" + "0,1,2\n1,0,3\n" * 50_000
+    tracemalloc.start()
+    trace = trace_of_csv(text, "x.csv")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert trace.num_tokens == 100_000
+    assert peak_bytes < 6_000_000  # the lists of all lines would take three times that
