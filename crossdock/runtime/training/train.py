@@ -107,21 +107,21 @@ class _Run:
         if self.training.resume:
             self._resume()
         with _on_sigterm(self._ask_to_stop):
+            self._window_edges()
             while self.step < self.config.steps:
-                self._window_edges()
                 if self.adaptation is not None and self.engine.plan is not None:
                     self.adaptation.before(self.step, self.engine.plan, is_busy=self.window is not None)
                 stop = self._train_step()
+                self._window_edges()  # before anything is saved: a checkpoint of the step that re-plans holds the new plan
                 self._tell_saved(self.saver.poll())
                 if stop and self.step < self.config.steps:
                     folder = self._save(at_once=True)
                     raise Preempted(f"asked to stop after step {self.step} of {self.config.steps}; the state is saved in {folder}")
                 if self._due(self.training.checkpoint.every) and self.step < self.config.steps:
                     self._save()
-        self._window_edges()
-        if self.training.checkpoint.at_end:
-            self._save(at_once=True)
-        self._tell_saved(self.saver.finish())
+            if self.training.checkpoint.at_end:
+                self._save(at_once=True)
+            self._tell_saved(self.saver.finish())
         result = self.result("done", 0)
         self.write_result(result)
         self.event("finished", step=self.step, loss=self.loss, eval_loss=self.eval_loss)
@@ -219,8 +219,8 @@ class _Run:
             self._close_after()
         if self.step == self.windows.boundary and self.step < self.windows.end:
             self._cross_boundary()
-        elif self.windows.begin <= self.step < self.windows.boundary and self.window is None:
-            self.window = self._new_window()  # later than `begin` where a run was resumed inside the window
+        elif self.windows.begin <= self.step < self.windows.end and self.window is None:
+            self.window = self._new_window()  # later than it would begin where a run was resumed inside the window
 
     def _workload(self) -> Workload:
         return workload_of(self.layers[0], self.stepper.tokens_per_rank, self.config.accumulate)

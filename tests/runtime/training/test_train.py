@@ -22,6 +22,7 @@ from crossdock.placement.records.trace import Trace
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.replan import ReplanConfig, WindowSteps, topology_of, window_steps
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
+from crossdock.runtime.phases import Phase, forget, listen
 from crossdock.runtime.training.metrics import METRICS, RunDirectory
 from crossdock.runtime.training.steps import TrainConfig
 from crossdock.runtime.training.train import train
@@ -218,22 +219,24 @@ def test_a_move_that_does_not_pay_back_is_refused_and_training_goes_on(ranks: Po
     assert results[0][0]["loss"] == result["loss"]
 
 
-@pytest.mark.parametrize(("world_size", "expert_parallel"), [(1, 1), (2, 2), (4, 2)])
-def test_a_stopped_run_continues_bitwise(ranks: Pool, folder: str, world_size: int, expert_parallel: int) -> None:
+@pytest.mark.parametrize(("world_size", "expert_parallel", "asked_at"), [(1, 1, 7), (2, 2, 7), (4, 2, 7), (2, 2, 3)])
+def test_a_stopped_run_continues_bitwise(ranks: Pool, folder: str, world_size: int, expert_parallel: int, asked_at: int) -> None:
+    """The run is asked after the step before it re-plans, or later: what a checkpoint holds at the very step has been re-planned."""
+    stopped_at = asked_at + 1
     plan = tiny.random_plan(expert_parallel, 1)
     options = {
         "replan": ReplanConfig(at_step=4, method="contiguous", capture_steps=2, pays_back_within=0),
         "capture": CaptureConfig(steps=2),
     }
     straight = ranks.run(world_size, run_with, folder, plan, options, {"name": "straight"})
-    stopped = ranks.run(world_size, run_with, folder, plan, options, {"actions": {7: "SIGTERM"}})
+    stopped = ranks.run(world_size, run_with, folder, plan, options, {"actions": {asked_at: "SIGTERM"}})
     for result, _ in stopped:
         assert (result["error"], result["exit_code"]) == ("Preempted", Preempted.exit_code)
-        assert "asked to stop after step 8 of 12" in result["message"]
+        assert f"asked to stop after step {stopped_at} of 12" in result["message"]
     written, _, _ = files(folder)
-    assert (written["status"], written["exit_code"], written["reached_step"]) == ("preempted", 75, 8)
+    assert (written["status"], written["exit_code"], written["reached_step"]) == ("preempted", 75, stopped_at)
     with RunDirectory(Path(folder) / "run").metrics.open("a") as file:
-        file.write('{"step": 9, "loss": 1.0}\n{"step": 1')  # as if it had been killed later, while it wrote a line
+        file.write(f'{{"step": {stopped_at + 1}, "loss": 1.0}}\n{{"step": 1')  # as if it had been killed later, while it wrote a line
     resumed = ranks.run(world_size, run_with, folder, plan, {**options, "resume": True, "keep_plan": True}, {})
     for (result, states), (other, wanted) in zip(resumed, straight, strict=True):
         assert (result["status"], result["reached_step"]) == ("done", 12)
@@ -244,6 +247,38 @@ def test_a_stopped_run_continues_bitwise(ranks: Pool, folder: str, world_size: i
     assert [(row["step"], row["loss"], row["grad_norm"], row["plan"]) for row in metrics] == [
         (row["step"], row["loss"], row["grad_norm"], row["plan"]) for row in other_metrics
     ]
+    assert sum(event["event"] == "replan" for event in files(folder)[2]) == 1
+
+
+def test_a_run_that_goes_on_inside_a_window_measures_the_rest_of_it(ranks: Pool, folder: str) -> None:
+    """Windows lie at steps 6 to 9 and 9 to 12, and the run is stopped after step 10."""
+    plan = tiny.random_plan(2, 1)
+    ranks.run(2, run_with, folder, plan, {}, {"actions": {9: "SIGTERM"}})
+    (result, _), _ = ranks.run(2, run_with, folder, plan, {"resume": True}, {})
+    assert (result["status"], result["bytes"]["steps"]) == ("done", 2)
+    assert result["bytes"]["counted"] == result["bytes"]["predicted"]
+    assert result["step_time"]["measured_s"] > 0
+
+
+def save_at_the_end_while_asked_to_stop(rank: int, world_size: int, folder: str, asynchronous: bool) -> dict[str, Any]:
+    def asked(phase: Phase, _what: Any) -> None:
+        if phase == "checkpoint_rename":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    listen(asked)
+    try:
+        saving = {"checkpoint": CheckpointConfig(at_end=True, asynchronous=asynchronous)}
+        result, _ = run(rank, world_size, folder, tiny.random_plan(2, 1), saving)
+    finally:
+        forget(asked)
+    return result
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_signal_does_not_cut_the_last_checkpoint_short(ranks: Pool, folder: str, asynchronous: bool) -> None:
+    result, _ = ranks.run(2, save_at_the_end_while_asked_to_stop, folder, asynchronous)
+    assert (result["status"], result["exit_code"]) == ("done", 0)
+    assert [path.name for path in (Path(folder) / "run" / "checkpoints").iterdir()] == ["step-00000012"]
 
 
 def test_checkpoints_come_when_they_are_due(ranks: Pool, folder: str) -> None:
