@@ -11,9 +11,12 @@ two-level costs under load cap 1.05. Without a folder only these. One row is one
     gap_cost, _moved, _kept   proven distance from the best plan in per cent of the objective, of what moves and of what could be kept
     load, load_held_out     busiest device over the mean, in the worst layer
     solve_s, bound_s        seconds of the search, and of the bound, which is computed once for a problem
+
+`--only transfer` prints another table, of `placement_transfer.py`: what becomes of the load on other text, and what helps.
 """
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -23,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import placement_transfer
 from benchmarks.measure import publish
 from benchmarks.placement_instances import drifting_trace
+from benchmarks.placement_transfer import transfer_rows
 from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.analysis.compare import Candidate, row_of
 from crossdock.placement.costs.cost import Workload
@@ -130,7 +135,6 @@ def real_cases(traces: dict[str, Trace], seconds: float, bound_seconds: float) -
         yield Case(name, "ms, 2x4, 2 more slots", replicas, trace, copying, others, bound_seconds)
         if same:
             yield _robust(name, trace, traces[same[0]], seconds, bound_seconds)
-            yield from _transfers(name, trace, others, seconds, bound_seconds)
 
 
 def _robust(name: str, trace: Trace, other: Trace, seconds: float, bound_seconds: float) -> Case:
@@ -143,24 +147,6 @@ def _robust(name: str, trace: Trace, other: Trace, seconds: float, bound_seconds
     scored = (Affinity.from_trace(other.select(~seen_T)),)
     both = concatenate([trace, other.select(seen_T)])
     return Case(name, "devices, 1x8, cap 1.3, robust", problem, both, (("auto", 2 * seconds),), scored, bound_seconds)
-
-
-def _transfers(name: str, trace: Trace, others: tuple[Affinity, ...], seconds: float, bound_seconds: float) -> Iterator[Case]:
-    """What becomes of the load on other text: under a cap on the fit alone, with room for copies, and with both under a cap on each half of
-    the fit, which is all that a planner has who does not know the other text."""
-    affinity = Affinity.from_trace(trace)
-    halves = tuple(Affinity.from_trace(trace.select(np.arange(trace.num_tokens) * 2 // trace.num_tokens == half)) for half in (0, 1))
-    for title, cap, spare, also in (
-        ("cap 1.1", 1.1, None, ()),
-        ("cap 1.1, 2 spare", 1.1, 2, ()),
-        ("cap 1.3 on halves", 1.3, None, halves),
-        ("cap 1.3 on halves, 2 spare", 1.3, 2, halves),
-        ("2 spare", None, 2, ()),
-    ):
-        constraints = Constraints(load_cap=cap, spare_slots=spare)
-        problem = Problem(affinity, Topology.uniform(1, 8), Workload(), objective="devices", constraints=constraints, also=also)
-        methods = (("eplb", seconds),) if cap is None else (("auto", 2 * seconds),)
-        yield Case(name, f"transfer, {title}", problem, trace, methods, others, bound_seconds)
 
 
 def generated_cases(bound_seconds: float, short: bool) -> Iterator[Case]:
@@ -200,6 +186,17 @@ def _generated(
     return Case(f"{instance} x {trace.num_layers}", title, problem, trace, methods, (), bound_seconds)
 
 
+def _publish_transfer(traces: dict[str, Trace], seconds: float, options: argparse.Namespace) -> None:
+    """Every ordered pair of traces of one model."""
+    pairs = [
+        (one, other)
+        for one, other in itertools.permutations(traces, 2)
+        if (traces[one].num_layers, traces[one].num_experts) == (traces[other].num_layers, traces[other].num_experts)
+    ]
+    rows = [row for one, other in pairs for row in transfer_rows(f"{one} to {other}", traces[one], traces[other], seconds)]
+    publish(rows, f"load on other text, {seconds:g} s a search", options.out, options.json, placement_transfer.COLUMNS)
+
+
 def load_traces(short: bool) -> dict[str, Trace]:
     """The traces of the folder that CROSSDOCK_TRACES names, by file name; none where it names none."""
     folder = os.environ.get("CROSSDOCK_TRACES", "")
@@ -218,6 +215,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="every fourth layer, few tokens, 2 s for everything")
     options = parser.parse_args()
     seconds, bound_seconds = (2.0, 2.0) if options.short else (options.seconds, options.bound_seconds)
+    if options.only == "transfer":
+        _publish_transfer(load_traces(options.short), seconds, options)
+        return
     rows = []
     for cases in (real_cases(load_traces(options.short), seconds, bound_seconds), generated_cases(bound_seconds, options.short)):
         for case in cases:

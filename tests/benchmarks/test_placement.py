@@ -1,8 +1,9 @@
 """The placement benchmark: generated routing is what it says, and a small case runs to whole rows."""
 
 import numpy as np
+import pytest
 
-from benchmarks import placement
+from benchmarks import placement, placement_transfer
 from benchmarks.placement_instances import drifting_trace
 from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.topology import Topology
@@ -31,3 +32,17 @@ def test_a_small_case_has_a_row_for_every_method_and_auto_wins() -> None:
     assert rows["auto"]["objective"] == rows["dp"]["objective"] == min(row["objective"] for row in rows.values())
     assert all(row["gap_moved"] >= 0 and set(placement.COLUMNS) <= set(row) for row in rows.values())
     assert rows["dp"]["gap_cost"] == 0.0
+
+
+def test_the_transfer_table_has_a_row_for_every_way_that_finds_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    known, other = (drifting_trace(4096, 2, 16, 2, seed=seed, width=6) for seed in (1, 2))
+    rows = list(placement_transfer.transfer_rows("one to other", known, other, 0.5))
+    refused = capsys.readouterr().out.count("one to other, ")
+    assert len(rows) + refused == len(placement_transfer.WAYS) + len(placement_transfer.BOTH) + len(placement_transfer.RE_PLANNED)
+    assert all(set(placement_transfer.COLUMNS) >= set(row) - {"load"} for row in rows)
+    of_way = {(row["plan"], row["cap"], row["pieces"]): row for row in rows}
+    capped = of_way["auto", 1.1, 1]
+    assert capped["load"] <= 1.1 + 1e-9 < capped["load_held_out"]
+    assert capped["load_held_out"] >= capped["load_mean"] >= 1.0
+    assert of_way["eplb, 2 spare slots", None, None]["memory"] == 2.0
+    assert 0.0 < of_way["balance, re-planned", None, None]["moves"] <= 1.0

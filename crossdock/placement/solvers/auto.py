@@ -54,10 +54,11 @@ def improved(problem: Problem, seconds: float, seed: int, begun: Iterable[Soluti
 def _with_copies(problem: Problem, deadline: Deadline, seed: int, given: list[Solution]) -> Solution:
     """Copies added to the best plan found without them, and to a quick one.
 
-    Seconds want experts spread evenly, and copies fill what slots are left; the best of the other objectives fill some devices first.
+    Seconds want experts spread evenly, and so does a load cap on several pieces of routing; copies fill what slots are left then. The best
+    of the other objectives fill some devices first.
     """
     tight = replicas.within_fewest_slots(problem)
-    strong, quick = (tight, problem) if problem.objective == "seconds" else (problem, tight)
+    strong, quick = (tight, problem) if problem.objective == "seconds" or problem.also else (problem, tight)
     begin = []
     try:
         fitting = [solution for solution in given if (np.count_nonzero(solution.plan.slots_LRS >= 0, axis=2) <= strong.slots_R).all()]
