@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import local_faults
+from benchmarks import netlab
+from benchmarks.chaos import local_faults, node_faults, ray_faults
 from benchmarks.chaos.runs import Row, Workshop
+from benchmarks.netlab import Lab
 from crossdock.errors import BadData
 from crossdock.launch.local.children import Outcome
 from crossdock.launch.ranks.faults import Fault, Script
@@ -36,11 +38,33 @@ def test_twenty_kills_in_all_phases_are_named_and_cost_no_bit(workshop: Workshop
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "suffer", ["stops", "hangs", "crashes", "terminations", "poisons", "exhaustions", "writes", "crash_loops", "plans"]
-)
+@pytest.mark.parametrize("suffer", OTHERS)
 def test_every_other_fault_keeps_its_promise(workshop: Workshop, suffer: str) -> None:
     check(getattr(local_faults, suffer)(workshop, 2, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_and_stops_under_torchrun_are_named(workshop: Workshop) -> None:
+    check(node_faults.kills_under_torchrun(workshop, 4, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.netns
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(netlab.unavailable_reason() is not None, reason=f"no emulated hosts: {netlab.unavailable_reason()}")
+@pytest.mark.parametrize("suffer", ["node_losses", "partitions", "slow_links"])
+def test_faults_of_emulated_nodes_keep_their_promises(workshop: Workshop, suffer: str) -> None:
+    with Lab(node_faults.NODES) as lab:
+        check(getattr(node_faults, suffer)(workshop, lab, 1, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_is_lost_under_ray_is_replaced_also_the_one_with_the_store(workshop: Workshop, rank: int) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    check(ray_faults.node_losses(workshop, 1, seed=rank))
 
 
 def test_nobody_listens_in_an_ordinary_run() -> None:

@@ -1,0 +1,105 @@
+"""Scripted disasters: the table is made of all trials so far, a call that was cut off goes on, and what events say of a blow."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos import __main__ as chaos
+from benchmarks.chaos.__main__ import Kind, main, portions
+from benchmarks.chaos.runs import Aftermath, Row, Trial, Workshop
+
+
+class Blows:
+    """A fault that notes what was asked of it, and can be made to break."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.breaks_at: int | None = None
+        self.interrupted_at: int | None = None
+
+    def __call__(self, workshop: Workshop, trials: int, seed: int) -> list[Row]:
+        self.asked.append((trials, seed))
+        if seed == self.interrupted_at:
+            raise KeyboardInterrupt
+        if seed == self.breaks_at:
+            raise TimeoutError("it made no steps")
+        return [Row("blow", "nothing is lost", [Trial(True, True, True, detection_s=float(seed + number)) for number in range(trials)])]
+
+
+@pytest.fixture
+def blows(monkeypatch: pytest.MonkeyPatch) -> Blows:
+    found = Blows()
+    monkeypatch.setattr(chaos, "FAULTS", {"blow": Kind(found, long=200, short=3, portion=10)})
+    return found
+
+
+def test_portions_are_all_trials_once() -> None:
+    assert portions(25, 10) == [(0, 10), (10, 10), (20, 5)]
+    assert portions(3, 10) == [(0, 3)]
+
+
+def test_a_call_that_is_cut_off_keeps_its_trials_and_goes_on_where_it_was(blows: Blows, tmp_path: Path) -> None:
+    out = tmp_path / "faults.json"
+    blows.interrupted_at = 20
+    assert main(["--trials", "45", "--out", str(out)]) == 130
+    assert json.loads(out.read_text())["rows"][0]["trials"] == 20
+    with (tmp_path / "faults.jsonl").open("a") as journal:
+        journal.write('{"name": "bl')  # the process was killed while it wrote
+    blows.interrupted_at, blows.asked = None, []
+    assert main(["--trials", "45", "--out", str(out), "--resume"]) == 0
+    assert blows.asked == [(10, 20), (10, 30), (5, 40)]
+    [row] = json.loads(out.read_text())["rows"]
+    assert (row["trials"], row["survived"], row["detection_s"], row["detection_s_max"]) == (45, "45/45", 22.0, 44.0)
+
+
+def test_without_resume_a_fault_begins_anew_and_others_stay(blows: Blows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "faults.json"
+    assert main(["--trials", "20", "--out", str(out)]) == 0
+    other = Kind(lambda workshop, trials, seed: [Row("other", "none", [Trial(True)])], 1, 1, 1)
+    monkeypatch.setitem(chaos.FAULTS, "other", other)
+    assert main(["--only", "other", "--out", str(out)]) == 0
+    assert main(["--only", "blow", "--short", "--out", str(out)]) == 0
+    assert {row["fault"]: row["trials"] for row in json.loads(out.read_text())["rows"]} == {"other": 1, "blow": 3}
+    page = out.with_suffix(".md").read_text()
+    assert f"python -m benchmarks.chaos --only blow --short --out {out}" in page
+    assert f"python -m benchmarks.chaos --only other --out {out}" in page
+    assert "--trials 20" not in page
+
+
+def test_trials_that_cannot_be_carried_through_are_told_and_cost_no_others(
+    blows: Blows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blows.breaks_at = 10
+    out = tmp_path / "faults.json"
+    assert main(["--trials", "30", "--out", str(out)]) == 1
+    rows = {row["fault"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["blow"]["trials"] == 20
+    assert rows["blow: trials that could not be carried through"]["notes"] == ["TimeoutError: it made no steps"]
+    assert "it made no steps" in out.with_suffix(".md").read_text()
+    assert "it made no steps" in capsys.readouterr().err
+
+
+def test_resume_needs_a_place(blows: Blows, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--resume"])
+    assert "name it" in capsys.readouterr().err
+
+
+def test_the_aftermath_of_a_blow_is_read_from_what_came_after_it(tmp_path: Path) -> None:
+    now_s, to_wall_s = time.monotonic(), time.time() - time.monotonic()
+    events = [
+        {"time": now_s - 9 + to_wall_s, "event": "rank_lost", "rank": 0, "message": "an earlier blow"},
+        {"time": now_s - 8 + to_wall_s, "event": "resumed"},
+        {"time": now_s - 4 + to_wall_s, "event": "rank_lost", "rank": 1, "message": "rank 1 (process 7 on a) was killed"},
+        {"time": now_s - 3 + to_wall_s, "event": "rank_lost", "rank": 0, "message": "by one who knew less"},
+        {"time": now_s - 1 + to_wall_s, "event": "resumed"},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    after = Aftermath.of(tmp_path, now_s - 5)
+    assert after.blame == "rank 1 (process 7 on a) was killed"
+    assert after.detection_s == pytest.approx(1.0, abs=0.1)
+    assert after.recovery_s == pytest.approx(4.0, abs=0.1)
+    assert Aftermath.of(tmp_path, now_s - 5, back_s=now_s - 2).recovery_s == pytest.approx(1.0, abs=0.1)
+    assert Aftermath.of(tmp_path, now_s) == Aftermath()
