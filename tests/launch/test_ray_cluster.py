@@ -8,7 +8,7 @@ import pytest
 from crossdock.errors import BadConfig, Unavailable
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
-from crossdock.launch.ray.cluster import Node, able, shape_of, shrunk, too_small
+from crossdock.launch.ray.cluster import Node, able, chosen, shape_of, shrunk, too_small
 from crossdock.launch.ray.launcher import Policy, launch
 from crossdock.launch.ray.metrics import GAUGES, last_row
 from crossdock.launch.scripts.allocation import Shape
@@ -32,6 +32,14 @@ def test_ranks_that_fit_a_node() -> None:
 
 def test_able_nodes_are_in_the_order_of_their_addresses() -> None:
     assert able([node(3), node(1), node(2, cores=3)], CPU) == [node(1), node(3)]
+
+
+def test_nodes_that_may_be_gone_are_taken_where_others_do_not_suffice() -> None:
+    nodes = [node(1), node(2), node(3)]
+    assert chosen(nodes, 2, frozenset()) == [node(1), node(2)]
+    assert chosen(nodes, 2, {"id1"}) == [node(2), node(3)]
+    assert chosen(nodes, 2, {"id1", "id3"}) == [node(1), node(2)]
+    assert chosen(nodes, 3, {"id2"}) == nodes
 
 
 def test_as_few_nodes_as_hold_the_ranks() -> None:

@@ -1,6 +1,6 @@
 """What a Ray cluster can hold, and how a run is laid out on it. Pure: facts come in as `Node` values, nothing here talks to Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from crossdock.errors import CrossdockError, Unavailable
@@ -45,6 +45,12 @@ def shape_of(config: RunConfig, nodes: Sequence[Node], *, gpus: bool, cores_per_
 def able(nodes: Sequence[Node], shape: Shape) -> list[Node]:
     """The nodes that can hold a node's worth of ranks, by address: the order of ranks is the same after every restart."""
     return sorted((node for node in nodes if node.ranks(shape) >= shape.ranks_per_node), key=lambda node: (node.address, node.node_id))
+
+
+def chosen(nodes: Sequence[Node], count: int, suspects: Collection[str]) -> list[Node]:
+    """`count` of the nodes in their order; those whose ids are suspects only where others do not suffice: they may be gone already."""
+    last = sorted(nodes, key=lambda node: node.node_id in suspects)[:count]
+    return [node for node in nodes if node in last]
 
 
 def too_small(nodes: Sequence[Node], shape: Shape) -> str:

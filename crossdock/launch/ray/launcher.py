@@ -18,6 +18,7 @@ from typing import Any
 from crossdock.authentication import Secret
 from crossdock.errors import BadConfig, CrossdockError, PeerLost, Unavailable
 from crossdock.launch.config import RunConfig, resolved
+from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome, root_cause
 from crossdock.launch.ranks.rendezvous import LOOPBACK
 from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv, in_ray_job
@@ -25,7 +26,7 @@ from crossdock.launch.ray import cluster as ray_cluster
 from crossdock.launch.ray.cluster import Node
 from crossdock.launch.ray.metrics import told_to_ray
 from crossdock.launch.ray.nodes import living_nodes
-from crossdock.launch.request import Request, Result, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
 from crossdock.launch.scripts.allocation import Shape
 from crossdock.runtime.training.metrics import RunDirectory
@@ -51,10 +52,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class Loss:
-    """Why an incarnation ended that another may follow. `started` says whether its ranks had begun to train."""
+    """Why an incarnation ended that another may follow. `started` says whether its ranks had begun to train.
+
+    `suspects` are the nodes of ranks that Ray lost: it may be some health checks before it knows whether the node went with them.
+    """
 
     outcome: Outcome
     started: bool
+    suspects: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -113,8 +118,11 @@ class _Supervisor:
 
         self.ray, self.request, self.config, self.shape, self.policy = ray, request, request.config, shape, policy
         beside_us = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only where the driver is
-        self.monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=beside_us).remote()
+        # Ray may end it where memory is short, and then starts it again
+        lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        self.monitor = ray.remote(Monitor).options(**lasting, scheduling_strategy=beside_us).remote()
         self.stopping = False
+        self.suspects: frozenset[str] = frozenset()
 
     def run(self) -> Result:
         """Start incarnations until the run has ended, for good or bad."""
@@ -129,6 +137,7 @@ class _Supervisor:
                     return ending
                 if self.stopping:
                     return self._failed(ending.outcome)
+                self.suspects = ending.suspects
                 now_s = time.monotonic()
                 if ending.started:
                     endurance, failing_since_s = endurance.after_loss(newest_checkpoint(checkpoints)), float("inf")
@@ -155,9 +164,9 @@ class _Supervisor:
                 self._start(incarnation)
             except self.ray.exceptions.RayError as failure:
                 first_line = (str(failure).splitlines() or ["no reason given"])[0]
-                return Loss(Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({first_line})"), started=False)
+                return Loss(Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({first_line})"), False, self.suspects)
             except PeerLost as failure:
-                return Loss(Outcome(0, PeerLost.exit_code, str(failure)), started=False)
+                return Loss(Outcome(0, PeerLost.exit_code, str(failure)), False, self.suspects)
             return self._watch(incarnation)
         finally:
             self._end(incarnation)
@@ -169,7 +178,7 @@ class _Supervisor:
         while True:
             nodes = ray_cluster.able(living_nodes(self.ray), self.shape)
             if len(nodes) >= self.shape.nodes:
-                return resuming(self.config, number), self.shape, nodes[: self.shape.nodes]
+                return resuming(self.config, number), self.shape, ray_cluster.chosen(nodes, self.shape.nodes, self.suspects)
             if time.monotonic() > deadline_s:
                 break
             time.sleep(_POLL_S)
@@ -178,7 +187,7 @@ class _Supervisor:
             raise Unavailable(ray_cluster.too_small(living_nodes(self.ray), replace(self.shape, nodes=least)))
         config, shape = smaller
         _say(f"going on with {shape.nodes} of {self.shape.nodes} nodes, {shape.world_size} ranks")
-        return resuming(config, number), shape, nodes[: shape.nodes]
+        return resuming(config, number), shape, ray_cluster.chosen(nodes, shape.nodes, self.suspects)
 
     def _start(self, incarnation: Incarnation) -> None:
         from ray.util.placement_group import placement_group
@@ -290,7 +299,9 @@ class _Supervisor:
         if all(outcome.exit_code == 0 for outcome in outcomes.values()):
             return Result(0, fields)
         cause = root_cause(list(outcomes.values()), first_dead)
-        return Loss(cause, started=True) if is_worth_another(cause) else self._failed(cause)
+        lost = [rank for rank, outcome in outcomes.items() if outcome.signalled]
+        suspects = frozenset(incarnation.nodes[rank // incarnation.shape.ranks_per_node].node_id for rank in lost)
+        return Loss(cause, started=True, suspects=suspects) if is_worth_another(cause) else self._failed(cause)
 
     def _outcome(self, reference: Any, rank: int, incarnation: Incarnation) -> tuple[Outcome, Mapping[str, Any]]:
         try:
@@ -304,11 +315,12 @@ class _Supervisor:
 
     def _silent(self, incarnation: Incarnation, begin_s: float) -> set[int]:
         try:
-            silent_s = self.ray.get(self.monitor.silent_s.remote(incarnation.number), timeout=self.policy.silence_s)
+            asked = self.monitor.silent_s.remote(incarnation.number, incarnation.shape.world_size)
+            silent_s = self.ray.get(asked, timeout=self.policy.silence_s)
         except self.ray.exceptions.GetTimeoutError:
             return set()
-        never = time.monotonic() - begin_s
-        return {rank for rank in range(incarnation.shape.world_size) if silent_s.get(rank, never) > self.policy.silence_s}
+        longest_s = time.monotonic() - begin_s
+        return {rank for rank, rank_s in enumerate(silent_s) if min(rank_s, longest_s) > self.policy.silence_s}
 
     def _end(self, incarnation: Incarnation) -> None:
         from ray.util.placement_group import remove_placement_group

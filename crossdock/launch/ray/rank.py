@@ -26,6 +26,7 @@ class Monitor:
     """The non-detached controller's board: when each rank was last heard of, and whether they shall stop. It dies with the driver."""
 
     def __init__(self) -> None:
+        self.born_s = time.monotonic()
         self.heard_s: dict[tuple[int, int], float] = {}
         self.stopping = False
 
@@ -34,10 +35,10 @@ class Monitor:
         self.heard_s[incarnation, rank] = time.monotonic()
         return self.stopping
 
-    def silent_s(self, incarnation: int) -> dict[int, float]:
-        """Seconds since each rank of the incarnation was heard of."""
+    def silent_s(self, incarnation: int, world_size: int) -> list[float]:
+        """Seconds since each rank of the incarnation was heard of, or since this board has been there to hear."""
         now_s = time.monotonic()
-        return {rank: now_s - heard_s for (number, rank), heard_s in self.heard_s.items() if number == incarnation}
+        return [now_s - self.heard_s.get((incarnation, rank), self.born_s) for rank in range(world_size)]
 
     def stop(self) -> None:
         """Ask all ranks to save and stop."""
