@@ -236,7 +236,7 @@ def initialise(
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise Unavailable("device cuda was asked for, and torch sees no CUDA device; choose device cpu or auto")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)  # it takes no "cuda" alone
     else:
         keep_freed_memory()
     try:

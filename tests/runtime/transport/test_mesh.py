@@ -112,6 +112,18 @@ def test_cuda_without_a_device_is_refused() -> None:
         initialise(0, 1, device="cuda", init_method="env://")
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_cuda_device_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch, device: str, chosen: int) -> None:
+    """The word cuda alone means the current one, and torch's own `set_device` would refuse it."""
+    set_to: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", set_to.append, raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_arguments, **_options: None)
+    initialise(0, 1, device=device)
+    assert set_to == [chosen]
+
+
 def test_joining_through_a_store_and_leaving() -> None:
     store = dist.HashStore()
     initialise(0, 1, store=store, timeout_s=10)
