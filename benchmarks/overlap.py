@@ -31,7 +31,7 @@ Columns, medians over paired repeats (all variants take turns in one process gro
 chunked schedules, forward and backward apart.
 
 The MLP's width is chosen so that communication_s is about `--share` of the shared-expert step at the middle rate on this machine, and the
-expert slot from measured stage times (`runtime.overlap.choose_expert_slot`) for each rate.
+expert slot from measured stage times (`runtime.experts.overlap.choose_expert_slot`) for each rate.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 The share is that of the four token all-to-alls in the sequential shared-expert step. For each of them, ScMoE (Pos-2, CG-1) under the
 schedule that is best here, beside its sequential form; top-2 routing in chunks (Tutel's pipelining) and sequential; and the shared-expert
-form. Schedules are proposed by `placement.pipeline.best_pipeline` from measured stage and transfer times, the proposals are tried for a few
-repeats (waiting at once is among them), and the best one is then measured anew with everything else, taking turns.
+form. Schedules are proposed by `placement.strategies.pipeline.best_pipeline` from measured stage and transfer times, the proposals are
+tried for a few repeats (waiting at once is among them), and the best one is then measured anew with everything else, taking turns.
 
 Columns beside those of `benchmarks.overlap`:
 

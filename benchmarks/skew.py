@@ -9,8 +9,8 @@ chooses one of 16 experts. Rows:
     balanced          every expert equally often, experts in equal blocks
     skewed            expert i as often as i^-1.2 says (Zipf), the same layout; which expert is the hottest is drawn
     packed            the same routing, experts packed on ranks for equal load: what static placement can do without copies
-    gathered          the same routing and the layout of `skewed`, hot experts gathered: `placement.gather` chooses them from the load and
-                      from speeds that were measured here
+    gathered          the same routing and the layout of `skewed`, hot experts gathered: `placement.strategies.gather` chooses them from
+                      the load and from speeds that were measured here
     packed_gathered   the packing with hot experts gathered
 
 Columns, medians over paired repeats in one process group (a repeat's time is that of its slowest rank):

@@ -2,7 +2,7 @@
 
 watch     every step's expert load, equal on every rank, says when a look is due: at the start, every so many steps, or when it moved
 window    a few steps recorded on all ranks: routing, transfers, stage times
-decide    rank 0 prices the candidates of every layer (`placement.choice`) and broadcasts one record; all ranks compare its hash
+decide    rank 0 prices the candidates of every layer (`placement.strategies.choice`) and broadcasts one record; all ranks compare its hash
 apply     each layer takes its strategy between two steps; no weight moves
 """
 

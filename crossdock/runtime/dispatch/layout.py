@@ -48,7 +48,7 @@ class ExpertLayout:
 
     @classmethod
     def from_plan(cls, plan: Plan, layer: int, mesh: Mesh) -> "ExpertLayout":
-        """The layout of `layer` under `plan` on this rank; the copy used is `placement.plan.choose_replica`'s, as in the evaluator.
+        """The layout of `layer` under `plan` on this rank; the copy used is `placement.records.plan.choose_replica`'s, as in the evaluator.
 
         Raises `BadData` where the plan is for another number of devices or has no such layer.
         """

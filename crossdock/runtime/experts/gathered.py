@@ -1,10 +1,10 @@
 """Expert-gather: the weights of hot experts travel to every rank, so that their tokens stay at home; the gradients travel back.
 
-`layout.with_gathered(experts, mesh)` tells dispatchers where tokens go meanwhile, and `placement.gather` who sends what to whom, which
-every rank knows without asking. Weights are known before a step begins, so they may set out before the layer's input is there and travel
-under whatever computes until then. Backward is the mirror image: the gradients of the travelling weights leave when the experts are done,
-leaders sum those of their node, and the owner joins them with its own when the work that hid the weights has been differentiated. Every
-rank of the group makes the same calls, also where it sends and receives nothing.
+`layout.with_gathered(experts, mesh)` tells dispatchers where tokens go meanwhile, and `placement.strategies.gather` who sends what to
+whom, which every rank knows without asking. Weights are known before a step begins, so they may set out before the layer's input is there
+and travel under whatever computes until then. Backward is the mirror image: the gradients of the travelling weights leave when the experts
+are done, leaders sum those of their node, and the owner joins them with its own when the work that hid the weights has been
+differentiated. Every rank of the group makes the same calls, also where it sends and receives nothing.
 """
 
 from collections import Counter

@@ -132,7 +132,7 @@ def choose_expert_slot(
 
     `stage_s` are the stages' forward seconds in order. In the backward pass computing takes `backward_over_forward` times as long and the
     same bytes travel. ScMoE's own rule minimises a mismatch of sums; the makespan is what a step waits for
-    (`placement.pipeline`, which also chooses chunks).
+    (`placement.strategies.pipeline`, which also chooses chunks).
     """
     times = BlockTimes(tuple(stage_s), dispatch_s, expert_s, combine_s, backward_over_forward=backward_over_forward)
     return best_pipeline(times, (1,), (1,)).expert_slot

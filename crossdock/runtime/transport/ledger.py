@@ -20,7 +20,7 @@ Stage = Literal["dispatch", "combine"]
 Direction = Literal["forward", "backward"]
 Kind = Literal["tokens", "metadata", "counts", "weights", "keys_values", "gradients"]
 Bytes = tuple[int, int, int]
-"""Bytes by link class, in the order of `placement.topology.LINK_CLASSES`: same device, same node, other node."""
+"""Bytes by link class, in the order of `placement.records.topology.LINK_CLASSES`: same device, same node, other node."""
 
 CAPACITY = 1 << 17
 """Flights held when nobody takes them; the oldest give way, so that a loop that never looks at its ledger does not grow."""
@@ -47,7 +47,7 @@ class Flight:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Mean times of one MoE layer, in seconds: what `placement.cost` is calibrated with."""
+    """Mean times of one MoE layer, in seconds: what `placement.costs.cost` is calibrated with."""
 
     dispatch_forward_s: float
     combine_forward_s: float
