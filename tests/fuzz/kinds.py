@@ -1,20 +1,18 @@
 """The kinds of file that a user can hand in: how each is made, broken, and read by the command line."""
 
 import hashlib
-import io
 import json
 import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from random import Random
 from typing import Any
 
 import numpy as np
 import yaml
 
+from tests.fuzz import exchanged
+from tests.fuzz.arrays import arrays, change_array, npy_bytes, npz_bytes
 from tests.fuzz.mutations import NUMBERS, TEXTS, json_text, mutated_bytes, mutated_text, mutated_value
 from tests.fuzz.seeds import (
     CHECKPOINT_TENSORS,
@@ -44,25 +42,10 @@ class Kind:
 def good_files() -> Files:
     """What lies beside every mutant, and is as it should be."""
     return {
-        "good.npz": _npz(arrays()),
+        "good.npz": npz_bytes(arrays()),
         "good.yaml": yaml.safe_dump(TOPOLOGY_SHORT).encode(),
         "good.json": json.dumps(PLAN).encode(),
         "run.yaml": yaml.safe_dump({**CONFIG, "plan": None, "topology": None}).encode(),
-    }
-
-
-def arrays() -> dict[str, np.ndarray]:
-    """The arrays of a small trace of 2 layers and 4 experts."""
-    rng = np.random.default_rng(0)
-    return {
-        "experts": np.argsort(rng.random((48, 2, 4)), axis=-1)[..., :2].astype(np.uint16),
-        "weights": rng.random((48, 2, 2)).astype(np.float16),
-        "sequence": np.repeat(np.arange(12, dtype=np.int32), 4),
-        "home": np.tile(np.arange(2, dtype=np.int32), 24),
-        "token": np.arange(48, dtype=np.int32),
-        "num_experts": np.array(4),
-        "format_version": np.array(1),
-        "source": np.array("fuzz"),
     }
 
 
@@ -110,106 +93,21 @@ def _override(rng: Random) -> tuple[str, ...]:
 
 def _trace(rng: Random) -> Files:
     if rng.random() < 0.25:
-        return {"bad.npz": mutated_bytes(_npz(arrays(), compressed=rng.random() < 0.5), rng)}
+        return {"bad.npz": mutated_bytes(npz_bytes(arrays(), compressed=rng.random() < 0.5), rng)}
     found: dict[str, Any] = dict(arrays())
     for _ in range(rng.choice((1, 1, 2))):
-        _change_array(found, rng)
-    return {"bad.npz": _npz(found, rng=rng, compressed=rng.random() < 0.5)}
+        change_array(found, rng)
+    return {"bad.npz": npz_bytes(found, rng=rng, compressed=rng.random() < 0.5)}
 
 
 def _npy(rng: Random) -> Files:
     array: Any = arrays()["experts"]
-    data = _npy_bytes(array[:, :, 0] if rng.random() < 0.3 else array)
+    data = npy_bytes(array[:, :, 0] if rng.random() < 0.3 else array)
     if rng.random() < 0.4:
         return {"bad.npz": mutated_bytes(data, rng)}
     found = {"experts": array}
-    _change_array(found, rng)
-    return {"bad.npz": _npy_bytes(found.get("experts", array), rng)}
-
-
-def _change_array(found: dict[str, Any], rng: Random) -> None:
-    name = rng.choice(list(found)) if found else "experts"
-    array = found.pop(name, np.zeros(3))
-    kinds = ("<u1", "<i8", ">i4", "<f8", "<f2", "?", "<c16", "S3", "<U2", "O", "M8[s]", "<u8", "V2")
-    with np.errstate(all="ignore"):
-        match rng.randrange(8):
-            case 0:
-                try:
-                    found[name] = np.asarray(array).astype(rng.choice(kinds))
-                except (TypeError, ValueError):
-                    found[name] = array
-            case 1:
-                shape = rng.choice([(0,), (), (1,), (2, 0, 2), (48,), (48, 2), (1, 1, 1, 1), (3, 1, 2), (48, 2, 1), (1, 48, 4)])
-                found[name] = np.resize(array, shape)
-            case 2:
-                changed = np.array(array)
-                if changed.size and changed.dtype.kind in "iufb":
-                    changed.reshape(-1)[rng.randrange(changed.size)] = rng.choice(
-                        (0, 1, 3, 4, 100, 65534, 65535 if changed.dtype != np.float16 else 1)
-                    )
-                found[name] = changed
-            case 3:
-                found[rng.choice(("expert", "experts2", "../experts", "/etc/x", "a\x1bb", "weights", name.upper()))] = array
-            case 4:
-                found[name] = np.array(rng.choice([value for value in NUMBERS if not isinstance(value, int) or abs(value) < 2**64]))
-            case 5:
-                found[name] = np.array(rng.choice([text for text in TEXTS if "\ud800" not in text]))
-            case 6:
-                found[name] = np.asfortranarray(array) if rng.random() < 0.5 else np.atleast_1d(array)[::-1]
-            case _:
-                pass  # left out
-
-
-def _npy_bytes(array: Any, rng: Random | None = None) -> bytes:
-    """The array as .npy; with `rng` its header is sometimes a lie."""
-    file = io.BytesIO()
-    np.save(file, np.asarray(array), allow_pickle=True)
-    data = file.getvalue()
-    if rng is None or rng.random() > 0.05:
-        return data
-    (length,) = struct.unpack("<H", data[8:10])
-    header = data[10 : 10 + length].rstrip()
-    lies = (
-        *(b"(48, 2, 2)", b"(999999999999,)", b"(-1, 2, 2)", b"(1000000000, 1000000000, 1000000000)", b"(48, 2, 2, )" * 50, b"()"),
-        *(b"(48L,)", b"(True,)", b"((1,),)", b"(1e3,)", b"[48]", b"(" * 300 + b")" * 300),
-    )
-    start, end = header.find(b"("), header.rfind(b")") + 1
-    header = header[:start] + rng.choice(lies) + header[end:] if rng.random() < 0.6 else mutated_text(header, rng)
-    length = len(header) if rng.random() < 0.8 else rng.choice((0, 1, 65535))
-    return data[:8] + struct.pack("<H", min(length, 65535)) + header + data[10 + length :]
-
-
-def _npz(found: Mapping[str, Any], rng: Random | None = None, compressed: bool = True) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
-        for name, array in found.items():
-            archive.writestr(f"{name}.npy", _npy_bytes(array, rng))
-        if rng is not None and rng.random() < 0.05:
-            archive.writestr(rng.choice(("experts.npy", "readme.txt", "../../x.npy", "x/")), b"not an array")
-    data = file.getvalue()
-    return zip_bomb() if rng is not None and rng.random() < 0.01 else data
-
-
-@cache
-def zip_bomb(gibibytes: int = 6) -> bytes:
-    """An .npz of a few MB whose `experts` would fill so many GiB; its checksum is wrong, which only who has unpacked it all can know."""
-    count = gibibytes * 2**30
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (count // 4, 2, 1)})
-    first = zlib.compressobj(9, zlib.DEFLATED, -15)
-    start = first.compress(header.getvalue()) + first.flush(zlib.Z_FULL_FLUSH)
-    block = zlib.compressobj(9, zlib.DEFLATED, -15)
-    zeros = block.compress(bytes(2**20)) + block.flush(zlib.Z_FULL_FLUSH)
-    end = zlib.compressobj(9, zlib.DEFLATED, -15).flush(zlib.Z_FINISH)
-    data = start + zeros * (count // 2**20) + end
-    size = len(header.getvalue()) + count
-    zip64 = struct.pack("<HHQQ", 1, 16, size, len(data))
-    name = b"experts.npy"
-    fields = struct.pack("<HHHHHIIIHH", 45, 0, 8, 0, 33, 0, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(zip64))
-    local = b"PK\x03\x04" + fields + name + zip64
-    central = b"PK\x01\x02" + struct.pack("<H", 45) + fields + struct.pack("<HHHII", 0, 0, 0, 0, 0) + name + zip64
-    closing = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 1, 1, len(central), len(local) + len(data), 0)
-    return local + data + central + closing
+    change_array(found, rng)
+    return {"bad.npz": npy_bytes(found.get("experts", array), rng)}
 
 
 # ---- checkpoints and folders of models
@@ -317,6 +215,25 @@ def _hugging_face(rng: Random) -> Files:
     return files
 
 
+def _hugging_face_index(rng: Random) -> Files:
+    """Two files and the index that says what is in which; one of the three is broken."""
+    tensors = _hugging_face_tensors()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    index = {
+        "metadata": {"total_size": sum(array.nbytes for array in tensors.values())},
+        "weight_map": {name: file for file, held in parts.items() for name in held},
+    }
+    bad = rng.choice(("index", "index", *parts))
+    files = {"hf/config.json": json.dumps(HUGGING_FACE).encode()}
+    for file, held in parts.items():
+        part = {name: tensors[name] for name in held}
+        header, data = safetensors(part)
+        files[f"hf/{file}"] = _bad_safetensors(part, rng) if file == bad else _packed(json.dumps(header).encode(), data)
+    files["hf/model.safetensors.index.json"] = _bad_json(index, rng) if bad == "index" else json.dumps(index).encode()
+    return files
+
+
 # ---- run directories
 
 
@@ -334,6 +251,15 @@ def _run(rng: Random) -> Files:
             encoded[at] = _bad_json(lines[at], rng)
         found[f"r/{name}"] = b"\n".join(encoded) + b"\n"
     return found
+
+
+def _import_map(name: str) -> tuple[tuple[str, ...], ...]:
+    command = ("plan", "import", name, "out.json")
+    return ((*command, "--devices", "2"), (*command, "--devices", "2", "--layers", "2"), command, (*command, "--devices", "3"))
+
+
+def _import_trace(name: str) -> tuple[tuple[str, ...], ...]:
+    return (("trace", "import", name, "out.npz"), ("trace", "import", name, "out.npz", "--num-experts", "4"))
 
 
 KINDS: dict[str, Kind] = {
@@ -388,6 +314,15 @@ KINDS: dict[str, Kind] = {
         _checkpoint, (("checkpoint", "verify", "ck"), ("checkpoint", "ls", "ck"), ("checkpoint", "reshard", "ck", "out", "--shards", "2"))
     ),
     "hugging_face": Kind(_hugging_face, (("checkpoint", "import-hf", "hf", "out"),)),
+    "hugging_face_index": Kind(_hugging_face_index, (("checkpoint", "import-hf", "hf", "out"),)),
+    "map": Kind(exchanged.as_json(exchanged.MAPS), _import_map("bad.json")),
+    "map_line": Kind(exchanged.as_json(exchanged.MAPS, "bad.jsonl"), _import_map("bad.jsonl")),
+    "map_pt": Kind(exchanged.as_torch(exchanged.MAPS), _import_map("bad.pt")),
+    "map_array": Kind(exchanged.map_array, _import_map("bad.npz")),
+    "recorder": Kind(exchanged.as_json(exchanged.DUMPS), _import_trace("bad.json")),
+    "recorder_pt": Kind(exchanged.as_torch(exchanged.DUMPS), _import_trace("bad.pt")),
+    "recorder_csv": Kind(exchanged.recorded_text, _import_trace("bad.csv")),
+    "forecast": Kind(exchanged.forecast_of(lambda: npz_bytes(arrays())), (("train", "run.yaml", "data.homing=bad.npz", "--dry-run"),)),
     "hostfile": Kind(
         lambda rng: {"bad.hosts": mutated_text(HOSTFILE, rng)},
         (("launch", "deepspeed", "run.yaml", "run.dir=/shared/x", "--hostfile", "bad.hosts", "--address", "10.0.0.1"),),

@@ -8,10 +8,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from tests.fuzz import kinds
+from tests.fuzz import arrays, exchanged, kinds
+from tests.fuzz.arrays import zip_bomb
 from tests.fuzz.campaign import Child, campaign
 from tests.fuzz.child import command, examine, problem
-from tests.fuzz.kinds import KINDS, zip_bomb
+from tests.fuzz.kinds import KINDS
 
 SHORT, LONG = 1_000, 20_000
 
@@ -40,11 +41,13 @@ def test_twenty_thousand_mutants() -> None:
 def test_what_is_not_broken_is_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the mutants would all be refused for one and the same reason."""
     monkeypatch.chdir(tmp_path)
-    for name in ("mutated_value", "mutated_text", "mutated_bytes"):
-        monkeypatch.setattr(kinds, name, lambda content, rng: content)
-    monkeypatch.setattr(kinds, "_change_array", lambda found, rng: None)
-    monkeypatch.setattr(kinds, "_npy_bytes", whole_npy)
-    monkeypatch.setattr(kinds, "zip_bomb", lambda: whole_npy(0))
+    for module in (kinds, exchanged):
+        for name in ("mutated_value", "mutated_text", "mutated_bytes"):
+            monkeypatch.setattr(module, name, lambda content, rng: content)
+        monkeypatch.setattr(module, "change_array", lambda found, rng: None)
+        monkeypatch.setattr(module, "npy_bytes", whole_npy)
+    monkeypatch.setattr(arrays, "npy_bytes", whole_npy)
+    monkeypatch.setattr(arrays, "zip_bomb", lambda: whole_npy(0))
     monkeypatch.setattr(kinds, "_override", lambda rng: ("train.steps=5",))
     monkeypatch.setattr(kinds, "_bad_safetensors", whole_safetensors)
     codes = {examine(kind, seed)["code"] for seed in range(12)}
