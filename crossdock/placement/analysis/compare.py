@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from crossdock.placement.costs.coherent import evaluate_coherent
+from crossdock.placement.costs.coherent import CoherentEvaluation, evaluate_coherent
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import Evaluation, evaluate
 from crossdock.placement.records.affinity import Affinity
@@ -14,7 +14,8 @@ from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import SOLVERS, auto, check_mode
-from crossdock.placement.solvers.certificates.bounds import copies_to_devices
+from crossdock.placement.solvers.certificates.bounds import copies_to_devices, lower_bound
+from crossdock.placement.solvers.certificates.certificate import certified
 from crossdock.placement.solvers.problem import Constraints, Problem, Solution
 from crossdock.placement.solvers.solution import cost_of, device_loads
 
@@ -78,24 +79,45 @@ def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) 
     return candidates
 
 
-def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> tuple[Row, Evaluation]:
+@dataclass(frozen=True)
+class Proven:
+    """Lower bounds over all plans with one copy of each expert: on the problem's objective, and on distinct devices per token and layer."""
+
+    objective: float
+    devices: float = 0.0
+
+
+def proven(problem: Problem, seconds: float) -> Proven:
+    """What `seconds` can prove; 0 for the quick bounds. Half of the time goes to devices where the objective is another one."""
+    if seconds <= 0:
+        return Proven(lower_bound(problem))
+    if problem.objective == "devices":
+        return Proven(*[certified(problem, seconds)] * 2)
+    if problem.mode == "coherent" or problem.objective == "hops" or problem.workload.dispatch == "flat":
+        return Proven(certified(problem, seconds))  # moved traffic follows from the objective, or is the same for all plans
+    return Proven(certified(problem, seconds / 2), certified(replace(problem, objective="devices"), seconds / 2))
+
+
+def row_of(
+    candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float, least_devices: float = 0.0
+) -> tuple[Row, Evaluation]:
     """Evaluate a candidate on `trace`, which `problem` counts; `fitted` where the candidate was solved for this very problem.
 
-    `bound` is a lower bound on the problem's objective over plans with one copy of each expert.
+    `bound` is a lower bound on the problem's objective over plans with one copy of each expert, `least_devices` one on distinct devices.
     """
     plan, solution = candidate.plan, candidate.solution if fitted else None
     evaluation = evaluate(trace, plan, problem.topology, problem.workload)
     fits = bool((np.count_nonzero(plan.slots_LRS >= 0, axis=2) <= problem.slots_R).all())
     cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
-    proven = gap_cost = gap_moved = gap_kept = None
+    least_cost = gap_cost = gap_moved = gap_kept = None
     if fits and cost is not None and _keeps_to(problem, plan):
-        proven = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
-        gap_cost = (cost - proven) / cost if cost > 0 else 0.0
+        least_cost = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
+        gap_cost = (cost - least_cost) / cost if cost > 0 else 0.0
         if problem.objective == "hops":
             most = float(problem.hop_cost_RR.max())
-            gap_moved, gap_kept = gap_cost, (cost - proven) / (most - proven) if proven < most else 0.0
+            gap_moved, gap_kept = gap_cost, (cost - least_cost) / (most - least_cost) if least_cost < most else 0.0
         elif not evaluation.exact:
-            least = _least_moved(problem, proven)
+            least = _least_moved(problem, least_cost if problem.objective == "devices" else least_devices)
             gap_moved = max(0.0, evaluation.moved - least) / evaluation.moved if evaluation.moved > 0 else 0.0
             gap_kept = max(0.0, evaluation.moved - least) / (1.0 - least) if least < 1 else 0.0
     rows_LR = evaluation.rows_LR
@@ -109,7 +131,7 @@ def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool
         cross_device_hops=evaluation.cross_device_hops,
         cross_node_hops=evaluation.cross_node_hops,
         load_max_over_mean=evaluation.load_max_over_mean,
-        bound=proven,
+        bound=least_cost,
         gap_cost=gap_cost,
         gap_moved=gap_moved,
         gap_kept=gap_kept,
@@ -122,7 +144,7 @@ def row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool
     return row, evaluation
 
 
-def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> Row:
+def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> tuple[Row, CoherentEvaluation]:
     """The same for tokens that stay with their experts: moved are those that change device at a layer, by distance devices and nodes.
 
     A trace without homes has its tokens at home on every device in turn.
@@ -132,14 +154,14 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
         trace = replace(trace, home_T=np.arange(trace.num_tokens, dtype=np.int32) % np.int32(problem.num_devices))
     found = evaluate_coherent(trace, plan, problem.topology, problem.workload, problem.context)
     cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
-    proven = gap_cost = None
+    least_cost = gap_cost = None
     if cost is not None and _keeps_to(problem, plan):
-        proven = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
-        gap_cost = (cost - proven) / cost if cost > 0 else 0.0
+        least_cost = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
+        gap_cost = (cost - least_cost) / cost if cost > 0 else 0.0
     peak_L = found.rows_LR.max(axis=1) / np.maximum(found.rows_LR.mean(axis=1), 1e-300)
     other_device_RR, other_node_RR = (problem.topology.link_class_RR >= link_class for link_class in (1, 2))
     hops = max(int(found.hops_LRR.sum()), 1)
-    return Row(
+    row = Row(
         method=candidate.label,
         cost_s=found.step_s,
         moved=found.moved,
@@ -149,7 +171,7 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
         cross_device_hops=float(found.hops_LRR[:, other_device_RR].sum() / hops),
         cross_node_hops=float(found.hops_LRR[:, other_node_RR].sum() / hops),
         load_max_over_mean=float(peak_L.mean()),
-        bound=proven,
+        bound=least_cost,
         gap_cost=gap_cost,
         gap_moved=None,
         gap_kept=None,
@@ -159,6 +181,7 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
         load_max=float(peak_L.max()),
         plan=plan.digest,
     )
+    return row, found
 
 
 def problem_for(affinity: Affinity, like: Problem) -> Problem:
@@ -197,11 +220,9 @@ def _keeps_to(problem: Problem, plan: Plan) -> bool:
 
 
 def _least_moved(problem: Problem, bound: float) -> float:
-    """A lower bound on the evaluator's `moved` for homes anywhere alike; `bound` is one on the objective."""
+    """A lower bound on the evaluator's `moved` for homes anywhere alike; `bound` is one on distinct devices per token and layer."""
     R, rows = problem.num_devices, float(problem.affinity.load_LE.sum())
     if problem.workload.dispatch == "flat" or rows == 0:
         return (R - 1) / R
-    copies = float(copies_to_devices(problem).sum())
-    if problem.objective == "devices":
-        copies = max(copies, bound * problem.affinity.num_tokens * problem.num_layers)
+    copies = max(float(copies_to_devices(problem).sum()), bound * problem.affinity.num_tokens * problem.num_layers)
     return copies * (R - 1) / R / rows

@@ -337,7 +337,10 @@ def report_command(
         asked = Asked.read(trace, topology, workload_path=workload, num_experts=num_experts)
         plans = {path.name: Plan.load(path) for path in plan}
         title = f"Plans for {trace.name}"
-        page = render_plan_report(asked.trace, asked.topology, asked.workload, plans, title=title, bound_seconds=bound_seconds)
+        context = asked.problem.context
+        page = render_plan_report(
+            asked.trace, asked.topology, asked.workload, plans, context=context, title=title, bound_seconds=bound_seconds
+        )
         target = out or Path("report.html")
     else:
         raise UsageError("nothing to report on; give a run directory, or --trace, --topology and --plan")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crossdock.errors import BadData, InfeasiblePlan, UsageError
-from crossdock.placement.analysis.compare import Candidate, coherent_row_of, describe, problem_for, row_of
+from crossdock.placement.analysis.compare import Candidate, Proven, coherent_row_of, describe, problem_for, proven, row_of
 from crossdock.placement.analysis.homing_score import PlansWithHomes
 from crossdock.placement.analysis.relabel import relabelled
 from crossdock.placement.analysis.statistics import drift, error_bars
@@ -21,8 +21,6 @@ from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
 from crossdock.placement.records.trace import Trace, concatenate, in_pieces
 from crossdock.placement.solvers import SOLVERS
-from crossdock.placement.solvers.certificates.bounds import lower_bound
-from crossdock.placement.solvers.certificates.certificate import certified
 from crossdock.placement.solvers.problem import Constraints, Pin, Problem, Solution
 
 
@@ -101,16 +99,17 @@ class Asked:
 
     def score(self, candidates: Sequence[Candidate], bound_seconds: float, *, with_error_bars: bool = False) -> dict[str, Any]:
         """The JSON object of solve and compare; `bound_seconds` go to a bound for the trace that was solved for."""
-        bound = certified(self.problem, bound_seconds) if bound_seconds > 0 else lower_bound(self.problem)
-        proven = [candidate.solution.bound for candidate in candidates if candidate.solution is not None]
-        bound = max([bound, *(value for value in proven if value is not None)])  # one problem: what one method proved holds for all
+        least = proven(self.problem, bound_seconds)
+        met = [candidate.solution.bound for candidate in candidates if candidate.solution is not None]
+        # one problem: what one method proved holds for all
+        least = replace(least, objective=max([least.objective, *(value for value in met if value is not None)]))
         value = describe(self.trace, str(self.trace_path), self.topology, self.workload, self.problem)
-        rows = [self._row(candidate, self.problem, self.trace, fitted=True, bound=bound) for candidate in candidates]
+        rows = [self._row(candidate, self.problem, self.trace, least, fitted=True) for candidate in candidates]
         eval_rows: list[dict[str, object]] = []
         if self.eval_trace is not None:
             held_out = problem_for(Affinity.from_trace(self.eval_trace), self.problem)
-            bound = lower_bound(held_out)
-            eval_rows = [self._row(candidate, held_out, self.eval_trace, fitted=False, bound=bound) for candidate in candidates]
+            quick = proven(held_out, 0.0)
+            eval_rows = [self._row(candidate, held_out, self.eval_trace, quick, fitted=False) for candidate in candidates]
             apart = drift(self.problem.affinity, held_out.affinity)
             value["drift"] = {
                 "load": float(apart.load_L.mean()),
@@ -132,10 +131,11 @@ class Asked:
         return PlansWithHomes.of(self.problem, self.trace, self.eval_trace, candidates, sequence_tokens, batch_sequences, seconds, seed)
 
     @staticmethod
-    def _row(candidate: Candidate, problem: Problem, trace: Trace, *, fitted: bool, bound: float) -> dict[str, object]:
+    def _row(candidate: Candidate, problem: Problem, trace: Trace, least: Proven, *, fitted: bool) -> dict[str, object]:
         if problem.mode == "coherent":
-            return coherent_row_of(candidate, problem, trace, fitted=fitted, bound=bound).as_json()
-        return row_of(candidate, problem, trace, fitted=fitted, bound=bound)[0].as_json()
+            return coherent_row_of(candidate, problem, trace, fitted=fitted, bound=least.objective)[0].as_json()
+        row, _ = row_of(candidate, problem, trace, fitted=fitted, bound=least.objective, least_devices=least.devices)
+        return row.as_json()
 
 
 def payback(before: Plan, after: Plan, trace_path: Path, topology_name: str, workload: Workload, num_experts: int | None) -> dict[str, Any]:

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
 
 from crossdock import __version__
-from crossdock.errors import BadData
-from crossdock.placement.analysis.compare import Candidate, Row, row_of
+from crossdock.errors import BadData, UsageError
+from crossdock.placement.analysis.compare import Candidate, Proven, Row, coherent_row_of, proven, row_of
+from crossdock.placement.costs.coherent import Context
 from crossdock.placement.costs.cost import NUM_DIRECTIONS, Workload
-from crossdock.placement.costs.evaluate import Evaluation
 from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
 from crossdock.placement.records.trace import Trace
 from crossdock.placement.reports.charts import bar_chart, heat_map, readable
-from crossdock.placement.solvers.certificates.bounds import lower_bound
-from crossdock.placement.solvers.certificates.certificate import certified
 from crossdock.placement.solvers.problem import Problem
 
 MIB = 2.0**20
@@ -68,28 +67,59 @@ class Tile:
     kind: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """What a plan does to a trace, for the maps: bytes of one step from device to device, and rows of each layer's experts."""
+
+    bytes_RR: NDArray[np.float64]
+    rows_LR: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The plans of a page: a row for each, the first and the last replayed, and under which traffic."""
+
+    rows: Sequence[Row]
+    before: Replayed
+    after: Replayed
+    chosen: str
+    coherent: bool
+    homes_known: bool
+
+
 def render_plan_report(
-    trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan], *, title: str = "Plans", bound_seconds: float = 0.0
+    trace: Trace,
+    topology: Topology,
+    workload: Workload,
+    plans: Mapping[str, Plan],
+    *,
+    context: Context | None = None,
+    title: str = "Plans",
+    bound_seconds: float = 0.0,
 ) -> str:
     """A page on `plans` by name, held against consecutive experts on consecutive devices; the last one is shown in full.
 
-    `bound_seconds` go to a certificate of how far from the best plan they are; without them the quick bound is shown.
-    Raises `BadData` where a plan, the trace and the topology do not fit one another.
+    `bound_seconds` go to a certificate of how far from the best plan they are; without them the quick bound is shown. `context` is what
+    attention asks where plans are of mode coherent.
+    Raises `BadData` where a plan, the trace and the topology do not fit one another, `UsageError` where plans are of different modes.
     """
-    rows, before, after, chosen = _scored(trace, topology, workload, plans, bound_seconds)
-    first, last = rows[0], rows[-1]
+    scored = _scored(trace, topology, workload, plans, context or Context(), bound_seconds)
+    first, last, chosen = scored.rows[0], scored.rows[-1], scored.chosen
     saved = 1.0 - last.cost_s / first.cost_s if first.cost_s > 0 else 0.0
     tiles = [
         Tile(f"predicted step with {chosen}", seconds(last.cost_s)),
         Tile("against contiguous", f"{-saved:+.1%}", "good" if saved > 0 else "bad" if saved < 0 else ""),
-        Tile("copies that leave their device", f"{first.moved:.1%} \N{RIGHTWARDS ARROW} {last.moved:.1%}"),
+        Tile(
+            "tokens that change device" if scored.coherent else "copies that leave their device",
+            f"{first.moved:.1%} \N{RIGHTWARDS ARROW} {last.moved:.1%}",
+        ),
         Tile("busiest device over mean", f"{first.load_max_over_mean:.2f} \N{RIGHTWARDS ARROW} {last.load_max_over_mean:.2f}"),
     ]
     lead = (
         f"{trace.num_tokens:,} tokens through {trace.num_layers} MoE layers, top {trace.top_k} of {trace.num_experts} experts, "
         f"on {topology.name}: {topology.num_devices} devices, {topology.num_nodes} nodes."
     )
-    return page(title, lead, tiles, [*plan_sections(rows, before, after, topology, workload, chosen), inputs(trace, topology, workload)])
+    return page(title, lead, tiles, [*plan_sections(scored, topology), inputs(trace, topology, workload)])
 
 
 def render_run_report(run_dir: Path, *, bound_seconds: float = 0.0) -> str:
@@ -105,43 +135,51 @@ def render_run_report(run_dir: Path, *, bound_seconds: float = 0.0) -> str:
     if run.trace is not None and run.topology is not None and run.plan is not None:
         try:
             plans = {run.plan.method or "plan": run.plan}
-            rows, before, after, chosen = _scored(run.trace, run.topology, run.workload, plans, bound_seconds)
-        except BadData as error:
+            scored = _scored(run.trace, run.topology, run.workload, plans, run.context, bound_seconds)
+        except (BadData, UsageError) as error:  # such as a plan of a restart on fewer devices, or one that this traffic does not know
             sections.append(Section("Plan", text=f"The plan cannot be replayed on the run's trace: {error}"))
         else:
-            sections += plan_sections(rows, before, after, run.topology, run.workload, chosen)
+            sections += plan_sections(scored, run.topology)
             sections.append(inputs(run.trace, run.topology, run.workload))
     return page(f"Run {run.name}", run.lead, run_tiles(run), sections)
 
 
-def plan_sections(
-    rows: Sequence[Row], before: Evaluation, after: Evaluation, topology: Topology, workload: Workload, chosen: str
-) -> list[Section]:
+def plan_sections(scored: Scored, topology: Topology) -> list[Section]:
     """The methods' table, traffic and load before and after."""
-    micro_batches = NUM_DIRECTIONS * workload.copy_bytes * workload.micro_batches * workload.tokens_per_rank * topology.num_devices / MIB
-    traffic = [evaluation.hops_HLRR.sum(axis=(0, 1)) * (micro_batches / evaluation.num_tokens) for evaluation in (before, after)]
-    load = [evaluation.rows_LR / np.maximum(evaluation.rows_LR.mean(axis=1, keepdims=True), 1e-300) for evaluation in (before, after)]
+    both = (scored.before, scored.after)
+    traffic = [replayed.bytes_RR / MIB for replayed in both]
+    load = [replayed.rows_LR / np.maximum(replayed.rows_LR.mean(axis=1, keepdims=True), 1e-300) for replayed in both]
     most_mib = max(float(matrix.max()) for matrix in traffic)
     most_load = max(0.25, *(float(np.abs(matrix - 1.0).max()) for matrix in load))
-    names = ("contiguous", chosen)
-    homes = "as recorded" if after.exact else "spread evenly over the devices"
+    names = ("contiguous", scored.chosen)
+    homes = f"Homes are {'as recorded' if scored.homes_known else 'spread evenly over the devices'}."
+    if scored.coherent:
+        moved = "Tokens stay with their experts. Moved: tokens that change device at a layer. Devices and nodes: a token is on one."
+        about = (
+            "MiB of one step, all layers and both passes, from where a token is (row) to where its next expert lives (column), and home "
+            "from the last one. Keys and values, which go from every device to every other, are in the step and not on the map."
+        )
+    else:
+        moved = (
+            "Moved: copies that leave their device, per (token, expert). Devices and nodes: distinct ones of a token's experts in one "
+            "layer."
+        )
+        about = "MiB of one step, all layers and all four transfers, from the tokens' home (row) to the device of their expert (column)."
     return [
         Section(
             "Plans",
-            table=methods_table(rows),
-            note="Moved: copies that leave their device, per (token, expert). Devices and nodes: distinct ones of a token's experts in one "
-            "layer. Load: the busiest device over the mean, mean over layers. Hops: first choices that change device from layer to layer. "
-            "Gap: proven distance of the step to that of the best plan." + ("" if topology.measured else _UNMEASURED),
+            table=methods_table(scored.rows),
+            note=f"{moved} Load: the busiest device over the mean, mean over layers. Hops: first choices that change device from layer to "
+            "layer. Gap: proven distance of the step to that of the best plan." + ("" if topology.measured else _UNMEASURED),
         ),
-        *distance_section(rows),
+        *distance_section(scored.rows),
         Section(
             "Traffic from device to device",
-            text=f"MiB of one step, all layers and all four transfers, from the tokens' home (row) to the device of their expert (column). "
-            f"Homes are {homes}. The diagonal stays where it is. Both maps have one scale.",
+            text=f"{about} {homes} The diagonal stays where it is. Both maps have one scale.",
             figures=[
                 Figure(
                     name,
-                    heat_map(matrix, title=f"Traffic, {name}", rows="home", columns="device", most=most_mib),
+                    heat_map(matrix, title=f"Traffic, {name}", rows="from" if scored.coherent else "home", columns="device", most=most_mib),
                     _by_class(matrix, topology),
                 )
                 for name, matrix in zip(names, traffic, strict=True)
@@ -175,7 +213,7 @@ def distance_section(rows: Sequence[Row]) -> list[Section]:
             text=f"With tokens at home on every device alike, no plan with one copy of each expert has a step below {seconds(bound)}: that "
             "is proven. Whether anything between it and the best one here is possible is not known.",
             table=Table(["plan", "of the step", "of moved", "of kept"], cells, chosen=len(rows) - 1),
-            note="Gaps, at most: of the step's time, of the copies that move, and of those that could be kept.",
+            note="Gaps, at most: of the step's time, of what moves, and of what could be kept.",
             figures=[Figure("predicted step, ms", bar_chart([("", bars)], title="Predicted step of every plan, and the bound", unit="ms"))],
         )
     ]
@@ -238,15 +276,39 @@ def seconds(value: float | None) -> str:
 
 
 def _scored(
-    trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan], bound_seconds: float
-) -> tuple[list[Row], Evaluation, Evaluation, str]:
-    """Rows of contiguous and of every plan, the evaluations of the first and the last, and the last one's name."""
-    problem = Problem(Affinity.from_trace(trace), topology, workload)
+    trace: Trace, topology: Topology, workload: Workload, plans: Mapping[str, Plan], context: Context, bound_seconds: float
+) -> Scored:
+    """Contiguous and every plan, in the traffic that the plans are for."""
+    modes = sorted({plan.mode for plan in plans.values()})
+    if len(modes) > 1:
+        raise UsageError(f"the plans are of modes {' and '.join(modes)}, whose traffic is not the same; give plans of one mode")
+    for plan in plans.values():
+        plan.check_model(trace.num_layers, trace.num_experts, topology.num_devices)
+    problem = Problem(Affinity.from_trace(trace), topology, workload, mode=modes[0], context=context)
     contiguous = Plan.contiguous(trace.num_layers, trace.num_experts, topology.num_devices)
     candidates = [Candidate("contiguous", contiguous), *(Candidate(name, plan) for name, plan in plans.items())]
-    bound = certified(problem, bound_seconds) if bound_seconds > 0 else lower_bound(problem)
-    scored = [row_of(candidate, problem, trace, fitted=False, bound=bound) for candidate in candidates]
-    return [row for row, _ in scored], scored[0][1], scored[-1][1], candidates[-1].label
+    least = proven(problem, bound_seconds)
+    score = _score_coherent if modes == ["coherent"] else _score_home
+    scored = [score(candidate, problem, trace, least) for candidate in candidates]
+    rows, shown = [row for row, _ in scored], [replayed for _, replayed in scored]
+    return Scored(rows, shown[0], shown[-1], candidates[-1].label, modes == ["coherent"], trace.home_T is not None)
+
+
+def _score_home(candidate: Candidate, problem: Problem, trace: Trace, least: Proven) -> tuple[Row, Replayed]:
+    row, found = row_of(candidate, problem, trace, fitted=False, bound=least.objective, least_devices=least.devices)
+    bytes_RR = found.hops_HLRR.sum(axis=(0, 1)) * (NUM_DIRECTIONS * _row_bytes(problem, trace))
+    return row, Replayed(bytes_RR, np.asarray(found.rows_LR, dtype=np.float64))
+
+
+def _score_coherent(candidate: Candidate, problem: Problem, trace: Trace, least: Proven) -> tuple[Row, Replayed]:
+    row, found = coherent_row_of(candidate, problem, trace, fitted=False, bound=least.objective)
+    return row, Replayed(found.moves_LRR.sum(axis=0) * (2 * _row_bytes(problem, trace)), found.rows_LR.astype(np.float64))
+
+
+def _row_bytes(problem: Problem, trace: Trace) -> float:
+    """Bytes that a row of the trace stands for in one direction of a whole step."""
+    workload = problem.workload
+    return workload.copy_bytes * workload.micro_batches * workload.tokens_per_rank * problem.num_devices / trace.num_tokens
 
 
 def _by_class(traffic_RR: Any, topology: Topology) -> str:

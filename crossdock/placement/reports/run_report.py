@@ -7,8 +7,9 @@ from typing import Any
 
 from crossdock import strict_yaml
 from crossdock.errors import MissingInput
+from crossdock.placement.costs.coherent import Context
 from crossdock.placement.costs.cost import Workload
-from crossdock.placement.costs.workload_file import load_workload
+from crossdock.placement.costs.workload_file import load_context, load_workload
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.run_files import is_number, read_lines, read_result
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
@@ -31,6 +32,7 @@ class Run:
     topology: Topology | None
     plan: Plan | None
     workload: Workload
+    context: Context
 
     @property
     def lead(self) -> str:
@@ -76,6 +78,7 @@ def read_run(path: Path) -> Run:
         topology=_topology(path, config_path, plan),
         plan=plan,
         workload=load_workload(config_path) if config_path.exists() else Workload(),
+        context=load_context(config_path) if config_path.exists() else Context(),
     )
 
 

@@ -1,5 +1,6 @@
 """The report: whole in itself, faithful to its numbers, readable from incomplete and damaged run directories."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossdock.errors import BadData, MissingInput
+from crossdock.errors import BadData, MissingInput, UsageError
+from crossdock.placement.costs.coherent import Context, evaluate_coherent
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import evaluate
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import Trace
 from crossdock.placement.reports.charts import Marker, Series, bar_chart, heat_map, labelled, line_chart, readable, ticks
 from crossdock.placement.reports.report import render_plan_report, render_run_report, seconds
 from tests.placement.commands.test_cli import run, run_json
@@ -99,6 +102,36 @@ def check_whole_in_itself(page: str) -> Reader:
     for chart in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(chart)
     return reader
+
+
+def coherent_trace() -> Trace:
+    return random_trace(3, num_homes=4, top_k=1, drop=0.1)
+
+
+def test_plans_of_tokens_that_stay_are_shown_in_their_own_traffic() -> None:
+    trace, plan = coherent_trace(), dataclasses.replace(random_plan(4), mode="coherent")
+    page = render_plan_report(trace, TOPOLOGY, Workload(), {"stay": plan}, context=Context(key_value_bytes=64))
+    found = evaluate_coherent(trace, plan, TOPOLOGY, Workload(), Context(key_value_bytes=64))
+    text = Reader(page).text
+    assert f"{seconds(found.step_s)} predicted step with stay" in text
+    assert f"\N{RIGHTWARDS ARROW} {found.moved:.1%}" in text
+    assert "tokens that change device" in text
+    assert "copies" not in text.split("Traffic from device")[0].replace("copy of each expert", "")
+    scale = Workload().tokens_per_rank * 4 / trace.num_tokens * Workload().copy_bytes * 2 / 2**20
+    stays = np.trace(found.moves_LRR.sum(axis=0)) * scale
+    assert f"stays {readable(stays)} MiB" in text
+    with pytest.raises(UsageError, match="modes coherent and home"):
+        render_plan_report(trace, TOPOLOGY, Workload(), {"stay": plan, "return": random_plan(4)})
+
+
+def test_a_run_whose_tokens_stay_is_reported(run_directory: Path) -> None:
+    coherent_trace().save(run_directory / "trace.npz")
+    dataclasses.replace(random_plan(2), mode="coherent").save(run_directory / "plan.json")
+    text = Reader(render_run_report(run_directory)).text
+    assert "Tokens stay with their experts" in text
+    assert "Predicted, and what came true" in text
+    random_trace(1, num_homes=4).save(run_directory / "trace.npz")  # two experts per token, which the plan's traffic does not know
+    assert "The plan cannot be replayed on the run's trace: mode coherent keeps a token" in Reader(render_run_report(run_directory)).text
 
 
 def test_plan_report_shows_the_evaluators_numbers() -> None:
