@@ -20,6 +20,9 @@ from crossdock.runtime.adaptation.windows import Measured, RankRecord, transfer_
 WILD = 4.0
 """A device whose speed seems this many times the mean, or the mean this many times its, was not measured but missed."""
 
+MOST_SCALED = 2.0
+"""Links that would have to be so many times as fast or slow for the step to come out are not what the step is off by."""
+
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
@@ -37,8 +40,12 @@ def calibrate(
 
     `workload` brings the sizes (tokens, widths, wire, dispatch, micro-batches), `topology` the devices and links. Windows are the ledger's
     means; experts get a fixed cost and a speed per device by least squares; links that nobody measured are scaled, all alike, to the
-    median transfer, and with `follow_links` measured ones as well, where transfers were waited for; `other_s` is what is left of the
-    median step.
+    median transfer, and with `follow_links` measured ones as well, where transfers were waited for.
+
+    `other_s` is what is left of the median step. Where ranks know how long all their other work took, it should be that, and is nearly:
+    without `follow_links`, links are scaled once more by what makes the step come out so. Ranks do not go in lockstep as the model has it:
+    while tokens reach one rank late, another is already at work, and under uneven plans a part of the transfers is hidden by that. Booked
+    as less other work, it would be missing under even plans, which hide less.
     """
     groups = [measured.ranks[first : first + topology.num_devices] for first in range(0, len(measured.ranks), topology.num_devices)]
     turns = tuple(_windows_of_turn(measured.ranks, strategies, turn, len(workload.windows)) for turn in range(len(workload.turn_windows)))
@@ -49,6 +56,11 @@ def calibrate(
     topology = dataclasses.replace(topology, flop_per_s_R=flop_per_s_R)
     if topology.num_devices > 1 and (follow_links or not topology.measured):
         topology = _scaled_links(groups, evaluations, topology, workload, strategies)
+    rests_s = [rank.rest_s for rank in measured.ranks]
+    known_s = [rest_s for rest_s in rests_s if rest_s is not None]
+    if topology.num_devices > 1 and len(known_s) == len(rests_s) and not follow_links:
+        rest_s = max(0.0, statistics.fmean(known_s) - _windows_s(workload, plan.num_layers))
+        topology = _links_of_step(measured, plan, topology, dataclasses.replace(workload, other_s=rest_s), strategies)
     blocks_s = evaluate_strategies(measured.trace, plan, topology, workload, strategies).step_s  # other_s is still 0
     workload = dataclasses.replace(workload, other_s=max(0.0, measured.step_s - blocks_s))
     return Calibrated(topology, workload, evaluate_strategies(measured.trace, plan, topology, workload, strategies))
@@ -134,12 +146,39 @@ def _scaled_links(
     bounds = [] if topology.measured else factors[False]  # of a hidden transfer only a bound is known, and a measured link knows better
     factor = statistics.median(factors[True] or bounds or [1.0])
     latency_s_RR = topology.latency_s_RR if topology.measured else np.where(apart_RR, latency_s, 0.0)
+    return dataclasses.replace(_times(topology, factor, "; links scaled to a live run's transfers"), latency_s_RR=latency_s_RR)
+
+
+def _windows_s(workload: Workload, num_layers: int) -> float:
+    """Seconds of a step that windows take."""
+    return workload.micro_batches * num_layers * statistics.fmean(sum(dataclasses.asdict(window).values()) for window in workload.windows)
+
+
+def _links_of_step(measured: Measured, plan: Plan, topology: Topology, workload: Workload, strategies: Sequence[Strategy]) -> Topology:
+    """The topology with all links between devices times the one factor under which the predicted step is the measured one, by bisection;
+    as it is where none between 1 / MOST_SCALED and MOST_SCALED does that, as where transfers are hidden."""
+
+    def excess_s(factor: float) -> float:
+        there = _times(topology, factor)
+        return evaluate_strategies(measured.trace, plan, there, workload, strategies).step_s - measured.step_s
+
+    low, high = 1.0 / MOST_SCALED, MOST_SCALED
+    if not excess_s(low) > 0.0 > excess_s(high):
+        return topology
+    while high / low > 1.001:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if excess_s(middle) > 0.0 else (low, middle)
+    return _times(topology, (low * high) ** 0.5, "; links scaled to the steps of a live run")
+
+
+def _times(topology: Topology, factor: float, source: str = "") -> Topology:
+    """The topology with all links between devices `factor` times as fast."""
+    apart_RR = ~np.eye(topology.num_devices, dtype=bool)
     return dataclasses.replace(
         topology,
         bytes_per_s_RR=np.where(apart_RR, topology.bytes_per_s_RR * factor, topology.bytes_per_s_RR),
-        latency_s_RR=latency_s_RR,
         node_bytes_per_s=None if topology.node_bytes_per_s is None else topology.node_bytes_per_s * factor,
-        source=f"{topology.source}; links scaled to a live run's transfers".lstrip("; "),
+        source=f"{topology.source}{source}".lstrip("; "),
     )
 
 

@@ -9,7 +9,7 @@ from crossdock.placement.records.topology import LINK_CLASSES
 from crossdock.placement.records.trace import Trace, concatenate
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.transport import collectives
-from crossdock.runtime.transport.ledger import Flight, LayerProfile, profile, standstill, window_s
+from crossdock.runtime.transport.ledger import Flight, LayerProfile, exposed_s, profile, standstill, window_s
 from crossdock.runtime.transport.mesh import Mesh
 
 EXPOSED_SHARE = 0.2
@@ -34,6 +34,8 @@ class RankRecord:
     profile_of_layer: dict[int, LayerProfile]
     transfers: dict[Way, list[Transfer]]
     count_flights_s: list[float]
+    rest_s: float | None = None
+    """Seconds of a step in which the rank neither ran experts nor stood still: all other work, windows among it. None: steps untimed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ class Window:
     def close(self, mesh: Mesh) -> Measured | None:
         """Gather the window on rank 0 (elsewhere None). All ranks call it."""
         traces = self.capture.gather(mesh)
-        records = collectives.gather_objects(record_of(self._flights), mesh)
+        records = collectives.gather_objects(record_of(self._flights, self._step_s), mesh)
         if records is None:
             return None
         first, second, third = self._bytes
@@ -85,8 +87,8 @@ class Window:
         return Measured(len(self._step_s), tuple(traces), (first, second, third), *medians, tuple(records))
 
 
-def record_of(flights: Sequence[Flight]) -> RankRecord:
-    """Sum up one rank's flights."""
+def record_of(flights: Sequence[Flight], step_s: Sequence[float] = ()) -> RankRecord:
+    """Sum up one rank's flights, in steps that took it `step_s`."""
     transfers: dict[Way, list[Transfer]] = defaultdict(list)
     stood_s = standstill(flights)
     for flight in flights:
@@ -95,7 +97,16 @@ def record_of(flights: Sequence[Flight]) -> RankRecord:
             transfer = Transfer(flight_s, flight_s - window_s(flight, stood_s))
             transfers[flight.layer, flight.stage, flight.direction].append(transfer)
     count_flights_s = [flight.wait_end_s - flight.launched_s for flight in flights if flight.kind == "counts"]
-    return RankRecord(profile(flights), dict(transfers), count_flights_s)
+    profiles = profile(flights)
+    rest_s = None
+    if step_s:
+        experts_s = sum(
+            len(transfers.get((layer, "dispatch", "forward"), ())) * found.expert_forward_s
+            + len(transfers.get((layer, "combine", "backward"), ())) * found.expert_backward_s
+            for layer, found in profiles.items()
+        )
+        rest_s = max(0.0, sum(step_s) - exposed_s(flights) - experts_s) / len(step_s)
+    return RankRecord(profiles, dict(transfers), count_flights_s, rest_s)
 
 
 def transfer_seconds_of(ranks: Sequence[RankRecord]) -> dict[Way, tuple[float, bool]]:

@@ -195,3 +195,42 @@ def test_a_transfer_takes_what_the_last_rank_saw() -> None:
     assert exposed == {(0, "dispatch", "forward"): (2.0, True)}
     hidden = transfer_seconds_of([rank([(3.0, 0.0), (4.0, 0.1)])])
     assert hidden == {(0, "dispatch", "forward"): (3.5, False)}
+
+
+def timed(measured: Measured, other_s: float = TRUTH.other_s) -> Measured:
+    """The same, with ranks that know how long their other work took: `other_s` and the windows."""
+    windows_s = TRUTH.micro_batches * NUM_LAYERS * sum(dataclasses.asdict(TRUTH.window).values())
+    ranks = tuple(dataclasses.replace(rank, rest_s=other_s + windows_s) for rank in measured.ranks)
+    return dataclasses.replace(measured, ranks=ranks)
+
+
+@pytest.mark.parametrize("faster", [0.8, 1.0, 1.25])
+def test_steps_say_how_fast_links_are_where_other_work_is_known(faster: float) -> None:
+    """What ranks hide of transfers because they are no lockstep is not booked as less other work, which other plans need as well."""
+    before, seen = dataclasses.replace(machine(1e7, 1e-4), measured=True), machine(faster * 1e7, 1e-4)
+    trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
+    found = calibrate(timed(pretend(trace, plan, seen, 1e-4)), plan, before, SIZES, AS_CONFIGURED)
+    assert found.topology.bytes_per_s_RR[0, 1] == pytest.approx(faster * 1e7, rel=2e-3)
+    assert found.workload.other_s == pytest.approx(TRUTH.other_s, rel=2e-2)
+    for seed in range(4):
+        other = random_plan(2, seed)
+        predicted = evaluate(trace, other, found.topology, found.workload).step_s
+        assert predicted == pytest.approx(evaluate(trace, other, seen, TRUTH).step_s, rel=0.01)
+
+
+def test_links_stay_where_they_cannot_be_what_the_step_is_off_by() -> None:
+    before = dataclasses.replace(machine(1e9, 1e-5), measured=True)  # nothing is waited for: windows hide all of it
+    trace, plan = skewed_trace(2), Plan.contiguous(NUM_LAYERS, 8, 2)
+    measured = pretend(trace, plan, before, 1e-5)
+    found = calibrate(timed(measured, other_s=0.5 * TRUTH.other_s), plan, before, SIZES, AS_CONFIGURED)
+    np.testing.assert_array_equal(found.topology.bytes_per_s_RR, before.bytes_per_s_RR)
+    assert found.evaluation.step_s == pytest.approx(measured.step_s, rel=1e-9)
+
+
+def test_a_window_of_timed_steps_tells_how_long_other_work_took() -> None:
+    flights = [
+        Flight(0, "dispatch", "forward", "tokens", (0, 0, 64), 1.0, 3.0, 4.0, 1),
+        Flight(0, "combine", "forward", "tokens", (0, 0, 64), 6.0, 6.5, 7.0, 1),
+    ]
+    assert record_of(flights, [10.0, 8.0]).rest_s == pytest.approx((18.0 - 1.0 - 0.5 - 2.0) / 2)
+    assert record_of(flights).rest_s is None
