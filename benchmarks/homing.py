@@ -1,7 +1,7 @@
 """What does sequence homing save, on routing it was planned on and on other text? Pure replay of traces, no network.
 
     CROSSDOCK_TRACES=FOLDER python -m benchmarks.homing [--seconds 10] [--seeds 5] [--trace FIT --eval-trace HELD] [--train-steps 600]
-                                                        [--only WORD] [--out FILE] [--json] [--short]
+                                                        [--only WORD] [--out FILE.json] [--page FILE.md] [--json] [--short]
 
 Three kinds of routing: the gpt-oss traces of the folder (pieces of 128 tokens as sequences; they name no tokens, so homes are those by
 known routing, the limit of any forecast); `--trace` and `--eval-trace`, where given; and a small model that is trained here on the default
@@ -23,14 +23,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import publish
+from benchmarks.measure import markdown_table, publish
+from crossdock.atomic import write_text
 from crossdock.errors import CrossdockError, PeerLost
 from crossdock.placement.analysis.homing_score import HomingRow, Setting, solve_with_homes
 from crossdock.placement.costs.cost import Workload
@@ -126,6 +127,41 @@ def trained_model(steps: int, batches: int) -> Instance:
     return Instance(f"tiny model, {steps} steps", trace.select(is_fit_T), trace.select(~is_fit_T), None, 32)
 
 
+def write_page(path: Path, document: Mapping[str, Any]) -> None:
+    """Write the page of a document of `publish`, in Markdown; the raw numbers stand in the JSON of the same name."""
+    host, rows = document["machine"], document["rows"]
+    parts = []
+    for instance in dict.fromkeys(row["instance"] for row in rows):
+        of_instance = [row for row in rows if row["instance"] == instance]
+        parts.append(f"## {instance}\n\n{_sentence(of_instance)}\n\n{markdown_table(of_instance, COLUMNS[1:])}")
+    text = f"""# Sequence homing: what it saves
+
+    {document["command"]} --out {path.stem}.json --page {path.name}
+
+Commit {document["commit"]}. Machine: {host["processor"]}, {host["cores"]} cores, {host["system"]}, Python {host["python"]}, load average
+{host["load_average_1min"]}. {document["what"][0].upper()}{document["what"][1:]}. Raw numbers: [{path.stem}.json]({path.stem}.json); the
+columns are explained in `benchmarks/homing.py`. Copies are counted by replay, so that the machine's load changes how far searches come in
+their time, and nothing else.
+
+{chr(10).join(parts)}"""
+    write_text(path, text)
+
+
+def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What planning with homes saves on routing that was not planned on, for each number of devices."""
+    saved = {row["devices"]: row["held_saved"] for row in rows if row["plan"] == PLANS[-1]}
+    listed = ", ".join(f"{percent:g} % at {devices}" for devices, percent in saved.items())
+    return f"Planned with homes, copies that leave their device fall on held-out routing by (devices): {listed}."
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command that measures the same, but for where it puts things."""
+    words = ["CROSSDOCK_TRACES=FOLDER python -m benchmarks.homing", f"--seconds {options.seconds:g} --seeds {options.seeds}"]
+    words += [f"--trace {options.trace} --eval-trace {options.eval_trace}"] if options.trace else []
+    words += [f"--train-steps {options.train_steps}", *([f"--only {options.only}"] if options.only else [])]
+    return " ".join([*words, *(["--short"] if options.short else [])])
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,6 +172,7 @@ def main() -> int:
     parser.add_argument("--train-steps", type=int, default=600)
     parser.add_argument("--only", default="", help="only instances whose name holds this word; the trained one is called tiny")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path, help="a page in Markdown, beside the JSON of --out")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--short", action="store_true", help="every sixth layer, 40 steps of training, 2 seeds, 2 s a search")
     options = parser.parse_args()
@@ -152,7 +189,14 @@ def main() -> int:
             print(error, file=sys.stderr)
             return error.exit_code
     rows = [row for instance in instances for devices in (2, 4, 8) for row in rows_of(instance, devices, seconds, seeds)]
-    publish(rows, f"sequence homing: copies that leave their device, medians of {seeds} seeds", options.out, options.json, COLUMNS)
+    if not rows:
+        parser.error(
+            f"no instance's name holds {options.only!r}; traces are looked for in CROSSDOCK_TRACES, and the trained model is called tiny"
+        )
+    what = f"sequence homing: copies that leave their device, medians of {seeds} seeds"
+    document = publish(rows, what, options.out, options.json, COLUMNS, {"command": command(options)})
+    if options.page is not None:
+        write_page(options.page, document)
     return 0
 
 

@@ -67,14 +67,17 @@ def started(program: str, lab: Lab, ranks_per_node: int, shape: "DataclassInstan
 
 
 @contextlib.contextmanager
-def meeting(options: argparse.Namespace) -> Iterator[tuple[Mesh, Lab]]:
-    """This rank among the others, one thread each: the mesh of all, and the laboratory that they stand in."""
+def meeting(options: argparse.Namespace, patience_s: float = MEETING_S) -> Iterator[tuple[Mesh, Lab]]:
+    """This rank among the others, one thread each: the mesh of all, and the laboratory that they stand in.
+
+    patience_s: how long ranks wait for one another; more than `MEETING_S` where one of them computes meanwhile.
+    """
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     lab = Lab.attach(options.lab)
-    initialise(rank, world_size, timeout_s=MEETING_S)
+    initialise(rank, world_size, timeout_s=patience_s)
     nodes = tuple(other * lab.nodes // world_size for other in range(world_size))
-    mesh = Mesh.create(rank, world_size, world_size, nodes, timeout_s=MEETING_S)
+    mesh = Mesh.create(rank, world_size, world_size, nodes, timeout_s=patience_s)
     yield mesh, lab
     barrier(mesh)
     shutdown()

@@ -19,6 +19,7 @@ popularity. Columns, bytes in one step over all ranks:
                        median of the slowest rank's seconds
     promised_s         what the calibration before all rounds predicted
     replayed_s         what the calibration in the same rounds predicts, were the very tokens known
+    tokens_s, experts_s, copies_s, rest_s   where the measured step went (prediction_parts.py), and *_predicted_s the same of predicted_s
     speedup            median of the paired ratios contiguous / method with the bootstrap's 95 % interval
     communication_share   of the step: what the rank that waits longest waits for tokens, metadata and counts
     load_max_over_mean    rows of the busiest rank over the mean, mean over layers

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import cell, markdown_table
+from benchmarks.prediction_parts import PARTS
 from crossdock.atomic import write_text
 from crossdock.placement.records.topology import LINK_CLASSES
 
@@ -22,6 +23,7 @@ TIMES = [
 ]
 TIMES += ["speedup_high", "communication_share", "load_max_over_mean", "devices_per_token", "homing_saved", "loss", "solve_s"]
 BYTES = ["method", "link class", "predicted", "counted", "equal", "forecast", "forecast off by percent"]
+SECONDS = ["method", *(f"{part}_{kind}" for part in PARTS for kind in ("s", "predicted_s"))]
 INTERFACES = ["method", "interface_bytes", "interface_over_expected"]
 CASES = {"text": "Routing as the text has it", "hot": "Some experts far more popular: Zipf's law with exponent 1.2"}
 
@@ -57,6 +59,9 @@ def _section(case: str, rate: float | None, rows: Sequence[Mapping[str, Any]]) -
 Under contiguous experts {baseline["communication_share"]:.0%} of the step is waiting for communication.
 
 {markdown_table(rows, TIMES)}
+Parts of the step, measured and predicted:
+
+{markdown_table(rows, SECONDS)}
 {markdown_table([line for row in rows for line in byte_lines(row)], BYTES)}
 {markdown_table(rows, INTERFACES)}
 """
