@@ -53,7 +53,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "cannot make a virtual environment: install your system's package for venv (python3-venv)"; exit 1; }
 	@echo "installing into $(VENV)"
 	@$(BIN)/pip install --quiet uv 2>/dev/null || true
-	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/pip config get global.find-links 2>/dev/null | tr '\n' ' ')}}"; \
+	@set -f; set -- $${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/pip config get global.find-links 2>/dev/null)}}; \
+	export UV_FIND_LINKS="$$*"; \
 	if [ -z "$$UV_FIND_LINKS" ]; then unset UV_FIND_LINKS; fi; \
 	{ test -x $(BIN)/uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; } || \
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

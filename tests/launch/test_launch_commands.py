@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from crossdock.authentication import Secret
 from crossdock.launch import cli
 from crossdock.launch.scripts import allocation as cluster
 from crossdock.launch.scripts import kubernetes
@@ -27,13 +28,14 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_golden(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_golden(name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crossdock.authentication.secrets.token_hex", lambda size: "0123456789abcdef" * (size // 8))
     assert cli.run(["launch", *COMMANDS[name]]) == 0
     assert capfd.readouterr().out == (GOLDEN / name).read_text()
 
 
 def test_as_json(capfd: pytest.CaptureFixture[str]) -> None:
-    for name, key in (("torchrun.txt", "command"), ("mpirun.txt", "command"), ("slurm.sh", "script"), ("jobset.yaml", "spec")):
+    for name, key in (("torchrun.txt", "command"), ("mpirun.txt", "command"), ("slurm.sh", "script"), ("rayjob.yaml", "spec")):
         assert cli.run(["launch", *COMMANDS[name], "--json"]) == 0
         assert key in json.loads(capfd.readouterr().out)
 
@@ -131,7 +133,7 @@ def test_a_pod_passes_sigterm_on_and_waits(stand_ins: Callable[..., subprocess.C
 
 def test_manifests_are_plain_yaml() -> None:
     manifest = parse((GOLDEN / "jobset.yaml").read_text(), "jobset.yaml").value
-    policy = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]
+    policy = manifest["items"][1]["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"][0]
     assert policy["onExitCodes"]["values"] == list(cluster.final_codes())
 
 
@@ -144,3 +146,30 @@ def test_status_gives_the_exit_code_of_the_run(tmp_path: Path, capfd: pytest.Cap
     capfd.readouterr()
     assert cli.run(["status", str(tmp_path)]) == 75
     assert capfd.readouterr().out == "preempted at step 3 of 9: asked to stop\n"
+
+
+def test_a_manifest_carries_a_fresh_secret_that_its_pods_ask_for(capfd: pytest.CaptureFixture[str]) -> None:
+    found = set()
+    for _ in range(2):
+        assert cli.run(["launch", *COMMANDS["jobset.yaml"], "--json"]) == 0
+        secret, job_set = json.loads(capfd.readouterr().out)["items"]
+        container = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+        assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": secret["metadata"]["name"], "key": "secret"}
+        found.add(secret["stringData"]["secret"])
+    assert len(found) == 2
+    assert all(len(text) == 64 for text in found)
+    assert cli.run(["launch", *COMMANDS["jobset.yaml"], "--json", "--no-secret"]) == 0
+    assert json.loads(capfd.readouterr().out)["kind"] == "JobSet"
+
+
+def test_several_hosts_are_told_of_one_secret_and_how_to_make_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = ["configs/small.yaml", f"run.dir={tmp_path / 'small'}", "parallel.expert=16", "train.batch_sequences=32"]
+    assert cli.run(["launch", "torchrun", *run, "--nodes", "2", "--ranks-per-node", "8", "--head", "h"]) == 0
+    out, err = capfd.readouterr()
+    assert f"CROSSDOCK_SECRET_FILE={tmp_path}/small.secret" in out.split()
+    making = err.partition("once: ")[2].strip()
+    for _ in range(2):  # the second time it changes nothing
+        subprocess.run(["sh", "-c", making], check=True)
+    assert len(Secret.read(tmp_path / "small.secret").key) == 64
+    assert cli.run(["launch", "torchrun", *run, "--ranks-per-node", "16"]) == 0
+    assert "SECRET" not in "".join(capfd.readouterr())

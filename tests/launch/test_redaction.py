@@ -32,6 +32,8 @@ def test_users_in_urls() -> None:
     assert hidden("RAY_ADDRESS", f"https://me:{SECRET}@host:8265/x?y") == f"https://{HIDDEN}@host:8265/x?y"
     assert hidden("NCCL_NET", f"s3://{SECRET}@bucket and ssh://u@h") == f"s3://{HIDDEN}@bucket and ssh://{HIDDEN}@h"
     assert hidden("X", "https://host/path") == "https://host/path"
+    for password in ("p@ss", "p/ss", "a@b/c@d/e", "p://q@r", "@", "/@/"):
+        assert hidden("X", f"https://me:{password}@host:1/x and http://h") == f"https://{HIDDEN}@host:1/x and http://h"
     assert hidden("RAY_AUTH_MODE", "token") == "token"
 
 

@@ -291,3 +291,79 @@ def test_a_taken_port_is_named() -> None:
     store = listen(0, "127.0.0.1", 5.0)
     with pytest.raises(Unavailable, match=rf"cannot listen on 127.0.0.1:{store.port} .*in use"):
         listen(0, "127.0.0.1", 5.0, store.port)
+
+
+def named_as_loopback(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make this host know `name` as 127.0.1.1, as Debian's /etc/hosts does."""
+    whole = socket.getaddrinfo
+
+    def known(host: str, *arguments: object, **options: object) -> object:
+        return whole("127.0.1.1" if host == name else host, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", known)
+
+
+def test_a_host_that_knows_its_name_as_loopback_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    named_as_loopback(monkeypatch, "myhost")
+    before = listening()
+    store = listen(0, "myhost", 5.0)
+    assert listening() - before == {("127.0.1.1", store.port)}
+
+
+def test_it_listens_on_the_one_address_that_other_hosts_reach_where_there_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    named_as_loopback(monkeypatch, "myhost")
+    monkeypatch.setattr(rendezvous, "outward_address", lambda name: "127.0.0.7")
+    before = listening()
+    store = listen(0, "myhost", 5.0, spans_hosts=True)
+    assert listening() - before == {("127.0.0.7", store.port)}
+
+
+def test_the_outward_address_is_one_of_ours_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_ELSEWHERE", ("127.0.0.1", 9))
+    assert rendezvous.outward_address("myhost") == "127.0.0.1"
+    monkeypatch.setattr(rendezvous, "_ELSEWHERE", ("no such host.invalid", 9))
+    addresses = {"lo": ["127.0.0.1"], "a": ["10.0.0.1"], "b": ["10.1.0.1"]}
+
+    def interfaces() -> dict[str, list[object]]:
+        kind = type("Entry", (), {})
+        found: dict[str, list[object]] = {}
+        for name, held in addresses.items():
+            for address in held:
+                entry = kind()
+                entry.family, entry.address = socket.AF_INET, address
+                found.setdefault(name, []).append(entry)
+        return found
+
+    monkeypatch.setattr(psutil, "net_if_addrs", interfaces)
+    with pytest.raises(Unavailable, match=r"2 other addresses without a route.*name rank 0 by its address"):
+        rendezvous.outward_address("myhost")
+    del addresses["b"]
+    assert rendezvous.outward_address("myhost") == "10.0.0.1"
+
+
+# ---- what signs the records of a start
+
+
+def test_every_start_signs_its_records_otherwise(tmp_path: Path) -> None:
+    env = WorkerEnv(0, 1, 0, 1, 0, Meeting("file", path=str(tmp_path / "a")), "local", Secret(b"k" * 32))
+    controls = [rendezvous.control_of(signed(dist.HashStore(), Secret(b"k" * 32)), env) for _ in range(2)]
+    assert [control.secret for control in controls] == [Secret(b"k" * 32)] * 2
+    assert controls[0].start != controls[1].start
+    assert rendezvous.control_of(signed(dist.HashStore(), None), env).secret is None
+
+
+def test_all_ranks_of_a_start_sign_alike() -> None:
+    store = dist.HashStore()
+    found: dict[int, object] = {}
+
+    def join(rank: int) -> None:
+        env = WorkerEnv(rank, 3, rank, 3, 0, Meeting("listen", host="127.0.0.1", port=1), "local")
+        found[rank] = rendezvous.control_of(signed(store, Secret(b"k" * 32)), env)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20.0)
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]

@@ -1,6 +1,7 @@
 """`crossdock launch`: the same run under every launcher. Scripts and manifests are printed to be read first; Ray is driven from here."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,14 +39,19 @@ def print_torchrun(
     restarts: Restarts = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Print the torchrun command; for several nodes it is the same on each.
+    """Print the torchrun command; for several nodes it is the same on each, and names the file of the job's secret, which all must read.
 
     Example: crossdock launch torchrun configs/small.yaml parallel.expert=4 --nodes 2 --ranks-per-node 2 --head 10.0.0.1
     """
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
     if nodes > 1 and not head:
         raise UsageError(f"{nodes} nodes meet at one of them; name its address by --head")
-    _print_command(cluster.torchrun(shape, _run(config, overrides, shape.world_size), head, port, restarts), as_json)
+    run = _run(config, overrides, shape.world_size)
+    command = cluster.torchrun(shape, run, head, port, restarts)
+    if nodes > 1:
+        command = ("env", f"CROSSDOCK_SECRET_FILE={run.secret_file}", *command[command[0] == "env" :])
+        _ask_for_secret(run)
+    _print_command(command, as_json)
 
 
 @launch_app.command("mpi")
@@ -82,7 +88,10 @@ def print_deepspeed(
 
     hosts = read_hostfile(hostfile)
     run = _run(config, overrides, sum(host.slots for host in hosts))
-    _print_command(deepspeed_command(hostfile, hosts, run, address, port), as_json)
+    command = deepspeed_command(hostfile, hosts, run, address, port)
+    if len(hosts) > 1:
+        _ask_for_secret(run, f"and hand it down: echo CROSSDOCK_SECRET_FILE={run.secret_file} >> ~/.deepspeed_env")
+    _print_command(command, as_json)
 
 
 @launch_app.command("slurm")
@@ -124,15 +133,22 @@ def print_kubernetes(
     claim: Annotated[str, typer.Option("--claim", help="Claim of a volume that every node can write, mounted at /runs.")] = "runs",
     restarts: Restarts = 10,
     ray_version: Annotated[str, typer.Option("--ray-version", help="Ray in the image, for rayjob.")] = "2.60.0",
+    secret: Annotated[
+        bool,
+        typer.Option("--secret/--no-secret", help="A fresh secret of the job in a JobSet's manifest; without it NAME-secret is yours."),
+    ] = True,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a manifest: a JobSet with torchrun in every pod, or a RayJob of KubeRay.
+    """Print a manifest: a JobSet with torchrun in every pod and the Secret of its ranks, or a RayJob of KubeRay.
+
+    Keep a manifest with a secret out of repositories: print it anew for each start, or make the Secret yourself and give --no-secret.
 
     Example: crossdock launch kubernetes configs/small.yaml run.dir=/runs/small parallel.expert=16 --nodes 2 | kubectl apply -f -
     """
     from crossdock import strict_yaml
-    from crossdock.launch.scripts.kubernetes import MOUNT, job_set, ray_job
+    from crossdock.authentication import Secret
+    from crossdock.launch.scripts.kubernetes import MOUNT, job_set, ray_job, with_secret
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
     run = _run(config, overrides, shape.world_size)
@@ -142,6 +158,7 @@ def print_kubernetes(
         )
     if kind == "jobset":
         manifest = job_set(shape, run, image, claim, restarts)
+        manifest = with_secret(manifest, run, Secret.fresh()) if secret else manifest
     elif kind == "rayjob":
         manifest = ray_job(shape, run, image, claim, restarts, ray_version)
     else:
@@ -192,6 +209,12 @@ def _run(config: str, overrides: Sequence[str] | None, world_size: int) -> clust
     check_world(run_config, world_size)
     directory = run_directory(run_config)
     return cluster.Run(cluster.scheduler_name(directory.name), directory, config, tuple(overrides or ()))
+
+
+def _ask_for_secret(run: cluster.Run, further: str = "") -> None:
+    """Say how the file comes to be: a command that anyone may read is no place for a secret."""
+    making = f"test -e {run.secret_file} || (umask 077; openssl rand -hex 32 > {run.secret_file})"
+    print(f"crossdock: the ranks sign what steers the others; before the first start, once: {making} {further}".rstrip(), file=sys.stderr)
 
 
 def _print_command(command: Sequence[str], as_json: bool) -> None:

@@ -10,7 +10,8 @@ RECORDED = re.compile(
 )
 """Names of variables that a run depends on; everything else is not recorded."""
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|PASSPHRASE|KEY|CREDENTIAL|AUTH(?!_MODE)|COOKIE", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]*@")
+_USER_IN_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)\S*@")
+"""Up to the last @ of the word: passwords hold @ and / though they should not. Rather a path too much is hidden than a password shown."""
 
 
 def recorded(environ: Mapping[str, str]) -> dict[str, str]:

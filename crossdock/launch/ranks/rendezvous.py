@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _MEETING_KEY = "crossdock/meeting"
 LOOPBACK = "127.0.0.1"
+_ELSEWHERE = ("192.0.2.1", 9)  # an address that no host has (RFC 5737)
 _RETRY_S = 0.2
 _CONNECT_S = 5.0
 _STALE_S = 10.0
@@ -45,7 +46,10 @@ def open_store(env: WorkerEnv, timeout_s: float) -> "Store | None":
         return signed(file_store, env.secret)
     if env.meeting.kind == "listen":
         host, port = env.meeting.host, env.meeting.port
-        store = listen(env.rank, host, timeout_s, port) if env.rank == 0 else _tcp_store(host, port, env.rank, timeout_s=timeout_s)
+        if env.rank == 0:
+            store = listen(env.rank, host, timeout_s, port, spans_hosts=env.spans_hosts)
+        else:
+            store = _tcp_store(host, port, env.rank, timeout_s=timeout_s)
         return signed(store, env.secret)
     if env.meeting.kind == "mpi":
         return _meet_by_mpi(env, timeout_s)
@@ -67,7 +71,7 @@ def _meet_by_mpi(env: WorkerEnv, timeout_s: float) -> "Store":
     own, fresh = None, Secret.fresh()
     try:
         if env.rank == 0:
-            own = listen(env.rank, env.meeting.host, timeout_s)
+            own = listen(env.rank, env.meeting.host, timeout_s, spans_hosts=env.spans_hosts)
     finally:
         port, secret = mpi.broadcast((0 if own is None else own.port, fresh))
     if port == 0:
@@ -129,22 +133,42 @@ def _meet_afresh(env: WorkerEnv, timeout_s: float) -> "Store":
     raise PeerLost(f"rank {env.rank} did not find rank 0 within {timeout_s:g} s ({problem}); see why rank 0 did not start")
 
 
-def listen(rank: int, host: str, timeout_s: float, port: int = 0) -> "TCPStore":
+def listen(rank: int, host: str, timeout_s: float, port: int = 0, *, spans_hosts: bool = False) -> "TCPStore":
     """A store of our own on `host`, an address or a name of this host, and on none of its other addresses; port 0: on a free one.
 
-    torch's store would listen on all of them, whatever it is told, so the socket is ours. Raises `Unavailable`.
+    A host may know its own name as loopback, as Debian's /etc/hosts has it. Where ranks of other hosts shall come (`spans_hosts`), which
+    know the name better, it is then the address from which this host reaches others.
+    torch's store would listen on all addresses, whatever it is told, so the socket is ours. Raises `Unavailable`.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if ipaddress.ip_address(address[0]).is_loopback and host not in ("localhost", address[0]):
-            address = ("", port)  # a host that knows its own name as loopback, as Debian's /etc/hosts has it; the others know it better
+        if spans_hosts and ipaddress.ip_address(address[0]).is_loopback and host not in ("localhost", address[0]):
+            family, address = socket.AF_INET, (outward_address(host), port)
         with socket.socket(family, socket.SOCK_STREAM) as listening:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
             listening.listen(1024)
-            return _tcp_store(host, listening.getsockname()[1], rank, timeout_s=timeout_s, descriptor=listening.detach())
+            bound_host, bound_port = listening.getsockname()[:2]
+            return _tcp_store(bound_host, bound_port, rank, timeout_s=timeout_s, descriptor=listening.detach())
     except OSError as failure:
         raise Unavailable(f"rank {rank} cannot listen on {host}:{port} ({failure}); check the address, and what else is there") from failure
+
+
+def outward_address(name: str) -> str:
+    """The IPv4 address from which this host, called `name`, reaches others; raises `Unavailable` where it has none."""
+    import psutil
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(_ELSEWHERE)  # nothing is sent: connecting a datagram socket only routes
+        return str(probe.getsockname()[0])
+    entries = [entry for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET]
+    found = [entry.address for entry in entries if not entry.address.startswith("127.")]
+    if len(found) != 1:
+        raise Unavailable(
+            f"this host knows its name {name} as loopback alone, and has {len(found)} other addresses without a route to tell which one "
+            "others reach; name rank 0 by its address"
+        )
+    return found[0]
 
 
 def _tcp_store(host: str, port: int, rank: int, *, timeout_s: float, descriptor: int | None = None) -> "TCPStore":

@@ -50,6 +50,11 @@ class Run:
         """The arguments after `crossdock`."""
         return ("train", self.config, *self.overrides)
 
+    @property
+    def secret_file(self) -> Path:
+        """Where the ranks of several hosts find the job's secret: beside the run directory, which all of them reach."""
+        return self.directory.with_name(f"{self.directory.name}.secret")
+
 
 def scheduler_name(text: str) -> str:
     """`text` as a DNS label (RFC 1123, at most 40 characters, so that suffixes fit): what Kubernetes takes for a name.

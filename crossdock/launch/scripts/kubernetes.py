@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from crossdock.authentication import Secret
 from crossdock.errors import UsageError
 from crossdock.launch.scripts.allocation import Run, Shape, final_codes, shell, torchrun
 
@@ -52,6 +53,18 @@ def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> di
     }
 
 
+def with_secret(manifest: dict[str, Any], run: Run, secret: Secret) -> dict[str, Any]:
+    """The manifest of a JobSet behind the Secret that its ranks sign their messages with, as one List for `kubectl apply`."""
+    held = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": f"{run.name}-secret"},
+        "type": "Opaque",
+        "stringData": {"secret": secret.key.decode()},
+    }
+    return {"apiVersion": "v1", "kind": "List", "items": [held, manifest]}
+
+
 def ray_job(shape: Shape, run: Run, image: str, claim: str, restarts: int, ray_version: str) -> dict[str, Any]:
     """A RayJob (ray.io/v1): a head that only drives, one worker pod per node, token authentication on.
 
@@ -83,8 +96,8 @@ def ray_job(shape: Shape, run: Run, image: str, claim: str, restarts: int, ray_v
 
 
 def _secret(run: Run) -> dict[str, Any]:
-    """What the ranks sign their messages with, from a Secret that the user makes; a manifest is no place for one."""
-    reference = {"name": f"{run.name}-secret", "key": "secret", "optional": True}
+    """What the ranks sign their messages with; without it no pod starts."""
+    reference = {"name": f"{run.name}-secret", "key": "secret"}
     return {"name": "CROSSDOCK_SECRET", "valueFrom": {"secretKeyRef": reference}}
 
 
