@@ -6,13 +6,13 @@ from dataclasses import asdict
 
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import Evaluation
-from crossdock.runtime.adaptation.windows import Measured, transfer_seconds_of
+from crossdock.runtime.adaptation.windows import Measured
 from crossdock.runtime.training.steps import Step
 from crossdock.runtime.transport.collectives import all_gather_objects
 from crossdock.runtime.transport.mesh import Mesh
 
 PARTS = ("tokens", "experts", "copies", "rest")
-"""Transfers of tokens that are not hidden; experts; what is waited for until copies have the sums of their gradients; all else."""
+"""Waiting for tokens; experts; waiting until copies have the sums of their gradients; all other work, windows among it."""
 
 
 def predicted_parts(promise: Evaluation, workload: Workload) -> dict[str, float]:
@@ -35,21 +35,13 @@ def copy_waits(steps: Sequence[Step], mesh: Mesh) -> list[float]:
 
 
 def measured_parts(measured: Measured, step_s: float, copies_s: Sequence[float], workload: Workload) -> dict[str, float]:
-    """The same parts of the measured steps; `rest` is what the others leave of the median step.
-
-    Transfers are those of the rank that comes last to each of them, less its share of windows; experts those of the slowest rank in each
-    layer.
-    """
-    tokens_s = experts_s = 0.0
+    """The same parts of the measured steps: experts of the slowest rank in each layer, all other work of the mean rank, and for tokens what
+    these leave of the median step: waiting for them, and for one another."""
     passes = len(workload.windows) * workload.micro_batches
-    for (layer, stage, direction), (flight_s, _) in transfer_seconds_of(measured.ranks).items():
-        window_s = statistics.median(
-            transfer.flight_s - transfer.wait_s for rank in measured.ranks for transfer in rank.transfers[layer, stage, direction]
-        )
-        tokens_s += passes * max(0.0, flight_s - window_s)
+    experts_s = 0.0
     for layer in measured.ranks[0].profile_of_layer:
         profiles = [rank.profile_of_layer[layer] for rank in measured.ranks]
-        for name in ("expert_forward_s", "expert_backward_s"):
-            experts_s += passes * max(getattr(profile, name) for profile in profiles)
-    parts = {"tokens": tokens_s, "experts": experts_s, "copies": statistics.median(copies_s)}
-    return parts | {"rest": step_s - sum(parts.values())}
+        experts_s += passes * sum(max(getattr(profile, name) for profile in profiles) for name in ("expert_forward_s", "expert_backward_s"))
+    rest_s = statistics.fmean(rank.rest_s or 0.0 for rank in measured.ranks)
+    parts = {"experts": experts_s, "copies": statistics.median(copies_s), "rest": rest_s}
+    return {"tokens": step_s - sum(parts.values())} | parts

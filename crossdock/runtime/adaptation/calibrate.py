@@ -20,7 +20,7 @@ from crossdock.runtime.adaptation.windows import Measured, RankRecord, transfer_
 WILD = 4.0
 """A device whose speed seems this many times the mean, or the mean this many times its, was not measured but missed."""
 
-MOST_SCALED = 2.0
+MOST_SCALED = 1.5
 """Links that would have to be so many times as fast or slow for the step to come out are not what the step is off by."""
 
 
