@@ -58,9 +58,12 @@ def demo(
 
     Example: crossdock demo
     """
-    from crossdock.launch.commands.demo import run_demo
+    from crossdock.launch.local.nursery import ranks_ahead
 
-    raise typer.Exit(run_demo(out, overrides or (), as_json))
+    with ranks_ahead() as nursery:
+        from crossdock.launch.commands.demo import run_demo
+
+        raise typer.Exit(run_demo(out, overrides or (), as_json, nursery))
 
 
 @app.command()
@@ -91,16 +94,23 @@ def train(
 
     Example: crossdock train configs/tiny.yaml --explain --profile-steps 10:12
     """
-    from crossdock.launch import start
-    from crossdock.launch.config import read_config
-
-    run_config = read_config(config, [*(overrides or ()), *_asked(explain, profile_steps)])
+    asked = [*(overrides or ()), *_asked(explain, profile_steps)]
     if dry_run:
+        from crossdock.launch import start
+        from crossdock.launch.config import read_config
+
+        run_config = read_config(config, asked)
         _print_dry_run(run_config, start.dry_run(run_config, world_size), as_json)
         return
     if world_size is not None:
         raise UsageError("--world-size goes with --dry-run; launchers bring their number of ranks, parallel.ranks starts local ones")
-    raise typer.Exit(start.train(run_config))
+    from crossdock.launch.local.nursery import ranks_ahead
+
+    with ranks_ahead() as nursery:  # the ranks import torch while we do
+        from crossdock.launch import start
+        from crossdock.launch.config import read_config
+
+        raise typer.Exit(start.train(read_config(config, asked), nursery))
 
 
 @app.command()
@@ -117,9 +127,12 @@ def probe(
 
     Example: mpirun -n 4 crossdock probe --out topology.yaml
     """
-    from crossdock.launch import start
+    from crossdock.launch.local.nursery import ranks_ahead
 
-    raise typer.Exit(start.probe(out, ranks, device, on_ray, as_json))
+    with ranks_ahead() as nursery:
+        from crossdock.launch import start
+
+        raise typer.Exit(start.probe(out, ranks, device, on_ray, as_json, nursery))
 
 
 @app.command()

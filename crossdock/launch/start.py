@@ -11,7 +11,7 @@ from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, CrossdockError
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ending import Result
-from crossdock.launch.local.children import Outcome, run_ranks
+from crossdock.launch.local.children import Outcome, Starter, run_ranks
 from crossdock.launch.local.nursery import Nursery
 from crossdock.launch.ranks.worker import run_job
 from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
@@ -56,11 +56,11 @@ def model_facts(config: RunConfig) -> dict[str, int]:
     }
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, nursery: Nursery | None = None) -> int:
     """Train; returns the exit code. The last line on stdout is the object of `result.json`. In a Ray job the cluster's nodes do it."""
     if worker_env() is None and in_ray_job():
         return train_on_ray(config)
-    return _report(run(Request("train", config)), config)
+    return _report(run(Request("train", config), nursery), config)
 
 
 def train_on_ray(config: RunConfig, shape: "Shape | None" = None, policy: "Policy | None" = None, address: str | None = None) -> int:
@@ -77,8 +77,9 @@ def _report(result: Result, config: RunConfig) -> int:
     return result.exit_code
 
 
-def run(request: Request) -> Result:
+def run(request: Request, nursery: Nursery | None = None) -> Result:
     """Do a job in this process, where a launcher started it or one rank is enough, else in local ranks. Errors stand on stderr in one line.
+    `nursery`: one that has begun to import already.
 
     Under a launcher only rank 0 has a result to print: the process of another rank ends here, with its exit code.
     """
@@ -96,7 +97,10 @@ def run(request: Request) -> Result:
         except CrossdockError as failure:
             record_failure(request.config, failure.exit_code, str(failure), 0, num_ranks)
             raise
-    return _run_here(request, WorkerEnv.single()) if num_ranks == 1 else _run_in_local_ranks(request, num_ranks)
+    if num_ranks == 1:
+        return _run_here(request, WorkerEnv.single())
+    with nursery or Nursery() as ours:
+        return _run_in_local_ranks(request, num_ranks, ours)
 
 
 def _run_here(request: Request, env: WorkerEnv) -> Result:
@@ -106,15 +110,12 @@ def _run_here(request: Request, env: WorkerEnv) -> Result:
     return result
 
 
-def _run_in_local_ranks(request: Request, num_ranks: int) -> Result:
+def _run_in_local_ranks(request: Request, num_ranks: int, nursery: Nursery) -> Result:
     with tempfile.TemporaryDirectory(prefix="crossdock-") as scratch:
         path, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         request = Request(request.job, request.config, {**request.arguments, "answer": str(answer)})
         request.save(path)
-        if request.job == "train" and request.config.fault.max_restarts:
-            outcome = _run_restarting(request, path, num_ranks)
-        else:
-            outcome = run_ranks([*WORKER, str(path)], num_ranks)
+        outcome = _run_restarting(request, path, num_ranks, nursery.start if sys.platform == "linux" else None)
         if outcome.exit_code == 0:
             return Result(0, _without_ending(json.loads(answer.read_text())))
     _complain("", {"message": outcome.message, "traceback": outcome.traceback})
@@ -123,23 +124,24 @@ def _run_in_local_ranks(request: Request, num_ranks: int) -> Result:
     return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
 
 
-def _run_restarting(request: Request, path: Path, num_ranks: int) -> Outcome:
-    """Start the ranks of a training run, again where one was lost: warm, from the newest checkpoint, within `fault.max_restarts`."""
+def _run_restarting(request: Request, path: Path, num_ranks: int, starter: Starter | None) -> Outcome:
+    """Start the ranks; those of a training run again where one was lost: from the newest checkpoint, within `fault.max_restarts`."""
+    if request.job != "train" or not request.config.fault.max_restarts:
+        return run_ranks([*WORKER, str(path)], num_ranks, starter)
     directory = run_directory(request.config)
     checkpoints = RunDirectory(directory).checkpoints
     endurance, incarnation = Endurance(request.config.fault.max_restarts, newest_checkpoint(checkpoints)), 1
-    with Nursery() as nursery:
-        while True:
-            outcome = run_ranks([*WORKER, str(path)], num_ranks, nursery.start if sys.platform == "linux" else None)
-            if not is_worth_another(outcome):
-                return outcome
-            endurance = endurance.after_loss(newest_checkpoint(checkpoints))
-            if endurance.is_over:
-                return endurance.given_up(outcome)
-            incarnation += 1
-            print(f"crossdock: {endurance.announced(directory, incarnation, outcome)}", file=sys.stderr, flush=True)
-            config = resuming(request.config, incarnation)
-            Request(request.job, config, {**request.arguments, "resume": prepare_directory(config)}).save(path)
+    while True:
+        outcome = run_ranks([*WORKER, str(path)], num_ranks, starter)
+        if not is_worth_another(outcome):
+            return outcome
+        endurance = endurance.after_loss(newest_checkpoint(checkpoints))
+        if endurance.is_over:
+            return endurance.given_up(outcome)
+        incarnation += 1
+        print(f"crossdock: {endurance.announced(directory, incarnation, outcome)}", file=sys.stderr, flush=True)
+        config = resuming(request.config, incarnation)
+        Request(request.job, config, {**request.arguments, "resume": prepare_directory(config)}).save(path)
 
 
 def _without_ending(fields: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +153,9 @@ def _complain(place: str, fields: Mapping[str, Any]) -> None:
     print(f"crossdock: error: {place}{fields['message']}", file=sys.stderr, flush=True)
 
 
-def probe(out: Path, num_ranks: int, device: str, on_ray: bool, as_json: bool) -> int:
+def probe(out: Path, num_ranks: int, device: str, on_ray: bool, as_json: bool, nursery: Nursery | None = None) -> int:
     """Measure the topology of all ranks as one expert group and write it to `out`; returns the exit code."""
-    result = ask_all("probe", {}, num_ranks, device, on_ray)
+    result = ask_all("probe", {}, num_ranks, device, on_ray, nursery)
     if result.exit_code == 0:
         fields = dict(result.fields)
         atomic.write_text(out, fields.pop("yaml"))
@@ -161,7 +163,7 @@ def probe(out: Path, num_ranks: int, device: str, on_ray: bool, as_json: bool) -
     return answer(result, as_json)
 
 
-def ask_all(job: str, arguments: Mapping[str, Any], num_ranks: int, device: str, on_ray: bool) -> Result:
+def ask_all(job: str, arguments: Mapping[str, Any], num_ranks: int, device: str, on_ray: bool, nursery: Nursery | None = None) -> Result:
     """A job for all ranks that a launcher has started, else for `num_ranks` of them, here or on a Ray cluster."""
     env = worker_env()
     world_size = num_ranks if env is None else env.world_size
@@ -171,7 +173,7 @@ def ask_all(job: str, arguments: Mapping[str, Any], num_ranks: int, device: str,
         from crossdock.launch.ray.launcher import ask
 
         return ask(request)
-    return run(request)
+    return run(request, nursery)
 
 
 def capture(source: str, overrides: Sequence[str], out: Path, steps: int, as_json: bool) -> int:

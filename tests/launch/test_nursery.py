@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from crossdock.errors import Unavailable
-from crossdock.launch.local.nursery import Nursery
+from crossdock.launch.local.nursery import Nursery, ranks_ahead
 
 ONCE = ["-m", "timeit", "-n", "1", "-r", "1"]
 SLEEP = [*ONCE, "-s", "import time", "time.sleep(60)"]
@@ -83,3 +84,26 @@ def test_ranks_of_a_waiting_process_that_was_killed_are_lost_also_when_another_w
         while asleep.poll() is None and time.monotonic() < deadline_s:
             time.sleep(0.05)
         assert asleep.poll() == -signal.SIGKILL
+
+
+def test_one_that_has_begun_before_ranks_are_known_gives_each_the_threads_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    check = "import torch; os._exit(torch.get_num_threads())"
+    with Nursery() as nursery:
+        nursery.prepare()
+        assert nursery._process is not None
+        waiting = nursery._process.pid
+        ranks = [nursery.start(python(check), {**os.environ, "OMP_NUM_THREADS": str(threads)}) for threads in (3, 1)]
+        assert [rank.wait() for rank in ranks] == [3, 1]
+        assert nursery._process.pid == waiting
+    with pytest.raises(psutil.NoSuchProcess):
+        psutil.Process(waiting)
+
+
+def test_it_begins_early_only_where_ranks_will_be_started_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranks_ahead() as nursery:
+        assert (nursery._process is not None) == (sys.platform == "linux")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with ranks_ahead() as nursery:
+        assert nursery._process is None

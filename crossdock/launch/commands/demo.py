@@ -13,16 +13,17 @@ from rich.table import Table
 from crossdock.errors import UsageError
 from crossdock.launch import start
 from crossdock.launch.config import read_config
+from crossdock.launch.local.nursery import Nursery
 from crossdock.launch.request import Request
 from crossdock.placement.records.topology import LINK_CLASSES
 from crossdock.runtime.training.metrics import RunDirectory, readable_bytes
 
 
-def run_demo(out: Path, overrides: Sequence[str], as_json: bool) -> int:
+def run_demo(out: Path, overrides: Sequence[str], as_json: bool, nursery: Nursery | None = None) -> int:
     """Run the demo into the directory `out`, in place of any earlier run there; returns the exit code."""
     config = read_config(Path("demo"), (f"run.dir={json.dumps(str(out))}", *overrides))
     _remove_earlier(out)
-    result = start.run(Request("train", config))
+    result = start.run(Request("train", config), nursery)
     if as_json or result.exit_code != 0:
         print(json.dumps(result.as_json()), flush=True)
         return result.exit_code

@@ -4,8 +4,9 @@
 
 reads a JSON line a rank {arguments, environment}, answers {started: pid}, {ended: pid, code}
 
-Importing torch takes a rank seconds, so that a restart would cost more than what it repeats. The waiting process has one thread, has
-computed nothing and opened no device, so that its forks are as good as fresh processes. It dies with its parent, and its ranks with it.
+Importing torch takes a rank seconds, so that a restart would cost more than what it repeats; and a command that needs torch itself would
+take them twice, one after the other, did this process not begin beside it (`ranks_ahead`). The waiting process has one thread, has computed
+nothing and opened no device, so that its forks are as good as fresh processes. It dies with its parent, and its ranks with it.
 """
 
 import contextlib
@@ -17,12 +18,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from crossdock.errors import Unavailable
 from crossdock.launch.local.children import tie_to_parent
+from crossdock.launch.ranks.worker_env import in_ray_job, worker_env
 
 PRELOADED = "crossdock.launch.ranks.worker"
 _POLL_S = 0.02
@@ -46,6 +48,11 @@ class Nursery:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._close(self._process)
+            self._process = None
+
+    def prepare(self) -> None:
+        """Let the waiting process begin to import, before it is known which ranks there will be. Raises `Unavailable`."""
+        self._living({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ})
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> "Forked":
         """A rank: `python ARGUMENTS...` (which begin with -m) in `environment`. Raises `Unavailable` where none can be started."""
@@ -70,7 +77,7 @@ class Nursery:
         return self._ended.get(pid)
 
     def _living(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """The waiting process; the number of threads, which torch reads when it is loaded, is that of its first rank."""
+        """The waiting process, started in `environment` where there is none."""
         if self._process is None or self._process.poll() is not None:
             self._ended |= dict.fromkeys(self._running, _LOST)  # they were forks of the one that has gone
             self._running.clear()
@@ -120,6 +127,15 @@ class Nursery:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+@contextlib.contextmanager
+def ranks_ahead() -> Iterator[Nursery]:
+    """A nursery that is already importing, where this command will start ranks itself: on Linux, under no launcher, in no Ray job."""
+    with Nursery() as nursery:
+        if sys.platform == "linux" and worker_env() is None and not in_ray_job():
+            nursery.prepare()
+        yield nursery
 
 
 class Forked:
@@ -206,8 +222,14 @@ def main() -> None:
     tie_to_parent()
     __import__(PRELOADED)
     order = _wait_for_orders()
+    loaded_with = os.environ.get("OMP_NUM_THREADS")
     os.environ.clear()
     os.environ.update(order["environment"])
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads != loaded_with and threads.isdecimal():  # torch has read the variable when it was loaded
+        import torch
+
+        torch.set_num_threads(int(threads))
     option, module, *arguments = order["arguments"]
     assert option == "-m", order
     sys.argv = [module, *arguments]
