@@ -37,11 +37,11 @@ def copy_waits(steps: Sequence[Step], mesh: Mesh) -> list[float]:
 def measured_parts(measured: Measured, step_s: float, copies_s: Sequence[float], workload: Workload) -> dict[str, float]:
     """The same parts of the measured steps: experts of the slowest rank in each layer, all other work of the mean rank, and for tokens what
     these leave of the median step: waiting for them, and for one another."""
-    passes = len(workload.windows) * workload.micro_batches
     experts_s = 0.0
     for layer in measured.ranks[0].profile_of_layer:
         profiles = [rank.profile_of_layer[layer] for rank in measured.ranks]
-        experts_s += passes * sum(max(getattr(profile, name) for profile in profiles) for name in ("expert_forward_s", "expert_backward_s"))
+        slowest_s = [max(getattr(profile, name) for profile in profiles) for name in ("expert_forward_s", "expert_backward_s")]
+        experts_s += workload.micro_batches * sum(slowest_s)  # which counts the turns of a block as well
     rest_s = statistics.fmean(rank.rest_s or 0.0 for rank in measured.ranks)
     parts = {"experts": experts_s, "copies": statistics.median(copies_s), "rest": rest_s}
     return {"tokens": step_s - sum(parts.values())} | parts

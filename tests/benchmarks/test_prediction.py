@@ -1,5 +1,6 @@
 """The benchmark of predictions: its bias makes Zipf's law of a model's routing, and its short form ends with equal bytes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,15 @@ from benchmarks.netlab import unavailable_reason
 from benchmarks.prediction import main
 from benchmarks.prediction_model import Shape, Trainee, fit_zipf, zipf_shares
 from benchmarks.prediction_page import byte_lines
+from benchmarks.prediction_parts import PARTS, measured_parts, predicted_parts
 from crossdock.models.transformer import Transformer
+from crossdock.placement.costs.evaluate import evaluate
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES
 from crossdock.runtime.data import DataState, Sampler
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.mesh import Mesh
+from tests.runtime.adaptation.test_calibrate import TRUTH, machine, pretend, skewed_trace, timed
 
 
 def test_shares_are_zipf_in_another_order_for_each_layer() -> None:
@@ -100,3 +104,17 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["contiguous"]["speedup"] == 1.0
     assert rows["auto_homing"]["loss"] == pytest.approx(rows["contiguous"]["loss"], rel=1e-3)
     assert "| auto_homing | other_node |" in page.read_text()
+
+
+def test_parts_of_a_step_add_up_to_it_as_measured_and_as_predicted() -> None:
+    trace, plan = skewed_trace(2), Plan.contiguous(2, 8, 2)
+    there = machine(1e7, 1e-4)
+    promise = evaluate(trace, plan, there, TRUTH)
+    predicted = predicted_parts(promise, TRUTH)
+    assert set(predicted) == set(PARTS)
+    assert sum(predicted.values()) == pytest.approx(promise.step_s)
+    windows_s = TRUTH.micro_batches * plan.num_layers * sum(dataclasses.asdict(TRUTH.window).values())
+    assert predicted["rest"] == pytest.approx(TRUTH.other_s + windows_s)
+    found = timed(pretend(trace, plan, there, 1e-4))
+    measured = measured_parts(found, found.step_s, [0.0, 0.0, 0.1], TRUTH)
+    assert measured == pytest.approx(predicted, rel=1e-6)
