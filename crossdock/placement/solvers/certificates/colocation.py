@@ -4,34 +4,42 @@ Let Y[l] be the 0-1 matrix that says which expert of layer l shares its group (d
 within layer l. All groups hold S experts of each layer. For the pair of layers l, l + 1 the matrix X = [[Z[l], Y[l]], [Y[l]', Z[l+1]]] has
 
     spectrum   the blocks' row sums are S; beside the two vectors that are constant on a layer, X has G - 1 eigenvalues 2 S and else 0
-    box        entries are in [0, 1], diagonals are 1, neighbouring pairs share their Z, and within the load cap, if there is one, the rows
-               of Z times the layer's loads are at most the cap
+    box        entries are in [0, 1], diagonals are 1, neighbouring pairs share their Z; within the load cap, if there is one, the rows of Z
+               times the layer's loads are at most the cap; and X keeps to the inequalities of `claws.py`
 
-Keeping sum <W[l], Y[l]> over both at once is hard, over each alone it is easy: for any multipliers M,
+Keeping sum <W[l], Y[l]> over both at once is hard, over each alone it is easy: for any multipliers M, and any prices of load and of
+inequalities, of which the box's part pays in advance for what they allow,
 
     kept <= max over spectrum of <M, X> + max over box of <W - M, X>,
 
 the first being a sum of eigenvalues of M, the second a sum of positive entries. Good multipliers come from the alternating direction method
-(Boyd et al. 2011): its projection onto the spectrum gives them and the maximum at no cost, so that every iteration has its own valid bound.
-Without Z the same bound holds with singular values of Y alone; that is quicker, and large problems begin there.
+(Boyd et al. 2011), over-relaxed, in single precision; the bound of the multipliers that it has come to is computed in double precision.
+Inequalities are added when the iteration has come near its end without them (Wiegele and Zhao 2022 do so for partitions of graphs).
 """
 
 import os
-from collections.abc import Callable
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.placement.solvers.certificates.blas_threads import single_threaded_blas
+from crossdock.placement.solvers.certificates.claws import Claws
 from crossdock.placement.solvers.search.layer_search import Deadline
 
 FloatArray = NDArray[np.float64]
+Array = NDArray[np.float32]
 
-PAIR_STEP, CHAIN_STEP = 0.2, 0.3  # penalty of the two iterations, in units of the flows' mean row
-PAIR_ITERATIONS = 60
-CHAIN_ITERATIONS = 600
-SMALL = 96  # experts per layer up to which the chain iteration starts at once
-SETTLED = 2e-5  # relative gain over ten iterations below which the iteration ends
+STEP = 2.2  # penalty, in units of the mean of the largest S flows of a row
+RELAXATION = 1.6
+LOAD_STEP, CLAW_STEP = 0.2, 0.3  # of the steps that suit prices alone; less because all moves at once
+ITERATIONS = 600
+EVERY = 10  # iterations between two bounds
+CUT_AFTER = 20  # iterations without inequalities
+CUT_EVERY = 20
+CUT_WORTH = 40  # iterations that must still fit into the time for new inequalities to pay
+SETTLED = 1e-4  # relative gain between two bounds below which the iteration ends
 SAFETY = 1e-7  # of all tokens, for rounding
 
 
@@ -47,143 +55,149 @@ def most_kept(
     if not total or num_groups == 1:
         return total
     unit = total / (flow_PII.shape[0] * flow_PII.shape[1])  # the mean row's tokens
-    weight_PII = flow_PII / unit
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
-        pairs = _Pairs(weight_PII, num_groups)
-        small = flow_PII.shape[1] <= SMALL
-        best = np.inf if small else _iterated(lambda: pairs.iterate(threads), PAIR_ITERATIONS, deadline.share(2.0))
-        chain = _Chain(pairs, load_LI, cap_L)
-        best = min(best, _iterated(lambda: chain.iterate(threads), CHAIN_ITERATIONS, deadline))
+    with single_threaded_blas(), ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
+        relaxation = _Relaxation(flow_PII / unit, num_groups, load_LI, cap_L, threads)
+        best = _lowest(relaxation, deadline)
     return min(best * unit + SAFETY * total, total)
 
 
-def _iterated(iterate: Callable[[], float], most: int, deadline: Deadline) -> float:
+def _lowest(relaxation: "_Relaxation", deadline: Deadline) -> float:
     """The lowest bound of the iterations, at least one, until time is over or nothing is gained any more."""
-    best, earlier = np.inf, np.inf
-    for number in range(most):
-        best = min(best, iterate())
+    best, began_s = np.inf, time.monotonic()
+    for number in range(1, ITERATIONS + 1):
+        relaxation.iterate()
+        if number % EVERY and number < ITERATIONS and not deadline.passed:
+            continue
+        bound = relaxation.bound()
+        settled, best = best - bound < SETTLED * abs(best), min(best, bound)
         if deadline.passed:
             break
-        if number % 10 == 9:
-            if earlier - best < SETTLED * abs(best):
-                break
-            earlier = best
+        cuts = 0
+        if (
+            number >= CUT_AFTER
+            and (settled or number % CUT_EVERY == 0)
+            and deadline.left_s * number > CUT_WORTH * (time.monotonic() - began_s)
+        ):
+            cuts = relaxation.extend()
+        if settled and not cuts:
+            break
     return best
 
 
-class _Pairs:
-    """The iteration on Y of every pair alone: spectral norm at most S, nuclear norm at most S (G - 1) beside the constant vectors."""
+class _Relaxation:
+    """The state of the iteration: the box's Z and Y, the shift that is minus the multipliers over the penalty, and prices."""
 
-    def __init__(self, weight_PII: FloatArray, num_groups: int) -> None:
-        self.weight_PII, self.num_groups = weight_PII, num_groups
-        self.num_items = weight_PII.shape[1]
-        self.size = self.num_items // num_groups
-        self.mean = self.size / self.num_items
-        self.basis = _without_constant(self.num_items)
-        self.box_PII = np.full(weight_PII.shape, self.mean)
-        self.shift_PII = np.zeros(weight_PII.shape)
-
-    def iterate(self, threads: ThreadPoolExecutor) -> float:
-        """One iteration; the bound of its multipliers, in units of the weights."""
-        return sum(threads.map(self._pair, range(len(self.weight_PII))))
-
-    def _pair(self, pair: int) -> float:
-        weight, shift, Q = self.weight_PII[pair], self.shift_PII[pair], self.basis
-        wanted = self.box_PII[pair] - shift
-        left, value, right = np.linalg.svd(Q.T @ wanted @ Q)
-        kept = np.minimum(value, self.size)
-        if kept.sum() > self.size * (self.num_groups - 1):
-            kept = _clipped_to_sum(value, self.size, self.size * (self.num_groups - 1))
-        rank = np.count_nonzero(kept)
-        spectrum = self.mean + (Q @ (left[:, :rank] * kept[:rank])) @ (right[:rank] @ Q.T)
-        multiplier = PAIR_STEP * (wanted - spectrum)
-        bound = float((multiplier * spectrum).sum() + np.maximum(weight - multiplier, 0.0).sum())
-        target = spectrum + shift
-        self.box_PII[pair] = np.clip(target + weight / PAIR_STEP, 0.0, 1.0)
-        self.shift_PII[pair] = target - self.box_PII[pair]
-        return bound
-
-
-class _Chain:
-    """The iteration on whole matrices X, which ties the pairs by the Z that they share. Goes on from where `pairs` has come to."""
-
-    def __init__(self, pairs: _Pairs, load_LI: FloatArray | None, cap_L: FloatArray | None) -> None:
-        P, self.num_items, _ = pairs.weight_PII.shape
-        self.weight_PII, self.num_groups, self.size, self.mean = pairs.weight_PII, pairs.num_groups, pairs.size, pairs.mean
-        num_items, Q = self.num_items, pairs.basis
+    def __init__(
+        self, weight_PII: FloatArray, num_groups: int, load_LI: FloatArray | None, cap_L: FloatArray | None, threads: ThreadPoolExecutor
+    ) -> None:
+        num_pairs, num_items, _ = weight_PII.shape
+        self.num_groups, self.num_items, self.size = num_groups, num_items, num_items // num_groups
+        self.mean, self.threads = self.size / num_items, threads
+        self.weight_PII = weight_PII.astype(np.float32)
+        largest = np.partition(weight_PII, num_items - self.size, axis=2)[:, :, num_items - self.size :]
+        self.penalty = STEP * float(largest.mean())
+        Q = _without_constant(num_items)
         self.basis = np.block([[Q, np.zeros_like(Q)], [np.zeros_like(Q), Q]])
-        self.box_PJJ = np.full((P, 2 * num_items, 2 * num_items), self.mean)
-        self.shift_PJJ = np.zeros((P, 2 * num_items, 2 * num_items))
-        self.box_PJJ[:, :num_items, num_items:], self.box_PJJ[:, num_items:, :num_items] = pairs.box_PII, np.swapaxes(pairs.box_PII, 1, 2)
-        half = pairs.shift_PII * (PAIR_STEP / CHAIN_STEP / 2.0)  # the same multipliers, half on Y and half on its mirror image
-        self.shift_PJJ[:, :num_items, num_items:], self.shift_PJJ[:, num_items:, :num_items] = half, np.swapaxes(half, 1, 2)
-        self.multiplier_LII, self.target_LII = np.zeros((P + 1, num_items, num_items)), np.zeros((P + 1, num_items, num_items))
-        self.spectrum_PJJ = np.zeros_like(self.box_PJJ)
-        self.shares_L = np.full(P + 1, 2.0)
+        self.basis32 = self.basis.astype(np.float32)
+        self.within_LII = np.full((num_pairs + 1, num_items, num_items), self.mean, dtype=np.float32)
+        self.across_PII = np.full((num_pairs, num_items, num_items), self.mean, dtype=np.float32)
+        self.shift_PJJ = np.zeros((num_pairs, 2 * num_items, 2 * num_items), dtype=np.float32)
+        self.target_PJJ = np.zeros_like(self.shift_PJJ)
+        self.shares_L = np.full(num_pairs + 1, 2.0)
         self.shares_L[[0, -1]] = 1.0
-        self.load_LI, self.cap_L = load_LI, cap_L
-        self.price_LI = np.zeros((P + 1, num_items))
+        self.claws = [Claws(2 * num_items) for _ in range(num_pairs)]
+        self.load_LI = None if load_LI is None or cap_L is None else load_LI / np.maximum(cap_L, 1e-300)[:, None]
+        self.price_LI = np.zeros((num_pairs + 1, num_items))
 
-    def iterate(self, threads: ThreadPoolExecutor) -> float:
-        """One iteration; the bound of its multipliers, in units of the weights."""
-        num_items = self.num_items
-        bound = sum(threads.map(self._spectrum, range(len(self.weight_PII))))
-        self.multiplier_LII[:], self.target_LII[:] = 0.0, 0.0
-        for pair, (spectrum, box, shift) in enumerate(zip(self.spectrum_PJJ, self.box_PJJ, self.shift_PJJ, strict=True)):
-            multiplier, target = CHAIN_STEP * (box - shift - spectrum), spectrum + shift
-            self.multiplier_LII[pair] += multiplier[:num_items, :num_items]
-            self.multiplier_LII[pair + 1] += multiplier[num_items:, num_items:]
-            self.target_LII[pair] += target[:num_items, :num_items]
-            self.target_LII[pair + 1] += target[num_items:, num_items:]
-        bound += sum(threads.map(self._within_layer, range(len(self.target_LII))))
-        list(threads.map(self._box, range(len(self.weight_PII))))
-        return bound
+    def iterate(self) -> None:
+        """Project every pair onto the spectrum, then all of them onto the box, and move multipliers and prices."""
+        pairs = range(len(self.weight_PII))
+        list(self.threads.map(self._to_spectrum, pairs))
+        list(self.threads.map(self._within, range(len(self.within_LII))))
+        list(self.threads.map(self._across, pairs))
 
-    def _spectrum(self, pair: int) -> float:
-        """Project onto the spectrum; the maximum of <M, X> there and of <W - M, Y> over the box."""
-        num_items = self.num_items
-        wanted = self.box_PJJ[pair] - self.shift_PJJ[pair]
-        value, vector = np.linalg.eigh(self.basis.T @ ((wanted + wanted.T) / 2.0) @ self.basis)
-        kept = _clipped_to_sum(value, 2.0 * self.size, 2.0 * self.size * (self.num_groups - 1))
+    def extend(self) -> int:
+        """Add inequalities that the box breaks; how many."""
+        return sum(self.threads.map(lambda pair: self.claws[pair].extend(self._box(pair)), range(len(self.claws))))
+
+    def bound(self) -> float:
+        """What the multipliers and prices of now prove, in units of the weights."""
+        pairs = range(len(self.weight_PII))
+        charge_LII = np.zeros(self.within_LII.shape)
+        total = 0.0
+        for pair, (value, charge_JJ) in enumerate(self.threads.map(self._priced, pairs)):
+            charge_LII[pair] += charge_JJ[: self.num_items, : self.num_items]
+            charge_LII[pair + 1] += charge_JJ[self.num_items :, self.num_items :]
+            total += value
+        for layer in range(len(charge_LII)):
+            charge_II = charge_LII[layer]
+            if self.load_LI is not None:
+                charge_II = charge_II + self._load_charge(layer)
+                total += float(self.price_LI[layer].sum())
+            total += float(np.maximum(-np.triu(charge_II, 1), 0.0).sum() - np.trace(charge_II) / 2.0)
+        return total
+
+    def _box(self, pair: int) -> Array:
+        return np.block([[self.within_LII[pair], self.across_PII[pair]], [self.across_PII[pair].T, self.within_LII[pair + 1]]])
+
+    def _projected(self, wanted_JJ: Array) -> Array:
+        """The nearest matrix of the spectrum."""
+        value, vector = np.linalg.eigh(self.basis32.T @ wanted_JJ @ self.basis32)
+        kept = _clipped_to_sum(value.astype(np.float64), 2.0 * self.size, 2.0 * self.size * (self.num_groups - 1))
         used = kept > 0.0
-        factor = self.basis @ vector[:, used]
-        spectrum = self.mean + (factor * kept[used]) @ factor.T
-        self.spectrum_PJJ[pair] = spectrum
-        multiplier = CHAIN_STEP * (wanted - spectrum)
-        across = multiplier[:num_items, num_items:] + multiplier[num_items:, :num_items].T
-        return float((multiplier * spectrum).sum() + np.maximum(self.weight_PII[pair] - across, 0.0).sum())
+        factor = self.basis32 @ vector[:, used]
+        return np.asarray((factor * kept[used].astype(np.float32)) @ factor.T + np.float32(self.mean))
 
-    def _within_layer(self, layer: int) -> float:
-        """Project a layer's Z onto the box, into `target_LII`; the maximum of <-M, Z> there, loads bought at the last price."""
-        gain = -self.multiplier_LII[layer]
-        diagonal = np.arange(self.num_items)
-        own = gain[diagonal, diagonal].sum()
-        target = self.target_LII[layer] / self.shares_L[layer]
-        if self.load_LI is None or self.cap_L is None:
-            gain[diagonal, diagonal] = 0.0
-            box, bound = np.clip(target, 0.0, 1.0), own + np.maximum(gain, 0.0).sum()
-        else:
-            load_I, price_I1 = self.load_LI[layer] / max(self.cap_L[layer], 1e-300), self.price_LI[layer][:, None]
-            free = gain - price_I1 * load_I
-            free[diagonal, diagonal] = 0.0
-            bound = own + np.maximum(free, 0.0).sum() + (price_I1[:, 0] * (1.0 - load_I)).sum()
-            target[diagonal, diagonal] = 1.0
-            box, price_I = _clipped_to_load(target, load_I)
-            self.price_LI[layer] = CHAIN_STEP * self.shares_L[layer] * price_I
-        box[diagonal, diagonal] = 1.0
-        self.target_LII[layer] = box
-        return float(bound)
+    def _to_spectrum(self, pair: int) -> None:
+        """Into `target_PJJ`: the projection, carried on beyond where the box stood, and the shift."""
+        box_JJ = self._box(pair)
+        spectrum_JJ = self._projected(box_JJ - self.shift_PJJ[pair])
+        self.target_PJJ[pair] = RELAXATION * spectrum_JJ + (1.0 - RELAXATION) * box_JJ + self.shift_PJJ[pair]
 
-    def _box(self, pair: int) -> None:
-        """Project a pair's Y onto the box, and move the multipliers."""
-        num_items, target = self.num_items, self.spectrum_PJJ[pair] + self.shift_PJJ[pair]
-        across = np.clip(
-            (target[:num_items, num_items:] + target[num_items:, :num_items].T) / 2.0 + self.weight_PII[pair] / (2.0 * CHAIN_STEP), 0.0, 1.0
-        )
-        box = self.box_PJJ[pair]
-        box[:num_items, :num_items], box[num_items:, num_items:] = self.target_LII[pair], self.target_LII[pair + 1]
-        box[:num_items, num_items:], box[num_items:, :num_items] = across, across.T
-        self.shift_PJJ[pair] = target - box
+    def _within(self, layer: int) -> None:
+        """Project a layer's Z onto the box, loads bought at the last price."""
+        before, after = slice(0, self.num_items), slice(self.num_items, None)  # the layer as the first of a pair, and as the second
+        wanted_II = np.zeros((self.num_items, self.num_items))
+        for pair, corner in ((layer, before), (layer - 1, after)):
+            if 0 <= pair < len(self.weight_PII):
+                wanted_II += self.target_PJJ[pair, corner, corner]
+                wanted_II -= self.claws[pair].pressure()[corner, corner] / (2.0 * self.penalty)
+        if self.load_LI is not None:
+            wanted_II -= self._load_charge(layer) / (2.0 * self.penalty)
+        within_II = np.clip(wanted_II / self.shares_L[layer], 0.0, 1.0)
+        np.fill_diagonal(within_II, 1.0)
+        self.within_LII[layer] = within_II
+        if self.load_LI is not None:
+            load_I = self.load_LI[layer]
+            step = LOAD_STEP * 2.0 * self.penalty * self.shares_L[layer] / max(float(load_I @ load_I), 1e-300)
+            self.price_LI[layer] = np.maximum(self.price_LI[layer] + step * (within_II @ load_I - 1.0), 0.0)
+
+    def _across(self, pair: int) -> None:
+        """Project a pair's Y onto the box; then prices of the pair's inequalities and its shift."""
+        half, target_JJ = self.num_items, self.target_PJJ[pair]
+        gain_II = (self.weight_PII[pair] - self.claws[pair].pressure()[:half, half:]) / self.penalty
+        self.across_PII[pair] = np.clip((target_JJ[:half, half:] + target_JJ[half:, :half].T + gain_II) / 2.0, 0.0, 1.0)
+        box_JJ = self._box(pair)
+        self.claws[pair].rise(box_JJ, CLAW_STEP * 2.0 * self.penalty)
+        self.shift_PJJ[pair] = target_JJ - box_JJ
+
+    def _load_charge(self, layer: int) -> FloatArray:
+        """[I, I], symmetric: what a pair of items that share a group pays for each other's load."""
+        assert self.load_LI is not None
+        charge_II = np.outer(self.price_LI[layer], self.load_LI[layer])
+        return charge_II + charge_II.T
+
+    def _priced(self, pair: int) -> tuple[float, FloatArray]:
+        """The spectrum's part of the bound and the box's part for Y; and [J, J] what M and inequalities charge for each with its mirror."""
+        wanted_JJ = (self._box(pair) - self.shift_PJJ[pair]).astype(np.float64)
+        wanted_JJ = (wanted_JJ + wanted_JJ.T) / 2.0
+        multiplier_JJ = self.penalty * (wanted_JJ - self._projected(wanted_JJ.astype(np.float32)))
+        multiplier_JJ = (multiplier_JJ + multiplier_JJ.T) / 2.0
+        value = np.linalg.eigvalsh(self.basis.T @ multiplier_JJ @ self.basis)
+        spectrum = 2.0 * self.size * value[len(value) - self.num_groups + 1 :].sum() + self.mean * multiplier_JJ.sum()
+        charge_JJ = 2.0 * multiplier_JJ + self.claws[pair].pressure()
+        across = np.maximum(self.weight_PII[pair] - charge_JJ[: self.num_items, self.num_items :], 0.0).sum()
+        return float(spectrum + across + self.claws[pair].price_C.sum(dtype=np.float64)), charge_JJ
 
 
 def _without_constant(num_items: int) -> FloatArray:

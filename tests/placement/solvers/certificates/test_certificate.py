@@ -11,11 +11,9 @@ from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
-from crossdock.placement.solvers.certificates import colocation
 from crossdock.placement.solvers.certificates.bounds import lower_bound
 from crossdock.placement.solvers.certificates.certificate import certified
 from crossdock.placement.solvers.problem import Constraints, Objective, Problem
-from crossdock.placement.solvers.search.layer_search import Deadline
 from tests.placement.conftest import random_trace
 
 TOPOLOGIES = (Topology.uniform(1, 2), Topology.uniform(1, 3), Topology.uniform(1, 4), Topology.uniform(2, 2))
@@ -79,36 +77,6 @@ def test_a_load_cap_raises_the_bound() -> None:
     free, capped = (problem_of(trace, Topology.uniform(1, 4), load_cap=cap) for cap in (None, 1.15))
     assert solve(capped, "dp").cost > solve(free, "dp").cost
     assert certified(capped, 10.0) > certified(free, 10.0)
-
-
-def test_both_iterations_bound_what_can_be_kept() -> None:
-    trace = markov_trace(3, 2000)
-    problem = problem_of(trace, Topology.uniform(1, 4))
-    flow_PII = problem.affinity.transitions_LEE.astype(float)
-    kept = (1.0 - solve(problem, "dp").cost) * flow_PII.sum()
-    chain = colocation.most_kept(flow_PII, 4, Deadline(10.0))
-    colocation.SMALL, small = 0, colocation.SMALL
-    try:
-        pairs_first = colocation.most_kept(flow_PII, 4, Deadline(10.0))
-    finally:
-        colocation.SMALL = small
-    assert kept <= chain * (1 + 1e-9)
-    assert kept <= pairs_first * (1 + 1e-9)
-    assert pairs_first == pytest.approx(chain, rel=0.02)
-
-
-def test_projections_are_the_nearest_points() -> None:
-    rng = np.random.default_rng(4)
-    value = rng.normal(size=12)
-    clipped = colocation._clipped_to_sum(value, 2.0, 6.0)
-    assert clipped.sum() == pytest.approx(6.0)
-    inside = (clipped > 1e-9) & (clipped < 2.0 - 1e-9)
-    assert np.ptp((value - clipped)[inside]) < 1e-9  # all free entries were moved alike
-    target_II, load_I = rng.normal(0.5, 0.5, (6, 6)), rng.random(6)
-    box, price_I = colocation._clipped_to_load(target_II, load_I)
-    assert (box @ load_I <= 1 + 1e-9).all()
-    np.testing.assert_allclose(box, np.clip(target_II - price_I[:, None] * load_I, 0, 1))
-    assert all(price == 0 or row @ load_I == pytest.approx(1.0) for price, row in zip(price_I, box, strict=True))
 
 
 def test_real_routing_is_certified(real_trace: Trace) -> None:
