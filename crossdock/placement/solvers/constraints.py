@@ -41,7 +41,9 @@ def _peaks(problem: Problem, plan: Plan) -> list[float]:
 def _pins(problem: Problem, plan: Plan) -> str | None:
     for pin in problem.constraints.pins:
         if plan.slot_LRE[pin.layer, pin.device, pin.expert] < 0:
-            return f"breaks pins: layer {pin.layer} has no copy of expert {pin.expert} on device {pin.device}; use method auto"
+            return f"breaks pins: layer {pin.layer} has no copy of expert {pin.expert} on device {pin.device}; " + (
+                "unpin some" if plan.method == "auto" else "use method auto"
+            )
     return None
 
 

@@ -239,12 +239,16 @@ class Problem:
                 f"{pinned_LR[layer, device]} experts of layer {layer} are pinned to device {device}, "
                 f"which has {self.slots_R[device]} slots; unpin some"
             )
+        self._check_pinned_copies()
+
+    def _check_pinned_copies(self) -> None:
+        """Experts that are pinned to several devices need copies; how many fit is for the solver to say."""
         for layer, expert in {(pin.layer, pin.expert): None for pin in self.constraints.pins}:
             devices = sorted({pin.device for pin in self.constraints.pins if (pin.layer, pin.expert) == (layer, expert)})
-            if len(devices) > 1 and not self.wants_replicas:
+            if len(devices) > 1 and not (self.wants_replicas and self.mode == "home" and self.objective != "hops"):
                 raise InfeasiblePlan(
                     f"expert {expert} of layer {layer} is pinned to devices {', '.join(map(str, devices))}, and has one copy; "
-                    "pin it to one of them, or give slots for copies, such as --spare-slots 1"
+                    "pin it to one of them, or give slots for copies, such as --spare-slots 1, under mode home and no objective hops"
                 )
 
 

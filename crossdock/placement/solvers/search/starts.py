@@ -6,6 +6,7 @@ All keep to slots and pins; none looks at the load cap, though `evened` mostly m
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.errors import InfeasiblePlan
 from crossdock.placement.records.plan import EMPTY
 from crossdock.placement.solvers.problem import Problem
 
@@ -95,6 +96,46 @@ def pinned_devices(problem: Problem) -> IntArray:
     for pin in reversed(problem.constraints.pins):
         device_LE[pin.layer, pin.expert] = pin.device
     return device_LE
+
+
+def with_pinned_copies(problem: Problem, slots_LRS: IntArray) -> IntArray:
+    """Slots [L, R, S] that hold every pinned copy, whatever they held: an expert that stands in its way goes to a device with room.
+
+    Raises `InfeasiblePlan` where pins ask for more copies than slots and `replicas` allow.
+    """
+    _check_pinned_copies(problem)
+    num_slots = max(slots_LRS.shape[2], int(problem.slots_R.max()))
+    slots_LRS = np.pad(slots_LRS, ((0, 0), (0, 0), (0, num_slots - slots_LRS.shape[2])), constant_values=EMPTY)
+    for pin in problem.constraints.pins:
+        slots_RS = slots_LRS[pin.layer]
+        held_R = (slots_RS != EMPTY).sum(axis=1)
+        if pin.expert in slots_RS[pin.device]:
+            continue
+        if held_R[pin.device] < problem.slots_R[pin.device]:
+            slots_RS[pin.device, int((slots_RS[pin.device] == EMPTY).argmax())] = pin.expert
+            continue
+        pinned = {other.expert for other in problem.constraints.pins if (other.layer, other.device) == (pin.layer, pin.device)}
+        slot = next(slot for slot, expert in enumerate(slots_RS[pin.device]) if expert != EMPTY and int(expert) not in pinned)
+        moved, slots_RS[pin.device, slot] = int(slots_RS[pin.device, slot]), pin.expert
+        if (slots_RS == moved).any():
+            continue  # another copy of it is left
+        target = int((problem.slots_R - held_R).argmax())
+        slots_RS[target, int((slots_RS[target] == EMPTY).argmax())] = moved
+    return slots_LRS
+
+
+def _check_pinned_copies(problem: Problem) -> None:
+    most = int(problem.slots_R.sum()) - problem.num_experts
+    if problem.constraints.replicas is not None:
+        most = min(most, problem.constraints.replicas)
+    for layer in range(problem.num_layers):
+        pins = {(pin.expert, pin.device) for pin in problem.constraints.pins if pin.layer == layer}
+        wanted = len(pins) - len({expert for expert, _ in pins})
+        if wanted > most:
+            raise InfeasiblePlan(
+                f"pins of layer {layer} ask for {wanted} copies beyond the first of every expert, and slots and replicas allow {most}; "
+                "unpin some, or give more slots or replicas"
+            )
 
 
 def with_vacancies(device_E: IntArray, slots_R: IntArray) -> IntArray:
