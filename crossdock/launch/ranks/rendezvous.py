@@ -29,6 +29,8 @@ _RETRY_S = 0.2
 _CONNECT_S = 5.0
 _STALE_S = 10.0
 _KEPT_S = 7 * 86_400.0  # how long the secret of a job on one host is kept at least
+_kept_to_the_end: list[object] = []
+"""Stores in files: one that goes writes to its file, and where it cannot, on a full disk, aborts the process before that could report."""
 
 
 def open_store(env: WorkerEnv, timeout_s: float) -> "Store | None":
@@ -42,6 +44,7 @@ def open_store(env: WorkerEnv, timeout_s: float) -> "Store | None":
         import torch.distributed as dist
 
         file_store = dist.FileStore(env.meeting.path, env.world_size)
+        _kept_to_the_end.append(file_store)
         file_store.set_timeout(_timedelta(timeout_s))
         return signed(file_store, env.secret)
     if env.meeting.kind == "listen":

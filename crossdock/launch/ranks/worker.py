@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from crossdock.placement.records.topology import Topology
 
+_NO_MEMORY = ("can't allocate memory", "can't start new thread")
 _LOST_S = 0.5  # to leave a world that has lost a rank: nothing is waited for there
 
 MEETING_JOBS = {"doctor": doctor}
@@ -111,7 +112,7 @@ def explain(failure: BaseException) -> tuple[int, str]:
         return failure.exit_code, str(failure)
     if isinstance(failure, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(failure, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(failure):
+    if isinstance(failure, MemoryError | torch.OutOfMemoryError) or any(text in str(failure) for text in _NO_MEMORY):
         remedy = "lower train.batch_sequences, raise train.accumulate, or use more ranks"
         return OutOfMemory.exit_code, f"out of memory ({first_line or 'no more on the host'}); {remedy}"
     return 1, f"{type(failure).__name__}: {first_line}"
