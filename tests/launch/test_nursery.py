@@ -34,9 +34,10 @@ def test_each_rank_has_its_own_environment_and_its_exit_code_is_told(nursery: Nu
     assert len({rank.pid for rank in ranks}) == 3
 
 
-def test_a_variable_of_the_first_rank_is_not_the_next_ones(nursery: Nursery) -> None:
-    nursery.start(END, {**os.environ, "ONLY_HERE": "1"}).wait()
-    assert nursery.start(python("os._exit('ONLY_HERE' in os.environ)"), dict(os.environ)).wait() == 0
+def test_a_variable_of_the_first_rank_is_not_the_next_ones() -> None:
+    with Nursery() as nursery:  # the first rank's environment is also that of the waiting process
+        assert nursery.start(python("os._exit('ONLY_HERE' not in os.environ)"), {**os.environ, "ONLY_HERE": "1"}).wait() == 0
+        assert nursery.start(python("os._exit('ONLY_HERE' in os.environ)"), dict(os.environ)).wait() == 0
 
 
 def test_a_killed_rank_is_told_by_its_signal_and_the_next_one_starts(nursery: Nursery) -> None:
@@ -103,7 +104,8 @@ def test_one_that_has_begun_before_ranks_are_known_gives_each_the_threads_it_ask
 def test_it_begins_early_only_where_ranks_will_be_started_here(monkeypatch: pytest.MonkeyPatch) -> None:
     with ranks_ahead() as nursery:
         assert (nursery._process is not None) == (sys.platform == "linux")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    for name, value in {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     with ranks_ahead() as nursery:
         assert nursery._process is None

@@ -1,5 +1,6 @@
 """A process of another host is there, has gone, or is out of reach."""
 
+import errno
 import socket
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from crossdock.launch.ranks.pulse import Pulse, felt
+from crossdock.launch.ranks.pulse import Pulse, _sign, felt
 
 LISTEN = "from crossdock.launch.ranks.pulse import Pulse\npulse = Pulse('127.0.0.1')\nprint(pulse, flush=True)\ninput()"
 
@@ -34,6 +35,10 @@ def test_all_are_asked_at_once_and_one_that_does_not_answer_is_out_of_reach() ->
         silent = " ".join(map(str, full.getsockname()))  # its system drops further connections without a word
         assert felt({0: str(pulse), 1: gone, 2: silent}, 0.3) == {0: "there", 1: "gone", 2: "unreachable"}
     assert felt({}, 1.0) == {}
+
+
+def test_a_way_that_is_not_there_says_nothing_of_the_process() -> None:
+    assert [_sign(code) for code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT)] == ["unreachable"] * 3
 
 
 def test_an_address_that_is_not_of_this_host_cannot_be_listened_on() -> None:

@@ -16,6 +16,7 @@ import pytest
 from benchmarks import netlab
 from benchmarks.netlab import Lab
 from benchmarks.netlab.lab import PORT
+from crossdock.authentication import Secret
 from tests.launch import starts
 
 REASON = netlab.unavailable_reason()
@@ -51,11 +52,14 @@ def test_a_killed_rank_on_either_node_is_recovered_from(lost: int, tmp_path: Pat
     )
     with Lab(2, 1e9) as lab:
         command = printed.replace(f"HEAD:{29_400}", f"{lab.address(0)}:{PORT}").split()
-        assert command[:3] == ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun"]
+        start = command.index("torchrun")
+        assert command[:start] == ["env", f"CROSSDOCK_SECRET_FILE={directory}.secret", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+        Secret.fresh().write(Path(f"{directory}.secret"))
         assert "--max-restarts=3" in command
         agents = []
         for node in range(2):
-            line = [*command[:2], sys.executable, "-m", "torch.distributed.run", "--local-addr", lab.address(node), *command[3:]]
+            launcher = [*command[:start], sys.executable, "-m", "torch.distributed.run", "--local-addr", lab.address(node)]
+            line = [*launcher, *command[start + 1 :]]
             place = {**starts.environment(), "TP_SOCKET_IFNAME": "eth0"}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": starts.ROOT}
             agents.append(subprocess.Popen(lab.command(node, line), env=place, **pipes))  # type: ignore[call-overload]
