@@ -2,9 +2,10 @@
 
 hops       co-location bounds (`colocation.py`) for groups of a device and, where hops between nodes cost more, for groups of a node; they
            know the load cap. Devices, and nodes, need equally many slots
-devices    the linear relaxation of `columns.py`, which knows load cap and pins, where the sets of experts can be listed, else the convex
-           one of `together.py`, which knows the load cap. Devices need equally many slots
-nodes      that of `together.py` for groups of a node, which need equally many slots
+devices    the linear relaxation of `columns.py`, which knows load cap and pins, where the sets of experts can be listed. Else that of
+           `generated.py`, which searches for them, and the convex one of `together.py`, which is weaker but knows the load cap and takes
+           larger groups. Devices need equally many slots
+nodes      those of `generated.py` and `together.py` for groups of a node, which need equally many slots
 seconds    the copies that these prove, through the linear program of `bounds.py`
 all        else, and never less than, the bounds of `bounds.py`, which cost milliseconds
 """
@@ -13,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.solvers import columns
+from crossdock.placement.solvers.certificates import generated, together
 from crossdock.placement.solvers.certificates.bounds import copies_to_devices, copies_to_nodes, layer_seconds, lower_bound
 from crossdock.placement.solvers.certificates.colocation import most_kept
-from crossdock.placement.solvers.certificates.together import fewest_copies
 from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.search.price import has_two_hops
 
 FloatArray = NDArray[np.float64]
 
+SEARCH_PARTS = 1.2  # of the time, one part for the search for sets and what is left for layers that it did not finish
 NODE_SHARE = 3.0  # one part in so many of the time goes to the bound on hops between nodes, whose groups are larger and settle sooner
 
 
@@ -47,7 +49,7 @@ def _copies_to_devices(problem: Problem, deadline: Deadline) -> FloatArray:
     cheap_L = copies_to_devices(problem)
     if len(set(problem.slots_R.tolist())) > 1:
         return cheap_L
-    return np.maximum(cheap_L, fewest_copies(problem, problem.num_devices, deadline, capped=True))
+    return np.maximum(cheap_L, _fewest_copies(problem, problem.num_devices, deadline))
 
 
 def _copies_to_nodes(problem: Problem, deadline: Deadline) -> FloatArray:
@@ -55,7 +57,18 @@ def _copies_to_nodes(problem: Problem, deadline: Deadline) -> FloatArray:
     cheap_L, slots_N = copies_to_nodes(problem), np.bincount(problem.topology.node_of_R, problem.slots_R)
     if len(set(slots_N.tolist())) > 1:
         return cheap_L
-    return np.maximum(cheap_L, fewest_copies(problem, problem.topology.num_nodes, deadline, capped=True))
+    return np.maximum(cheap_L, _fewest_copies(problem, problem.topology.num_nodes, deadline))
+
+
+def _fewest_copies(problem: Problem, num_groups: int, deadline: Deadline) -> FloatArray:
+    """[L]: by the search for sets, and by the convex relaxation where that is not to the point or was not finished."""
+    if num_groups == 1 or generated.unsuited(problem, num_groups):
+        return together.fewest_copies(problem, num_groups, deadline, capped=True)
+    capped = problem.constraints.load_cap is not None
+    found_L, open_L = generated.fewest_copies(problem, num_groups, deadline.share(2.0 if capped else SEARCH_PARTS))
+    if capped or open_L.any():
+        found_L = np.maximum(found_L, together.fewest_copies(problem, num_groups, deadline, capped=True, asked_L=open_L | capped))
+    return found_L
 
 
 def _seconds(problem: Problem, deadline: Deadline) -> float:

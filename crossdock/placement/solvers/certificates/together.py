@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.records.trace import NO_EXPERT
+from crossdock.placement.solvers.certificates.blas_threads import single_threaded_blas
 from crossdock.placement.solvers.certificates.colocation import _clipped_to_load, _clipped_to_sum, _without_constant
 from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search.layer_search import Deadline
@@ -39,22 +40,26 @@ MAX_ITEMS = 1024  # larger eigenvalue problems take longer than anyone waits
 SAFETY = 1e-9
 
 
-def fewest_copies(problem: Problem, num_groups: int, deadline: Deadline, *, capped: bool) -> FloatArray:
+def fewest_copies(
+    problem: Problem, num_groups: int, deadline: Deadline, *, capped: bool, asked_L: NDArray[np.bool_] | None = None
+) -> FloatArray:
     """[L]: copies of the whole trace to distinct groups of equal capacity, at least; 0 where the relaxation has nothing to say.
 
-    `capped` asks for the problem's load cap to be used: of a device's group, not of a node's.
+    `capped` asks for the problem's load cap to be used: of a device's group, not of a node's. `asked_L` leaves out layers, which get 0.
     """
     affinity, num_slots = problem.affinity, int(problem.slots_R.sum())
     if affinity.top_k == 1 or num_groups == 1 or num_slots % num_groups or num_slots > MAX_ITEMS:
         return np.zeros(problem.num_layers)
     cap = problem.constraints.load_cap if capped else None
-    layers = [_Layer(problem, number, num_groups, cap) for number in range(problem.num_layers)]
-    waiting = layers
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as threads:
+    numbers = np.arange(problem.num_layers) if asked_L is None else np.flatnonzero(asked_L)
+    waiting = layers = [_Layer(problem, int(number), num_groups, cap) for number in numbers]
+    with single_threaded_blas(), ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as threads:
         while waiting and not deadline.passed:
             list(threads.map(lambda layer: layer.round(deadline), waiting))
             waiting = [layer for layer in waiting if not layer.is_done]
-    return np.array([layer.best for layer in layers])
+    best_L = np.zeros(problem.num_layers)
+    best_L[numbers] = [layer.best for layer in layers]
+    return best_L
 
 
 class _Layer:
