@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from crossdock.errors import InfeasiblePlan
 from crossdock.placement.costs.coherent import CoherentEvaluation, evaluate_coherent
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import Evaluation, evaluate
@@ -88,9 +89,21 @@ class Proven:
 
 
 def proven(problem: Problem, seconds: float) -> Proven:
-    """What `seconds` can prove; 0 for the quick bounds. Half of the time goes to devices where the objective is another one."""
+    """What `seconds` can prove; 0 for the quick bounds. Half of the time goes to devices where the objective is another one.
+
+    Raises `InfeasiblePlan` where no plan keeps to the constraints.
+    """
     if seconds <= 0:
         return Proven(lower_bound(problem))
+    try:
+        return _certified(problem, seconds)
+    except InfeasiblePlan:
+        if not problem.wants_replicas:
+            raise
+        return Proven(lower_bound(problem))  # certificates are about one copy of each expert, and copies may do what these cannot
+
+
+def _certified(problem: Problem, seconds: float) -> Proven:
     if problem.objective == "devices":
         return Proven(*[certified(problem, seconds)] * 2)
     if problem.mode == "coherent" or problem.objective == "hops" or problem.workload.dispatch == "flat":

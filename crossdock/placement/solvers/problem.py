@@ -142,8 +142,10 @@ class Problem:
 
     @property
     def plan_slots(self) -> int | None:
-        """Slots that a plan is written with; None for as many as it fills."""
-        return self.constraints.slots or (int(self.slots_R.max()) if self.wants_replicas else None)
+        """Slots that a plan is written with; None for as many as it fills. A rank keeps memory for them, so no more than memory allows."""
+        if self.constraints.slots is not None and self.constraints.memory_fraction is None:
+            return self.constraints.slots
+        return int(self.slots_R.max()) if self.wants_replicas else None
 
     @property
     def _slots_wanted(self) -> int:
