@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from crossdock.errors import BadCheckpoint, MissingInput
 from crossdock.placement.records.plan import EMPTY, Plan
 from crossdock.runtime.checkpoints.manifest import MANIFEST, STEP, Manifest, checked
-from crossdock.runtime.checkpoints.shards import Place, Reader
+from crossdock.runtime.checkpoints.shards import Reader
 from crossdock.runtime.data import DataState
 from crossdock.runtime.optimization.engines import AnyEngine, Piece
 from crossdock.runtime.optimization.optimizer import STATES
@@ -162,21 +162,13 @@ def restore(folder: Path, manifest: Manifest, engine: AnyEngine, passed_over: tu
     """Fill `engine` (under whatever plan it has) and its model's buffers from a checked checkpoint.
 
     Where no update has been made, the optimizer's moments may be missing (an imported model has none): they are zeros.
-    Raises `BadCheckpoint` where it is of another model, naming the first tensor that is missing or of another shape.
+    Raises `BadCheckpoint` on every rank where it is of another model, naming the first tensor that is missing or of another shape.
     """
     wanted, places = dict(_wanted(engine)), manifest.tensors
-    fresh = [key for key in wanted if key not in places and manifest.num_updates == 0 and key.endswith(("/exp_avg", "/exp_avg_sq"))]
-    for key, want in wanted.items():
-        if key in fresh:
-            continue
-        if key not in places:
-            raise BadCheckpoint(f"{folder} has no {key}: it is of another model; resume with the config it was made with")
-        if list(want.shape) != places[key].shape:
-            raise BadCheckpoint(
-                f"{folder} holds {key} of shape {places[key].shape}, the model has {list(want.shape)}; "
-                "resume with the config it was made with"
-            )
-    _check_nothing_is_left(folder, places, wanted, engine)
+    # ranks hold different experts, and one that found nothing wrong would wait for the others for ever
+    told = collectives.all_gather_objects(_misfit(folder, manifest, wanted, engine), engine.mesh)
+    if problem := next(filter(None, told), None):
+        raise BadCheckpoint(f"{problem}; resume with the config it was made with")
     reader = Reader(folder, places)
     for key, want in wanted.items():
         if want.is_here:
@@ -186,16 +178,22 @@ def restore(folder: Path, manifest: Manifest, engine: AnyEngine, passed_over: tu
     return Loaded(state, manifest.placement(), folder, passed_over)
 
 
-def _check_nothing_is_left(folder: Path, places: Mapping[str, Place], wanted: Mapping[str, _Wanted], engine: AnyEngine) -> None:
-    """Raise `BadCheckpoint` where the checkpoint holds a tensor that no rank asks for."""
+def _misfit(folder: Path, manifest: Manifest, wanted: Mapping[str, _Wanted], engine: AnyEngine) -> str | None:
+    """Why the checkpoint is not one of this rank's model: a tensor that is missing, of another shape, or asked for by no rank."""
+    places = manifest.tensors
+    for key, want in wanted.items():
+        if key not in places:
+            if manifest.num_updates or not key.endswith(("/exp_avg", "/exp_avg_sq")):
+                return f"{folder} has no {key}: it is of another model"
+        elif list(want.shape) != places[key].shape:
+            return f"{folder} holds {key} of shape {places[key].shape}, the model has {list(want.shape)}"
     layers = {str(bank.layout.layer) for bank in engine.banks.values()}
     experts = set() if engine.plan is None else {str(expert) for expert in range(engine.plan.num_experts)}
     for key in places.keys() - wanted.keys():
         kind, *rest = key.split("/")
         if kind != "expert" or len(rest) != 4 or rest[0] not in layers or rest[1] not in experts:
-            raise BadCheckpoint(
-                f"{folder} holds {key}, which the model has not: it is of another model; resume with the config it was made with"
-            )
+            return f"{folder} holds {key}, which the model has not: it is of another model"
+    return None
 
 
 def finished(directory: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from crossdock.placement.records.plan import Plan
 from crossdock.runtime.experts.expert_bank import ExpertBank
 from crossdock.runtime.optimization.agreement import StepReport
+from crossdock.runtime.transport.mesh import Mesh
 
 EngineName = Literal["native", "deepspeed"]
 
@@ -27,6 +28,7 @@ class AnyEngine(Protocol):
     """
 
     model: nn.Module
+    mesh: Mesh
     plan: Plan | None
     banks: dict[str, ExpertBank]
     expert_names: dict[str, tuple[str, ...]]

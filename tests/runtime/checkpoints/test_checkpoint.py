@@ -179,6 +179,22 @@ def test_none_valid_none_there_and_one_of_another_model(ranks: Pool, two_checkpo
         assert "holds no checkpoint" in message
 
 
+def fail_to_load_without(rank: int, world_size: int, folder: str, key: str) -> str:
+    run = tiny.stepper(rank, world_size, folder, tiny.random_plan(2, 1), model=BIASED, dtype=torch.float32)
+    found, manifest, _ = checkpoint.latest(Path(folder) / "checkpoints", run.mesh)
+    tensors = {name: place for name, place in manifest.tensors.items() if name != key}
+    with pytest.raises(BadCheckpoint) as caught:
+        checkpoint.restore(found, manifest.model_copy(update={"tensors": tensors}), run.engine)
+    return str(caught.value)
+
+
+def test_an_expert_that_one_rank_misses_fails_them_all(ranks: Pool, two_checkpoints: tuple[str, Path, Path]) -> None:
+    for expert in range(tiny.NUM_EXPERTS):
+        key = f"expert/0/{expert}/inner/weight"
+        for message in ranks.run(2, fail_to_load_without, two_checkpoints[0], key):
+            assert f"has no {key}: it is of another model" in message
+
+
 def test_only_the_newest_are_kept_and_leftovers_do_not_count(ranks: Pool, folder: str) -> None:
     root = Path(folder) / "checkpoints"
     for name in (".step-00000009.tmp", "step-x", "notes"):
