@@ -11,7 +11,7 @@ from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import load_peaks, solve
 from crossdock.placement.solvers.problem import Constraints, Objective, Pin, Problem
-from crossdock.placement.solvers.search import chain_search, starts
+from crossdock.placement.solvers.search import chain_search, nested, starts
 from crossdock.placement.solvers.search.chain import Chain, greedy
 from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.search.recombine import interchangeable, recombined
@@ -137,3 +137,33 @@ def test_arriving_counts_what_an_item_brings_to_an_emptied_place() -> None:
                 if item in member_K and not np.isin(member_K, there).any()
             )
             assert arriving[x, y] == counted
+
+
+@pytest.mark.parametrize("load_cap", [None, 1.3])
+def test_a_nested_start_is_whole_and_close_to_its_polished_self(load_cap: float | None) -> None:
+    """Every device holds its slots, and fewer tokens leave their node than under a random plan."""
+    problem = problem_of(random_trace(3, num_tokens=600, num_layers=6, num_experts=16), node_weight=4.0, load_cap=load_cap)
+    assert nested.suits(problem)
+    chain = nested.start(problem, 0, Deadline(5.0))
+    assert chain.node_LI is None
+    assert all((np.bincount(device_I, minlength=4) == problem.slots_R).all() for device_I in chain.device_LI)
+    assert chain.cost_tokens() < 0.95 * Chain(problem, starts.random(problem, 0)).cost_tokens()
+
+
+def test_an_assignment_stays_within_the_nodes_that_are_fixed() -> None:
+    problem = problem_of(random_trace(4, num_tokens=200, num_layers=3, num_experts=8), node_weight=4.0)
+    chain = Chain(problem, starts.random(problem, 1))
+    node_R = np.array(problem.topology.node_of_R)
+    chain.node_LI = node_R[chain.device_LI]
+    before = chain.device_LI.copy()
+    chain.assign(1, 50.0, np.random.default_rng(2))
+    assert (node_R[chain.device_LI] == node_R[before]).all()
+    assert (chain.device_LI[1] != before[1]).any()
+
+
+def test_nodes_first_only_where_they_differ_in_nothing() -> None:
+    trace = random_trace(5, num_tokens=100, num_layers=3, num_experts=8)
+    assert not nested.suits(problem_of(trace, node_weight=1.0))
+    assert not nested.suits(problem_of(trace, Topology.uniform(1, 4), node_weight=4.0))
+    assert not nested.suits(problem_of(trace, Topology.uniform(4, 1), node_weight=4.0))
+    assert not nested.suits(problem_of(trace, node_weight=4.0, pins=(Pin(0, 0, 0),)))

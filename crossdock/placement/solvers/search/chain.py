@@ -39,6 +39,7 @@ class Chain:
         self.load_LI = np.pad(affinity.load_LE.astype(np.float64), ((0, 0), (0, vacancies)))
         self.pinned_LI = np.pad(starts.pinned_devices(problem), ((0, 0), (0, vacancies)), constant_values=EMPTY)
         self._has_pins = bool(problem.constraints.pins)
+        self.node_LI: IntArray | None = None  # the node that each item has to stay in, while that is fixed
         self.price_LR = np.zeros((problem.num_layers, problem.num_devices))
         self._transitions_LEE = affinity.transitions_LEE.astype(np.float64)
         self._saving_RR = problem.hop_cost_RR.max() - problem.hop_cost_RR
@@ -108,7 +109,9 @@ class Chain:
             kept_IR += rng.gumbel(scale=temperature, size=kept_IR.shape)
         if self._has_pins:
             wrong_IR = (pinned_I[:, None] != EMPTY) & (pinned_I[:, None] != np.arange(self.problem.num_devices))
-            kept_IR[wrong_IR] = kept_IR.min() - len(kept_IR) * (1.0 + np.ptp(kept_IR))
+            kept_IR[wrong_IR] = _forbidden(kept_IR)
+        if self.node_LI is not None:
+            kept_IR[self.node_LI[layer][:, None] != np.array(self.problem.topology.node_of_R)] = _forbidden(kept_IR)
         slot_I = linear_sum_assignment(kept_IR[:, self._device_of_slot_I], maximize=True)[1]
         self.device_LI[layer] = self._device_of_slot_I[slot_I]
 
@@ -184,6 +187,12 @@ def greedy(problem: Problem) -> Chain:
 def anneal(chain: Chain, layers_X: IntArray, sweeps: int, temperatures: tuple[float, float], rng: Rng, deadline: Deadline) -> None:
     """Sweeps over some layers with noise from hot to cold, shares of the trace's tokens, or faster where `deadline` is
     near; then polish."""
+    cool(chain, layers_X, sweeps, temperatures, rng, deadline)
+    chain.polish(Deadline(max(deadline.left_s, POLISH_S)))
+
+
+def cool(chain: Chain, layers_X: IntArray, sweeps: int, temperatures: tuple[float, float], rng: Rng, deadline: Deadline) -> None:
+    """The sweeps of `anneal` alone."""
     hot, cold = temperatures
     budget_s = max(deadline.left_s, 1e-9)
     for sweep in range(sweeps):
@@ -193,7 +202,6 @@ def anneal(chain: Chain, layers_X: IntArray, sweeps: int, temperatures: tuple[fl
         for layer in (layers_X if sweep % 2 else rng.permutation(layers_X)).tolist():
             chain.assign(layer, hot * (cold / hot) ** progress, rng)
             chain.reprice(layer)
-    chain.polish(Deadline(max(deadline.left_s, POLISH_S)))
 
 
 def check_load_cap(chain: Chain) -> None:
@@ -204,3 +212,8 @@ def check_load_cap(chain: Chain) -> None:
             f"no plan found within load cap {chain.problem.constraints.load_cap:g}: devices stand {excess_L.sum():.3f} mean loads above it "
             f"in {np.count_nonzero(excess_L)} of {len(excess_L)} layers; give a higher --load-cap, more slots or more seconds"
         )
+
+
+def _forbidden(kept_IR: FloatArray) -> float:
+    """A value so low that no best assignment takes it where another can be had."""
+    return float(kept_IR.min() - len(kept_IR) * (1.0 + np.ptp(kept_IR)))

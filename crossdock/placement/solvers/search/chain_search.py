@@ -1,15 +1,16 @@
 """Search for objective hops: annealing by noisy exact assignments, window by window, and recombination of the plans it met.
 
-The first round warms the greedy chain up a little. After it rounds come in blocks: the first ones of a block anneal all layers from a fresh
-draw; then the plans found so far are recombined layer by layer (`recombine.py`), and the best is annealed in windows of neighbouring
-layers. A round's random numbers depend on (seed, round).
+The first chain is the greedy one, or has experts assigned to nodes first where hops between them cost more (`nested.py`); the first round
+warms it up a little. After it rounds come in blocks: the first ones of a block anneal all layers from a fresh draw; then the plans found so
+far are recombined layer by layer (`recombine.py`), and the best is annealed in windows of neighbouring layers. A round's random numbers
+depend on (seed, round).
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.solvers.problem import Problem
-from crossdock.placement.solvers.search import starts
+from crossdock.placement.solvers.search import nested, starts
 from crossdock.placement.solvers.search.chain import Chain, anneal, greedy
 from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.search.recombine import interchangeable, recombined
@@ -22,12 +23,13 @@ SWEEPS = 200
 HOT, WARM, COLD = 2.2, 0.25, 0.03  # noise, as a multiple of what an expert keeps on its device on average
 BLOCK, FRESH = 16, 4  # rounds of a block, and how many of them start from a fresh draw
 WINDOW = 8  # neighbouring layers that are annealed together while the others stand still
+START_SHARE = 2.5  # one part in so many of the time goes to the first chain where nodes come first
 POOL = 16  # plans that are recombined
 
 
 def search(problem: Problem, seed: int, deadline: Deadline, begun: tuple[IntArray, ...] = ()) -> tuple[Chain, str]:
     """The best chain found, never worse than those of `begun` ([L, E] each), and why the search stopped."""
-    first = greedy(problem)
+    first = nested.start(problem, seed, deadline.share(START_SHARE)) if nested.suits(problem) else greedy(problem)
     first.polish(deadline)
     evened, mended = Chain(problem, starts.evened(problem)), Chain(problem, first.device_LE)
     mended.mend(evened.device_LI)
