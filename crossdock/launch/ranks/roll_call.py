@@ -87,8 +87,10 @@ class Crew:
         addresses = tuple(map(Address.parse, exchange(store, env, "process", str(Address.here()))))
         if not env.spans_hosts:
             return cls(store, env, addresses, folder)
-        host = own_address(env)
-        pulse = None if host is None else Pulse(host)
+        host, pulse = own_address(env), None
+        if host is not None:
+            with contextlib.suppress(OSError):  # no port is free: a rank without a pulse is judged by its silence
+                pulse = Pulse(host)
         return cls(store, env, addresses, folder, pulse, exchange(store, env, "pulse", "" if pulse is None else str(pulse)))
 
     @contextlib.contextmanager
