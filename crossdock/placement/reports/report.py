@@ -151,7 +151,7 @@ def plan_sections(scored: Scored, topology: Topology) -> list[Section]:
     load = [replayed.rows_LR / np.maximum(replayed.rows_LR.mean(axis=1, keepdims=True), 1e-300) for replayed in both]
     most_mib = max(float(matrix.max()) for matrix in traffic)
     most_load = max(0.25, *(float(np.abs(matrix - 1.0).max()) for matrix in load))
-    names = ("contiguous", scored.chosen)
+    names = ["contiguous", scored.chosen][-len(scored.rows) :]  # one where the plan is the contiguous one
     homes = f"Homes are {'as recorded' if scored.homes_known else 'spread evenly over the devices'}."
     if scored.coherent:
         moved = "Tokens stay with their experts. Moved: tokens that change device at a layer. Devices and nodes: a token is on one."
@@ -175,14 +175,14 @@ def plan_sections(scored: Scored, topology: Topology) -> list[Section]:
         *distance_section(scored.rows),
         Section(
             "Traffic from device to device",
-            text=f"{about} {homes} The diagonal stays where it is. Both maps have one scale.",
+            text=f"{about} {homes} The diagonal stays where it is. " + ("Both maps have one scale." if len(names) > 1 else ""),
             figures=[
                 Figure(
                     name,
                     heat_map(matrix, title=f"Traffic, {name}", rows="from" if scored.coherent else "home", columns="device", most=most_mib),
                     _by_class(matrix, topology),
                 )
-                for name, matrix in zip(names, traffic, strict=True)
+                for name, matrix in zip(names, traffic[-len(names) :], strict=True)
             ],
         ),
         Section(
@@ -194,7 +194,7 @@ def plan_sections(scored: Scored, topology: Topology) -> list[Section]:
                     heat_map(matrix, title=f"Load, {name}", rows="layer", columns="device", most=most_load, centre=1.0),
                     f"worst layer {matrix.max(axis=1).max():.2f}, mean of the layers' busiest {matrix.max(axis=1).mean():.2f}",
                 )
-                for name, matrix in zip(names, load, strict=True)
+                for name, matrix in zip(names, load[-len(names) :], strict=True)
             ],
         ),
     ]
@@ -287,6 +287,8 @@ def _scored(
     problem = Problem(Affinity.from_trace(trace), topology, workload, mode=modes[0], context=context)
     contiguous = Plan.contiguous(trace.num_layers, trace.num_experts, topology.num_devices)
     candidates = [Candidate("contiguous", contiguous), *(Candidate(name, plan) for name, plan in plans.items())]
+    if len(plans) == 1 and np.array_equal(candidates[1].plan.slots_LRS, contiguous.slots_LRS):
+        candidates = [Candidate(candidates[1].label, contiguous)]  # nothing to hold it against
     least = proven(problem, bound_seconds)
     score = _score_coherent if modes == ["coherent"] else _score_home
     scored = [score(candidate, problem, trace, least) for candidate in candidates]

@@ -124,6 +124,13 @@ def test_plans_of_tokens_that_stay_are_shown_in_their_own_traffic() -> None:
         render_plan_report(trace, TOPOLOGY, Workload(), {"stay": plan, "return": random_plan(4)})
 
 
+def test_a_run_under_contiguous_experts_is_not_held_against_itself(run_directory: Path) -> None:
+    Plan.contiguous(3, 8, 4).save(run_directory / "plan.json")
+    page = render_run_report(run_directory)
+    assert page.count('aria-label="Traffic, contiguous"') == page.count('aria-label="Load, contiguous"') == 1
+    assert "Both maps" not in page
+
+
 def test_a_run_whose_tokens_stay_is_reported(run_directory: Path) -> None:
     coherent_trace().save(run_directory / "trace.npz")
     dataclasses.replace(random_plan(2), mode="coherent").save(run_directory / "plan.json")
