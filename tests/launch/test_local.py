@@ -64,6 +64,7 @@ def test_the_outcome_is_the_root_cause_and_nobody_is_left(
         (signal.SIGINT, ("wait", "hang"), 130),
         (signal.SIGTERM, ("save", "save"), 75),
         (signal.SIGTERM, ("wait", "wait"), 75),
+        (signal.SIGTERM, ("wait", "save"), 75),
     ],
 )
 def test_a_signal_ends_the_ranks(
