@@ -3,6 +3,7 @@
     CROSSDOCK_TRACES=FOLDER python -m benchmarks.placement [--seconds 5] [--bound-seconds 60] [--only WORD] [--out FILE] [--json] [--short]
 
 Real: every .npz of the folder that has a partner of its shape (layers, experts); plans are solved on all of it and scored on the partners.
+Joined: the same with every two layers taken for one of twice as many experts and choices, since no such trace of a larger model is public.
 Generated (`placement_instances.py`): 8 experts on 4 devices, which is solved exactly; 64 on 8 devices; 256 on 8 nodes of 8, plain, and with
 two-level costs under load cap 1.05. Without a folder only these. One row is one method on one problem:
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from benchmarks import placement_transfer
 from benchmarks.measure import publish
-from benchmarks.placement_instances import drifting_trace
+from benchmarks.placement_instances import drifting_trace, joined_pairs
 from benchmarks.placement_transfer import transfer_rows
 from crossdock.errors import InfeasiblePlan, UsageError
 from crossdock.placement.analysis.compare import Candidate, row_of
@@ -137,6 +138,22 @@ def real_cases(traces: dict[str, Trace], seconds: float, bound_seconds: float) -
             yield _robust(name, trace, traces[same[0]], seconds, bound_seconds)
 
 
+def joined_cases(traces: dict[str, Trace], seconds: float, bound_seconds: float) -> Iterator[Case]:
+    """Pairs of recorded layers as layers of twice as many experts, on 8 devices: distinct devices, free and with load cap 1.1."""
+    joined = {name: joined_pairs(trace) for name, trace in traces.items()}
+    affinities = {name: Affinity.from_trace(trace) for name, trace in joined.items()}
+    methods = (*((method, seconds) for method in ("contiguous", "eplb", "sweep", "auto")), ("auto", 4 * seconds))
+    for name, trace in joined.items():
+        shape = trace.num_layers, trace.num_experts
+        others = tuple(
+            affinities[other] for other in joined if other != name and (joined[other].num_layers, joined[other].num_experts) == shape
+        )
+        for title, cap in (("devices, 1x8", None), ("devices, 1x8, cap 1.1", 1.1)):
+            constraints = Constraints(load_cap=cap)
+            problem = Problem(affinities[name], Topology.uniform(1, 8), Workload(), objective="devices", constraints=constraints)
+            yield Case(f"{name}, {trace.num_experts} experts joined", title, problem, trace, methods, others, bound_seconds)
+
+
 def _robust(name: str, trace: Trace, other: Trace, seconds: float, bound_seconds: float) -> Case:
     """Planned on the trace and on every second block of other text, the cap on both; scored on the blocks of that text that are left."""
     seen_T = np.arange(other.num_tokens) // 512 % 2 == 0
@@ -161,6 +178,7 @@ def generated_cases(bound_seconds: float, short: bool) -> Iterator[Case]:
     methods = (("contiguous", 1.0), ("eplb", 1.0), ("moetuner", 20.0), ("sweep", 2.0), ("auto", 2.0), ("auto", 30.0))
     yield _generated("64 experts", "hops, 1x8", middle, Topology.uniform(1, 8), methods, bound_seconds)
     yield _generated("64 experts", "hops, 1x8, cap 1.1", middle, Topology.uniform(1, 8), methods, bound_seconds, cap=1.1)
+    yield _generated("64 experts", "devices, 1x8", middle, Topology.uniform(1, 8), methods, bound_seconds, objective="devices")
     yield _generated("64 experts", "devices, 1x16", middle, Topology.uniform(1, 16), methods, bound_seconds, objective="devices")
     large = drifting_trace(tokens, 58 // part, 256, 1, width=16, memory=0.95)
     methods = (("contiguous", 1.0), ("eplb", 1.0), ("sweep", 2.0), ("auto", 2.0), ("auto", 30.0), ("auto", 120.0))
@@ -219,7 +237,12 @@ def main() -> None:
         _publish_transfer(load_traces(options.short), seconds, options)
         return
     rows = []
-    for cases in (real_cases(load_traces(options.short), seconds, bound_seconds), generated_cases(bound_seconds, options.short)):
+    traces = load_traces(options.short)
+    for cases in (
+        real_cases(traces, seconds, bound_seconds),
+        joined_cases(traces, seconds, bound_seconds),
+        generated_cases(bound_seconds, options.short),
+    ):
         for case in cases:
             if options.only in f"{case.instance}, {case.title}":
                 rows += list(rows_of(case))

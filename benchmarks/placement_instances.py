@@ -8,7 +8,7 @@ consecutive layers (gpt-oss-20b: 1.0 with 32 experts).
 
 import numpy as np
 
-from crossdock.placement.records.trace import Trace
+from crossdock.placement.records.trace import NO_EXPERT, Trace
 
 _CHUNK = 8192
 BIAS_ROUNDS = 12
@@ -38,6 +38,16 @@ def drifting_trace(
         noise_TD = rng.standard_normal((num_tokens, width), dtype=np.float32)
         state_TD = np.float32(memory) * state_TD + np.float32(np.sqrt(1.0 - memory**2)) * noise_TD
     return Trace(experts_TLK, num_experts, source=f"drifting states, {width} wide, memory {memory}, seed {seed}")
+
+
+def joined_pairs(trace: Trace) -> Trace:
+    """Every two consecutive layers as one of twice as many experts and twice as many choices; a last layer without a partner is left out.
+
+    A stand-in for recorded routing of larger models: the choices are real, and those of consecutive layers hang together.
+    """
+    even, odd = trace.experts_TLK[:, 0 : trace.num_layers // 2 * 2 : 2], trace.experts_TLK[:, 1::2]
+    shifted = np.where(odd == NO_EXPERT, NO_EXPERT, odd + np.uint16(trace.num_experts))
+    return Trace(np.concatenate([even, shifted], axis=2), 2 * trace.num_experts, source=f"pairs of layers of {trace.source}")
 
 
 def _best(score_TE: np.ndarray, top_k: int) -> np.ndarray:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from benchmarks import placement, placement_transfer
-from benchmarks.placement_instances import drifting_trace
+from benchmarks.placement_instances import drifting_trace, joined_pairs
 from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.topology import Topology
+from crossdock.placement.records.trace import NO_EXPERT, Trace
 
 
 def test_generated_routing_is_repeatable_even_and_follows_the_layer_before() -> None:
@@ -21,6 +22,13 @@ def test_generated_routing_is_repeatable_even_and_follows_the_layer_before() -> 
     assert 0.3 < information < 2.5
     forgetful = Affinity.from_trace(drifting_trace(4000, 3, 16, 2, seed=1, width=6, memory=0.0)).transitions_LEE[0]
     assert np.abs(forgetful / forgetful.sum() - alone_EE).sum() < np.abs(share_EE - alone_EE).sum()
+
+
+def test_joined_layers_hold_the_choices_of_both() -> None:
+    experts_TLK = np.array([[[0, 3], [1, 2], [2, NO_EXPERT], [3, NO_EXPERT], [0, 1]]], dtype=np.uint16)
+    joined = joined_pairs(Trace(experts_TLK, 4))
+    assert joined.num_experts == 8
+    assert joined.experts_TLK.tolist() == [[[0, 3, 5, 6], [2, NO_EXPERT, 7, NO_EXPERT]]]
 
 
 def test_a_small_case_has_a_row_for_every_method_and_auto_wins() -> None:
