@@ -1,19 +1,20 @@
 """Starts a job: joins the ranks that a launcher started, or starts local ranks, and reports one outcome either way."""
 
+import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock import atomic, strict_yaml
-from crossdock.errors import BadData, CrossdockError
+from crossdock.errors import BadData, IoFailure
 from crossdock.launch.config import RunConfig, read_config
-from crossdock.launch.ending import Result
+from crossdock.launch.ending import Result, read_result
 from crossdock.launch.local.children import Outcome, Starter, run_ranks
 from crossdock.launch.local.nursery import Nursery
-from crossdock.launch.ranks.worker import run_job
+from crossdock.launch.ranks.worker import explain, run_job
 from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
@@ -89,14 +90,30 @@ def run(request: Request, nursery: Nursery | None = None) -> Result:
         if env.rank != 0:
             sys.exit(result.exit_code)
         return result
-    num_ranks = request.config.parallel.local_ranks
-    if request.job == "train":
+    if request.job != "train":
+        return _run_alone(request, nursery)
+    with _ending_recorded(request.config):
         request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
-        try:
-            check_inputs(request.config)
-        except CrossdockError as failure:
-            record_failure(request.config, failure.exit_code, str(failure), 0, num_ranks)
-            raise
+        check_inputs(request.config)
+        return _run_alone(request, nursery)
+
+
+@contextlib.contextmanager
+def _ending_recorded(config: RunConfig) -> Iterator[None]:
+    """Whatever ends a training run before its ranks do, or between two starts of them, leaves `result.json` as well.
+
+    One that says that a run is done stands: it is an earlier run's, which could not be moved aside, or the ranks have done their work.
+    """
+    try:
+        yield
+    except BaseException as failure:
+        if read_result(run_directory(config)).get("status") != "done":
+            record_failure(config, *explain(failure), 0, config.parallel.local_ranks)
+        raise
+
+
+def _run_alone(request: Request, nursery: Nursery | None) -> Result:
+    num_ranks = request.config.parallel.local_ranks
     if num_ranks == 1:
         return _run_here(request, WorkerEnv.single())
     with nursery or Nursery() as ours:
@@ -110,8 +127,19 @@ def _run_here(request: Request, env: WorkerEnv) -> Result:
     return result
 
 
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for the time of a start. Raises `IoFailure` where there can be none."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="crossdock-")
+    except OSError as failure:
+        raise IoFailure(f"cannot make a temporary folder: {failure.strerror}; free space, or set TMPDIR") from failure
+    with folder as path:
+        yield path
+
+
 def _run_in_local_ranks(request: Request, num_ranks: int, nursery: Nursery) -> Result:
-    with tempfile.TemporaryDirectory(prefix="crossdock-") as scratch:
+    with _scratch() as scratch:
         path, answer = Path(scratch) / "request.json", Path(scratch) / "answer.json"
         request = Request(request.job, request.config, {**request.arguments, "answer": str(answer)})
         request.save(path)

@@ -95,9 +95,9 @@ def _record_loss(config: RunConfig, env: WorkerEnv, lost: Cause) -> None:
 
 def write_report(directory: RunDirectory) -> None:
     """Write `report.html` from the files of a finished run. A run that reached its target has succeeded, whatever becomes of the page."""
-    from crossdock.placement.reports.report import render_run_report
-
     try:
+        from crossdock.placement.reports.report import render_run_report
+
         atomic.write_text(directory.report, render_run_report(directory.path))
     except Exception as failure:
         print(f"crossdock: warning: {directory.report} was not written: {explain(failure)[1]}", file=sys.stderr, flush=True)
