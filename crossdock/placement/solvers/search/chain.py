@@ -7,11 +7,17 @@ raised where the device is too full and lowered where it is not; what is left of
 (arXiv 2401.08383). In mode home it saves no bytes.
 """
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from crossdock.errors import InfeasiblePlan
+from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.plan import EMPTY
 from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search import starts
@@ -25,7 +31,36 @@ Rng = np.random.Generator
 EXCESS_WEIGHT = 3.0  # of one mean load above the cap, as a multiple of a layer's tokens
 CAP_MARGIN = 0.02  # mean loads below the cap at which the price of a device's load starts to rise
 PRICE_STEP = 0.02  # tokens kept that one unit of load must be worth, for every mean load above the cap and sweep
+SPARSE = 0.05  # share of pairs with tokens below which a sparse table is quicker
 POLISH_S = 1.0  # most that is spent on mending and polishing when the time is over
+
+
+@dataclass(frozen=True, eq=False)
+class _Flow:
+    """Tokens from each expert of a layer to each of the next, [E, E]: dense, or sparse where few pairs have any; and the pairs that do."""
+
+    tokens_EE: Any
+    from_V: IntArray
+    to_V: IntArray
+    tokens_V: FloatArray
+
+    def weighed(self, weight_RR: FloatArray, before_E: IntArray, after_E: IntArray) -> float:
+        """Tokens, times the weight of the step between the devices of the two layers' experts."""
+        return float(self.tokens_V @ weight_RR[before_E[self.from_V], after_E[self.to_V]])
+
+
+@functools.lru_cache(maxsize=1)
+def _flows(affinity: Affinity) -> list[_Flow]:
+    """Of every pair of layers; a search makes many chains of one problem."""
+    flows = []
+    for tokens_EE in affinity.transitions_LEE:
+        from_V, to_V = np.nonzero(tokens_EE)
+        tokens_V = tokens_EE[from_V, to_V].astype(np.float64)
+        if len(tokens_V) < SPARSE * tokens_EE.size:
+            flows.append(_Flow(sparse.csr_matrix((tokens_V, (from_V, to_V)), shape=tokens_EE.shape), from_V, to_V, tokens_V))
+        else:
+            flows.append(_Flow(tokens_EE.astype(np.float64), from_V, to_V, tokens_V))
+    return flows
 
 
 class Chain:
@@ -41,7 +76,7 @@ class Chain:
         self._has_pins = bool(problem.constraints.pins)
         self.node_LI: IntArray | None = None  # the node that each item has to stay in, while that is fixed
         self.price_LR = np.zeros((problem.num_layers, problem.num_devices))
-        self._transitions_LEE = affinity.transitions_LEE.astype(np.float64)
+        self._flows = _flows(affinity)
         self._saving_RR = problem.hop_cost_RR.max() - problem.hop_cost_RR
         self._device_of_slot_I = np.repeat(np.arange(problem.num_devices), problem.slots_R)
         self._mean_L = np.maximum(self.load_LI.sum(axis=1) / problem.num_devices, 1e-300)
@@ -55,9 +90,9 @@ class Chain:
         problem = self.problem
         saved_ER = np.zeros((problem.num_experts, problem.num_devices))
         if layer > 0:
-            saved_ER += self._transitions_LEE[layer - 1].T @ self._saving_RR[self.device_LE[layer - 1]]
+            saved_ER += self._flows[layer - 1].tokens_EE.T @ self._saving_RR[self.device_LE[layer - 1]]
         if ahead and layer + 1 < len(self.device_LI):
-            saved_ER += self._transitions_LEE[layer] @ self._saving_RR.T[self.device_LE[layer + 1]]
+            saved_ER += self._flows[layer].tokens_EE @ self._saving_RR.T[self.device_LE[layer + 1]]
         vacancies = self.device_LI.shape[1] - problem.num_experts
         return np.concatenate([saved_ER, np.zeros((vacancies, problem.num_devices))]) if vacancies else saved_ER
 
@@ -85,20 +120,19 @@ class Chain:
     def cost_tokens(self) -> float:
         """Tokens that hop, times what their hop costs."""
         device_LE, hop_cost_RR = self.device_LE, self.problem.hop_cost_RR
-        return float(
-            sum(
-                (transitions_EE * hop_cost_RR[np.ix_(before_E, after_E)]).sum()
-                for transitions_EE, before_E, after_E in zip(self._transitions_LEE, device_LE, device_LE[1:], strict=False)
-            )
+        return sum(
+            flow.weighed(hop_cost_RR, before_E, after_E)
+            for flow, before_E, after_E in zip(self._flows, device_LE, device_LE[1:], strict=False)
         )
 
     def kept_per_expert(self) -> float:
         """What an expert saves on average, in tokens: the scale of the noise that is worth adding."""
+        device_LE = self.device_LE
         saved = sum(
-            float((transitions_EE * self._saving_RR[np.ix_(before_E, after_E)]).sum())
-            for transitions_EE, before_E, after_E in zip(self._transitions_LEE, self.device_LE, self.device_LE[1:], strict=False)
+            flow.weighed(self._saving_RR, before_E, after_E)
+            for flow, before_E, after_E in zip(self._flows, device_LE, device_LE[1:], strict=False)
         )
-        return 2.0 * saved / max(self._transitions_LEE.shape[0] * self.problem.num_experts, 1)
+        return 2.0 * saved / max(len(self._flows) * self.problem.num_experts, 1)
 
     def assign(self, layer: int, temperature: float, rng: Rng, *, ahead: bool = True) -> None:
         """The best assignment of one layer between its neighbours, for a table with Gumbel noise of `temperature` tokens in it."""

@@ -58,11 +58,11 @@ class CopyState:
         self._place_of_item = np.append(np.asarray(place_I, dtype=np.int64), num_places)
         place_UK = self._place_of_item[member_UK]
         num_sets = len(count_U)
-        here_UP = np.bincount(
-            (np.arange(num_sets)[:, None] * (num_places + 1) + place_UK).ravel(), minlength=num_sets * (num_places + 1)
-        ).reshape(num_sets, num_places + 1)
+        here_UP = np.zeros((num_sets, num_places + 1), dtype=np.int8 if member_UK.shape[1] < 128 else np.int16)
+        for place_U in place_UK.T:
+            here_UP[np.arange(num_sets), place_U] += 1
         here_UP[:, num_places] = 0  # padding is nowhere
-        self._here_UP = here_UP.astype(np.int16)
+        self._here_UP = here_UP
         everywhere = np.arange(num_sets)
         self.copies_P = np.array([self._weight(everywhere, place) @ (here_UP[:, place] > 0) for place in range(num_places)])
         alone_UK = self._weight(everywhere, place_UK) * (np.take_along_axis(here_UP, place_UK, axis=1) == 1)
