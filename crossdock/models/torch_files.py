@@ -29,7 +29,10 @@ def read(path: Path) -> Any:
     except Exception as failure:  # of damaged bytes torch raises anything, from EOFError to UnpicklingError
         why = " ".join(str(failure).split())[:160]
         raise BadData(f"{path}: damaged, or more than tensors, numbers, text, lists and dictionaries ({why}); record it again") from failure
-    return _plain(value, path, num_bytes)
+    try:
+        return _plain(value, path, num_bytes)
+    except RecursionError as failure:
+        raise BadData(f"{path}: lists and dictionaries nested too deep to be read; save plain ones") from failure
 
 
 def write(path: Path, value: Any) -> None:
@@ -45,8 +48,10 @@ def _plain(value: Any, path: Path, num_bytes: int) -> Any:
             raise BadData(f"{path}: a tensor of shape {tuple(value.shape)} is not stored in full; save it with .contiguous()")
         try:
             return value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
-        except (TypeError, RuntimeError) as failure:  # float8, quantized, conjugated
-            raise BadData(f"{path}: a tensor of {value.dtype} has no numpy form; save it as float32") from failure
+        except (TypeError, RuntimeError, ValueError) as failure:  # float8, quantized, conjugated; of more dimensions than numpy's 64
+            raise BadData(
+                f"{path}: a tensor of {value.dtype} with {value.ndim} dimensions has no numpy form; save it as float32, with at most 64"
+            ) from failure
     if isinstance(value, dict):
         return {key: _plain(item, path, num_bytes) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -56,7 +56,11 @@ def _yaml_of(*values: Mapping[str, Any]) -> Callable[[Random], Files]:
     def make(rng: Random) -> Files:
         value = rng.choice(values)
         if rng.random() < 0.5:
-            text = yaml.safe_dump(mutated_value(value, rng), allow_unicode=rng.random() < 0.5)
+            broken, allow_unicode = mutated_value(value, rng), rng.random() < 0.5
+            try:
+                text = yaml.safe_dump(broken, allow_unicode=allow_unicode)
+            except RecursionError:  # PyYAML nests less deep than JSON, which is YAML as well
+                text = json.dumps(broken)
             data = text.encode("utf-8", "surrogatepass")
         else:
             data = mutated_text(yaml.safe_dump(value, default_flow_style=rng.random() < 0.3).encode(), rng)

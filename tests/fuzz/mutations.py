@@ -269,11 +269,18 @@ def _replace(holder: Any, key: Any, rng: Random) -> None:
 def _nudge(holder: Any, key: Any, rng: Random) -> None:
     value = holder[key]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        holder[key] = rng.choice((value + 1, value - 1, -value, value * 2, float(value), str(value), value * 1000, bool(value)))
+        holder[key] = rng.choice((value + 1, value - 1, -value, value * 2, _real(value), str(value), value * 1000, bool(value)))
     elif isinstance(value, str):
         holder[key] = rng.choice((value + "x", value[:-1], value.upper(), value * 2, [value], rng.choice(TEXTS)))
     else:
         _replace(holder, key, rng)
+
+
+def _real(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond all floats
+        return float("inf")
 
 
 def _delete(holder: Any, key: Any, rng: Random) -> None:

@@ -170,9 +170,9 @@ def _of_record(value: dict[str, Any]) -> IntArray:
 def _of_ascend(layers: Any, num_devices: int | None) -> IntArray:
     try:
         held = [[device["device_expert"] for device in layer["device_list"]] for layer in layers]
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IndexError) as error:
         raise BadData(
-            f"layer_list must hold objects with a device_list of objects with a device_expert each; {error} is missing"
+            "layer_list must hold objects with a device_list of objects with a device_expert each; one of them is missing or something else"
         ) from error
     counts = {len(layer) for layer in held}
     if len(counts) != 1 or 0 in counts:

@@ -170,3 +170,11 @@ def test_maps_beyond_reason_are_refused_with_their_numbers() -> None:
         plan_of(np.zeros((1, (1 << 24) + 1), dtype=np.int64), num_devices=1)
     with pytest.raises(BadData, match="devices up to 16000000: 1 layers x 16000001 devices x 100 experts are 1600000100, and at most"):
         plan_of({"expert_to_ep_rank": [0] * 99 + [16_000_000]})
+
+
+@pytest.mark.parametrize(
+    "layers", ["abc", [["x"]], [np.zeros(3)], [{"device_list": "abc"}], [{"device_list": [np.int64(1)]}], [{"device_list": [None]}]]
+)
+def test_a_layer_list_of_anything_else_is_refused(layers: object) -> None:
+    with pytest.raises(BadData, match="layer_list must hold objects"):
+        plan_of({"moe_layer_count": 1, "layer_list": layers})
