@@ -95,7 +95,7 @@ def show(trace: TracePath, num_experts: NumExperts = None, as_json: AsJson = Fal
         sys.stdout.write(json.dumps(facts) + "\n")
         return
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):>28}  {_readable(value)}")
+        print(f"{name.replace('_', ' '):>28}  {_readable(value) if name != 'digest' else value[:12]}")
 
 
 @trace_app.command("import")

@@ -226,7 +226,9 @@ def show_command(plan: PlanArgument, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(facts | {"slots": shown.slots_LRS.tolist()})
         return
-    print("\n".join(f"{name.replace('_', ' '):>18}  {'-' if value is None else value}" for name, value in facts.items()))
+    for name, value in facts.items():
+        shown_value = "-" if value is None else value[:12] if name in ("digest", "topology_hash", "trace_hash") else value
+        print(f"{name.replace('_', ' '):>18}  {shown_value}")
     for layer, slots_RS in enumerate(shown.slots_LRS):
         print(f"\nlayer {layer}")
         for device, slots_S in enumerate(slots_RS):
@@ -367,6 +369,7 @@ def _print_tables(value: dict[str, Any]) -> None:
     barred = [row for row in value["eval_rows"] or value["rows"] if "error_bars" in row]
     if barred:
         print("\n" + "\n".join(error_bar_table(barred)))
+        print("load: resampled text is never as even as the text that a plan was fitted on")
     print(
         "\nmoved: copies that leave their device, per (token, expert). dev/tok, node/tok:\n"
         "distinct devices and nodes of a token in a layer. load: busiest device over\n"

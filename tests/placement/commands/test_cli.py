@@ -298,3 +298,15 @@ def test_solve_for_tokens_that_stay(tmp_path: Path) -> None:
     assert held_out["cost_s"] == row["cost_s"]
     with pytest.raises(UsageError, match="error bars"):
         run("compare", *arguments, "--methods", "contiguous", "--error-bars")
+
+
+def test_what_is_shown_of_plans_and_error_bars_fits_80_columns(traces: tuple[str, str], tmp_path: Path) -> None:
+    plan, long = str(tmp_path / "plan.json"), str(tmp_path / "long.npz")
+    random_trace(3, num_tokens=2000).save(long)
+    solved = run("solve", "--trace", traces[0], "--topology", "2x2-ethernet", "--seconds", "1", "--bound-seconds", "0", "--out", plan)
+    barred = run(
+        "compare", "--trace", long, "--topology", "2x2-ethernet", "--methods", "contiguous", "--bound-seconds", "0", "--error-bars"
+    )  # fmt: skip
+    for printed in (solved.rsplit("wrote", 1)[0], barred, run("show", plan)):
+        assert max(map(len, printed.splitlines()[1:])) <= 80
+    assert f"digest  {Plan.load(plan).digest[:12]}\n" in run("show", plan)
