@@ -28,7 +28,7 @@ IntArray = NDArray[np.int64]
 
 FEW_USED = (2, 4)  # candidates that a token of the first, and of the second class uses at most; the third class has the others
 CHORDS = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 2), (0, 2, 2))  # j of the three classes, all of which are tried
-STEPS = 6  # of evening out
+STEPS = 8  # of evening out
 STEP = 0.5  # share of the difference that moves from one end of a pair to the other
 MOST_FOUND = 400  # sets below the threshold after which the prices are plainly wrong and the search ends
 NEVER = 1e15
@@ -134,13 +134,14 @@ class _Node:
 
     def triples(self) -> FloatArray:
         """[Q, I, I, I]: tokens of each class that use three items, by ascending position."""
-        side, (first, second, third) = len(self.items) + 1, _places(self.member_UK.shape[1], 3)
-        place = (self.member_UK[:, first] * side + self.member_UK[:, second]) * side + self.member_UK[:, third]
-        real = self.member_UK[:, third] < side - 1
-        place += self.class_U[:, None] * side**3
-        num_classes = len(FEW_USED) + 1
-        weight = np.broadcast_to(self.count_U[:, None], place.shape)[real]
-        table = np.bincount(place[real], weight, num_classes * side**3).astype(np.float64)
+        side, num_classes, (first, second, third) = len(self.items) + 1, len(FEW_USED) + 1, _places(self.member_UK.shape[1], 3)
+        many_U = self.class_U > 0
+        member_KU = np.ascontiguousarray(self.member_UK[many_U].T)
+        place_XU = ((member_KU + self.class_U[many_U] * side) * side)[first]
+        place_XU += member_KU[second]
+        place_XU *= side
+        place_XU += member_KU[third]
+        table = _counted(place_XU, self.count_U[many_U], num_classes * side**3)
         return table.reshape(num_classes, side, side, side)[:, :-1, :-1, :-1]
 
     def children(self, threshold: float) -> tuple[FloatArray, NDArray[np.bool_]]:
@@ -149,6 +150,7 @@ class _Node:
         left, order = self.left - 1, np.arange(len(self.items))
         later_HI = order > order[:, None]
         pair_HII = later_HI[:, :, None] & later_HI[:, None, :] & (order[:, None] != order)
+        real_HII, never_HII, never_HI = pair_HII.astype(np.float64), np.where(pair_HII, 0.0, -NEVER), np.where(later_HI, 0.0, NEVER)
         triple_QHII = self.triples()
         triple_QHII = triple_QHII + np.swapaxes(triple_QHII, 2, 3)
         used_QHI = self.used_QI[:, None, :] - self.pair_QII  # by tokens that the first item does not serve
@@ -158,14 +160,15 @@ class _Node:
         bound_H[len(order) - left :] = threshold  # too few items follow
         alone_CQ, fellow_CQ = _chords(left)
         for chord in range(len(alone_CQ)):
-            value_HI = np.where(later_HI, np.tensordot(alone_CQ[chord], used_QHI, 1) - self.price_I, NEVER)
-            weight_HII = np.where(pair_HII, np.tensordot(fellow_CQ[chord], pair_QHII, 1), -NEVER)
+            value_HI = _mixed(alone_CQ[chord], used_QHI) - self.price_I + never_HI
+            weight_HII = _mixed(fellow_CQ[chord], pair_QHII) + never_HII
             found_H = base_H + _smallest(value_HI - _largest(weight_HII, left - 1), left)
             chord_H = np.where(found_H > bound_H, chord, chord_H)
             bound_H = np.maximum(bound_H, found_H)
         open_H = np.flatnonzero(bound_H < threshold)
-        value_HI = np.where(later_HI[open_H], np.einsum("hq,qhi->hi", alone_CQ[chord_H[open_H]], used_QHI[:, open_H]) - self.price_I, NEVER)
-        weight_HII = np.where(pair_HII[open_H], np.einsum("hq,qhij->hij", fellow_CQ[chord_H[open_H]], pair_QHII[:, open_H]), -NEVER)
+        alone_QH, fellow_QH = alone_CQ[chord_H[open_H]].T, fellow_CQ[chord_H[open_H]].T
+        value_HI = _mixed(alone_QH[:, :, None], used_QHI[:, open_H]) - self.price_I + never_HI[open_H]
+        weight_HII = _mixed(fellow_QH[:, :, None, None], pair_QHII[:, open_H]) + never_HII[open_H]
         for _ in range(STEPS):
             if not len(open_H):
                 break
@@ -176,7 +179,7 @@ class _Node:
             later_HI[open_H] &= sum_H[:, None] + np.maximum(rest_HI - last_H[:, None], 0.0) < threshold
             kept = bound_H[open_H] < threshold
             open_H, value_HI, weight_HII, rest_HI = open_H[kept], value_HI[kept], weight_HII[kept], rest_HI[kept]
-            weight_HII += np.where(pair_HII[open_H], _evened(rest_HI, left), 0.0)
+            weight_HII += real_HII[open_H] * _evened(rest_HI, left)
         return bound_H, later_HI
 
 
@@ -202,19 +205,29 @@ def _with_each(used_QI: FloatArray, pair_QII: FloatArray, price_I: FloatArray, l
 def _tables(member_UK: IntArray, count_U: FloatArray, class_U: IntArray, num_items: int) -> tuple[FloatArray, FloatArray]:
     """[Q, I], [Q, I, I]: tokens of each class that use an item, and both items of a pair (0 on the diagonal)."""
     side, num_classes, (first, second) = num_items + 1, len(FEW_USED) + 1, _places(member_UK.shape[1], 2)
-    place = (class_U[:, None] * side + member_UK).ravel()
-    used_X = np.bincount(place, np.repeat(count_U, member_UK.shape[1]), num_classes * side).astype(np.float64)
-    used_QI = used_X.reshape(num_classes, side)[:, :-1]
-    place = (class_U[:, None] * side**2 + member_UK[:, first] * side + member_UK[:, second]).ravel()
-    pair_X = np.bincount(place, np.repeat(count_U, len(first)), num_classes * side**2).astype(np.float64)
-    pair_QII = pair_X.reshape(num_classes, side, side)[:, :-1, :-1]
+    member_KU = np.ascontiguousarray(member_UK.T)
+    class_KU = member_KU + class_U * side
+    used_QI = _counted(class_KU, count_U, num_classes * side).reshape(num_classes, side)[:, :-1]
+    place_XU = (class_KU * side)[first]
+    place_XU += member_KU[second]
+    pair_QII = _counted(place_XU, count_U, num_classes * side**2).reshape(num_classes, side, side)[:, :-1, :-1]
     return used_QI, pair_QII + np.swapaxes(pair_QII, 1, 2)
+
+
+def _counted(place_XU: IntArray, count_U: FloatArray, size: int) -> FloatArray:
+    """[size]: the tokens of each place."""
+    return np.bincount(place_XU.ravel(), np.broadcast_to(count_U, place_XU.shape).ravel(), size).astype(np.float64, copy=False)
 
 
 def _chords(left: int) -> tuple[FloatArray, FloatArray]:
     """[C, Q] twice: what a token of each class counts to an item, and takes off again for an ordered pair; j as far as `left` items use."""
     j_CQ = np.unique(np.minimum(CHORDS, left - 2), axis=0)
     return 2.0 / (j_CQ + 2.0), 1.0 / ((j_CQ + 1.0) * (j_CQ + 2.0))
+
+
+def _mixed(share_Q: FloatArray, table_Q: FloatArray) -> FloatArray:
+    """The classes' tables, each times its share. A sum of few terms: einsum and tensordot would keep other threads from running."""
+    return np.asarray(sum(share * table for share, table in zip(share_Q, table_Q, strict=True)))
 
 
 def _evened(rest_XI: FloatArray, left: int) -> FloatArray:
