@@ -13,7 +13,7 @@ import pytest
 
 from crossdock.launch.cli import run
 from crossdock.launch.doctor import disk as disk_module
-from crossdock.launch.doctor.access import beyond_loopback, ray_authentication
+from crossdock.launch.doctor.access import access, beyond_loopback, ray_authentication
 from crossdock.launch.doctor.clock import clock
 from crossdock.launch.doctor.devices import devices, peer_access
 from crossdock.launch.doctor.disk import disk
@@ -184,6 +184,17 @@ def test_devices_say_so_where_there_are_none() -> None:
 
     if not torch.cuda.is_available():
         assert "CPU alone" in found["devices"].finding
+
+
+@pytest.mark.parametrize(
+    ("change", "level"),
+    [({}, "note"), ({"LOCAL_WORLD_SIZE": "4"}, "ok"), ({"CROSSDOCK_SECRET": "s" * 32}, "ok"), ({"CROSSDOCK_SECRET": "short"}, "bad")],
+)
+def test_ranks_on_several_hosts_without_a_secret_are_noted(change: dict[str, str], level: str) -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    found = next(check for check in access({**torchrun, **change}) if check.name == "job secret")
+    assert found.level == level
+    assert ("CROSSDOCK_SECRET_FILE" in found.remedy) == (level != "ok")
 
 
 def test_peer_access() -> None:

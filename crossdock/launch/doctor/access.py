@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crossdock.errors import CrossdockError
 from crossdock.launch.doctor.report import Check
-from crossdock.launch.ranks.worker_env import job_secret
+from crossdock.launch.ranks.worker_env import job_secret, signs_nothing
 
 SERVICES = {
     8265: "Ray's dashboard",
@@ -37,6 +37,15 @@ def _secret(environ: Mapping[str, str]) -> Check:
         )
     if secret is not None:
         return Check("job secret", "ok", "handed down to this process")
+    if signs_nothing(environ):
+        finding = "ranks on several hosts, and none was handed down: what they tell each other is not signed"
+        return Check(
+            "job secret",
+            "note",
+            finding,
+            "write one that all hosts can read (umask 077; openssl rand -hex 32 > FILE), and set "
+            "CROSSDOCK_SECRET_FILE, as `crossdock launch torchrun` prints it",
+        )
     return Check("job secret", "ok", "none handed down: one is made for each job on one host, under mpirun, Slurm scripts and Ray")
 
 

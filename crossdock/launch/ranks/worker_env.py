@@ -226,6 +226,12 @@ def worker_env(environ: Mapping[str, str] | None = None) -> WorkerEnv | None:
     return None if env is None else replace(env, secret=job_secret(environ))
 
 
+def signs_nothing(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun, or anything that sets its variables, starts ranks on several hosts that have no secret to sign with."""
+    env = _from_torchrun(environ)
+    return env is not None and env.spans_hosts and job_secret(environ) is None
+
+
 def job_secret(environ: Mapping[str, str]) -> Secret | None:
     """The secret that was handed down, in a file or in the environment; None where there is none. Raises what `Secret.read` raises."""
     if environ.get(_SECRET_FILE):
