@@ -146,7 +146,7 @@ def export_trace(
             np.save(file, plain, allow_pickle=False)
         else:
             np.savez_compressed(file, experts=plain)
-    _say_written(out, loaded, as_json)
+    _say_written(out, loaded, as_json, 1 if top_1 else loaded.top_k)
 
 
 def describe(trace: "Trace") -> dict[str, Any]:
@@ -202,9 +202,10 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _say_written(out: Path, trace: "Trace", as_json: bool) -> None:
-    facts = {"path": str(out), "tokens": trace.num_tokens, "layers": trace.num_layers, "choices_per_token": trace.top_k}
+def _say_written(out: Path, trace: "Trace", as_json: bool, top_k: int | None = None) -> None:
+    choices = top_k or trace.top_k
+    facts = {"path": str(out), "tokens": trace.num_tokens, "layers": trace.num_layers, "choices_per_token": choices}
     if as_json:
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
-        print(f"{out}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, {trace.top_k} choices per token")
+        print(f"{out}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, {choices} choice{'' if choices == 1 else 's'} per token")

@@ -26,6 +26,15 @@ from crossdock.placement.solvers.problem import Problem, Solution
 from crossdock.placement.solvers.search import starts
 
 
+def check_tokens_known(trace: Trace) -> None:
+    """Raise `BadData` where no forecast can be learnt from the trace."""
+    if trace.token_T is None:
+        raise BadData(
+            "the trace does not know its tokens, and a run finds homes by tokens; record one with `crossdock trace capture`, or look "
+            "at what homing would be worth with `crossdock plan compare --homing`"
+        )
+
+
 @dataclass(frozen=True)
 class HomesScore:
     """What one choice of homes costs: copies that leave their device, and their node, per token and layer, and predicted seconds."""
@@ -197,11 +206,8 @@ class PlansWithHomes:
 
     def save_forecast(self, plan_path: Path) -> Path:
         """Write the forecast beside the plan: plan.json, plan.forecast.npz. Raises `BadData` where the trace does not know its tokens."""
-        if self.forecast is None:
-            raise BadData(
-                "the trace does not know its tokens, and a run finds homes by tokens; record one with `crossdock trace capture`, or look "
-                "at what homing would be worth with `crossdock plan compare --homing`"
-            )
+        check_tokens_known(self.setting.trace)
+        assert self.forecast is not None
         path = plan_path.with_name(f"{plan_path.name.removesuffix('.json')}.forecast.npz")
         self.forecast.beside(self.solution.plan).save(path)
         return path

@@ -101,6 +101,7 @@ def solve_command(
     Example: crossdock plan solve --trace trace.npz --topology 2x8-nvlink-ib --seconds 30 --out plan.json
     """
     from crossdock.placement.analysis.compare import Candidate
+    from crossdock.placement.analysis.homing_score import check_tokens_known
     from crossdock.placement.commands.planning import Asked, constraints_of
     from crossdock.placement.records.plan import Plan
     from crossdock.placement.solvers import solve
@@ -122,6 +123,8 @@ def solve_command(
         num_experts=num_experts,
         eval_path=eval_trace,
     )
+    if homing:
+        check_tokens_known(asked.trace)  # before the search, for the forecast afterwards
     _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
     solution = solve(asked.problem, method, seconds, seed)
     moves: dict[str, int] = {}
@@ -149,7 +152,9 @@ def solve_command(
 def compare_command(
     trace: TraceOption,
     topology: TopologyOption,
-    methods: Annotated[str, typer.Option("--methods", help=f"Comma-separated, of {METHODS}.")] = DEFAULT_METHODS,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help=f"Comma-separated, of {METHODS}; {DEFAULT_METHODS} if left out, as far as they suit.")
+    ] = None,
     mode: ModeOption = "home",
     objective: ObjectiveOption = "seconds",
     workload: WorkloadOption = None,
@@ -180,10 +185,10 @@ def compare_command(
     Example: crossdock plan compare --trace trace.npz --topology 2x4-nvlink-ib --methods contiguous,anneal --eval-trace held-out.npz
     """
     from crossdock.placement.analysis.compare import Candidate, solved
-    from crossdock.placement.commands.planning import Asked, constraints_of, method_names
+    from crossdock.placement.commands.planning import Asked, constraints_of, default_methods, method_names
     from crossdock.placement.records.plan import Plan
 
-    names = method_names(methods)
+    names = method_names(methods or "") if methods is not None else default_methods(DEFAULT_METHODS, mode, objective)
     asked = Asked.read(
         trace,
         topology,
@@ -359,7 +364,7 @@ def _print_tables(value: dict[str, Any]) -> None:
 
     print("\n" + "\n".join(table(value["rows"])))
     if value["eval_rows"]:
-        print("\nheld out\n" + "\n".join(table(value["eval_rows"])))
+        print("\nheld out; gaps by the quick bounds alone\n" + "\n".join(table(value["eval_rows"])))
         apart = value["drift"]
         print(f"drift from the fit: load {apart['load']:.3f}, first choices' steps {apart['transitions']:.3f} (total variation)")
     if "homing" in value:

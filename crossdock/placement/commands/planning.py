@@ -20,7 +20,7 @@ from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
 from crossdock.placement.records.trace import Trace, concatenate, in_pieces
-from crossdock.placement.solvers import SOLVERS
+from crossdock.placement.solvers import HOME_ALONE, SOLVERS
 from crossdock.placement.solvers.problem import Constraints, Pin, Problem, Solution
 
 
@@ -184,6 +184,12 @@ def method_names(methods: str) -> list[str]:
     return names
 
 
+def default_methods(methods: str, mode: str, objective: str) -> list[str]:
+    """Those of a comma-separated list that price the mode and the objective."""
+    names = method_names(methods)
+    return [name for name in names if name not in HOME_ALONE] if (mode, objective) == ("coherent", "seconds") else names
+
+
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """A plan's sizes and provenance, by name."""
     return {
@@ -261,7 +267,8 @@ def check_plan(
     if load_cap is not None:
         if trace is None:
             raise UsageError("--load-cap needs the load, which is in a trace; give --trace")
-        evaluation = evaluate(trace, plan, topology or Topology.uniform(1, plan.num_devices), Workload())
+        # what an expert computes is the same wherever its tokens go next
+        evaluation = evaluate(trace, replace(plan, mode="home"), topology or Topology.uniform(1, plan.num_devices), Workload())
         peak_L = evaluation.rows_LR.max(axis=1) / evaluation.rows_LR.mean(axis=1).clip(min=1e-300)
         if peak_L.max() > load_cap + 1e-9:
             raise InfeasiblePlan(

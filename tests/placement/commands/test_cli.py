@@ -300,6 +300,17 @@ def test_solve_for_tokens_that_stay(tmp_path: Path) -> None:
         run("compare", *arguments, "--methods", "contiguous", "--error-bars")
 
 
+def test_plans_of_tokens_that_stay_are_compared_and_checked(tmp_path: Path) -> None:
+    trace, plan = str(tmp_path / "one.npz"), str(tmp_path / "plan.json")
+    random_trace(4, num_tokens=200, top_k=1).save(trace)
+    asked = ("--trace", trace, "--topology", "2x2-ethernet", "--mode", "coherent", "--seconds", "1", "--bound-seconds", "0")
+    assert [row["method"] for row in run_json("compare", *asked)["rows"]] == ["contiguous", "random", "balance", "eplb", "auto"]
+    row = run_json("solve", *asked, "--out", plan)["rows"][0]
+    assert f"has {row['load_max']:.3f} of the mean load" in run("check", plan, "--trace", trace, "--load-cap", "4")
+    with pytest.raises(InfeasiblePlan, match="above load cap 1;"):
+        run("check", plan, "--trace", trace, "--load-cap", "1")
+
+
 def test_what_is_shown_of_plans_and_error_bars_fits_80_columns(traces: tuple[str, str], tmp_path: Path) -> None:
     plan, long = str(tmp_path / "plan.json"), str(tmp_path / "long.npz")
     random_trace(3, num_tokens=2000).save(long)
