@@ -192,7 +192,7 @@ def test_devices_say_so_where_there_are_none() -> None:
 )
 def test_ranks_on_several_hosts_without_a_secret_are_noted(change: dict[str, str], level: str) -> None:
     torchrun = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    found = next(check for check in access({**torchrun, **change}) if check.name == "job secret")
+    found = next(check for check in access({**torchrun, **change}) if check.topic == "job secret")
     assert found.level == level
     assert ("CROSSDOCK_SECRET_FILE" in found.remedy) == (level != "ok")
 
