@@ -40,6 +40,7 @@ CUT_AFTER = 20  # iterations without inequalities
 CUT_EVERY = 20
 CUT_WORTH = 40  # iterations that must still fit into the time for new inequalities to pay
 SETTLED = 1e-4  # relative gain between two bounds below which the iteration ends
+MOST_ITEMS = 1024  # of a layer: beyond, one iteration takes a minute, and its matrices gigabytes
 SAFETY = 1e-7  # of all tokens, for rounding
 
 
@@ -49,10 +50,11 @@ def most_kept(
     """An upper bound on the tokens that any grouping keeps in their group from layer to layer.
 
     `flow_PII` [P, I, I]: tokens from each item of a layer to each of the next, for P pairs of layers; I must divide by `num_groups`. With
-    `load_LI` [P + 1, I] and `cap_L` [P + 1] only groupings count that give no group more than the cap.
+    `load_LI` [P + 1, I] and `cap_L` [P + 1] only groupings count that give no group more than the cap. With more
+    than `MOST_ITEMS` items it is the tokens that there are.
     """
     total = float(flow_PII.sum())
-    if not total or num_groups == 1:
+    if not total or num_groups == 1 or flow_PII.shape[1] > MOST_ITEMS:
         return total
     unit = total / (flow_PII.shape[0] * flow_PII.shape[1])  # the mean row's tokens
     with single_threaded_blas(), ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
