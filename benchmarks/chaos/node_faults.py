@@ -172,8 +172,8 @@ def kills_under_torchrun(workshop: Workshop, trials: int, seed: int) -> list[Row
     draw, rows = random.Random(seed), []
     launcher = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "5"]
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "crossdock"]
-    for act, limit in (("kill", "2 s"), ("stop", f"timeout ({TIMEOUT_S:g} s) + 3 s")):
-        row = Row(f"{act} of a rank under torchrun --max-restarts", f"named in {limit}, goes on in 15 s, bitwise")
+    for act, blow, limit in (("kill", "SIGKILL", "2 s"), ("stop", "SIGSTOP", f"timeout ({TIMEOUT_S:g} s) + 3 s")):
+        row = Row(f"{blow} of a rank (torchrun --max-restarts)", f"named in {limit}, goes on in 15 s, bitwise")
         for number in range(trials):
             directory = workshop.directory()
             fault = Fault(act, number % NUM_RANKS, draw.choice(("in_flight", "backward", "optimizer")), draw.randint(EVERY + 1, STEPS - 1))
