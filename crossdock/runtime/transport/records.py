@@ -38,7 +38,7 @@ def decoded(record: bytes) -> Any:
     try:
         end = _LENGTH_BYTES + int.from_bytes(record[:_LENGTH_BYTES], "little")
         return _Reader(record, end).value(json.loads(record[_LENGTH_BYTES:end]))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, RecursionError) as failure:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError, OverflowError, RecursionError) as failure:
         raise BadData(
             f"a control record of {len(record)} bytes cannot be read ({failure}); start all ranks with one Crossdock"
         ) from failure
@@ -172,7 +172,7 @@ def _class(name: str, base: type) -> Any:
     """The class of that name: of Crossdock's, or of a module that this process has loaded for itself. Nothing else is ever loaded."""
     module_name, _, path = name.partition(":")
     module = sys.modules.get(module_name)
-    if module is None and module_name.startswith(_OUR_PACKAGE):
+    if module is None and module_name.startswith(_OUR_PACKAGE) and not module_name.endswith("__main__"):
         module = importlib.import_module(module_name)
     found: Any = module
     for part in path.split("."):

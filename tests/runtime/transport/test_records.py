@@ -111,6 +111,8 @@ def made(told: Any, arrays: bytes = b"") -> bytes:
         {"array": ["|O", [1], "C"]},
         {"array": ["<f8", [1 << 60], "C"]},
         {"array": ["<f8", [-1], "C"]},
+        {"array": ["<f8", [0, 1 << 70], "C"]},
+        {"record": ["crossdock.__main__:X", {}]},
         {"bytes": 9},
         {"bytes": -1},
         {"unknown": 1},
