@@ -163,9 +163,7 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
     A trace without homes has its tokens at home on every device in turn.
     """
     plan, solution = candidate.plan, candidate.solution if fitted else None
-    if trace.home_T is None:
-        trace = replace(trace, home_T=np.arange(trace.num_tokens, dtype=np.int32) % np.int32(problem.num_devices))
-    found = evaluate_coherent(trace, plan, problem.topology, problem.workload, problem.context)
+    found = evaluate_coherent(with_homes_in_turn(trace, problem.num_devices), plan, problem.topology, problem.workload, problem.context)
     cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
     least_cost = gap_cost = None
     if cost is not None and _keeps_to(problem, plan):
@@ -195,6 +193,13 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
         plan=plan.digest,
     )
     return row, found
+
+
+def with_homes_in_turn(trace: Trace, num_devices: int) -> Trace:
+    """The trace as it is where it knows homes, else with its tokens at home on every device in turn."""
+    if trace.home_T is not None:
+        return trace
+    return replace(trace, home_T=np.arange(trace.num_tokens, dtype=np.int32) % np.int32(num_devices))
 
 
 def problem_for(affinity: Affinity, like: Problem) -> Problem:

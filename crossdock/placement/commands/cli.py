@@ -266,7 +266,7 @@ def diff_command(
     moves = before.moves_to(after)
     value: dict[str, Any] = {"plan": before.digest, "other": after.digest, "state_bytes": len(moves) * sizes.expert_moved_bytes}
     if trace is not None and topology is not None:
-        value |= payback(before, after, trace, topology, sizes, num_experts)
+        value |= payback(before, after, trace, topology, workload, num_experts)
     if as_json:
         listed = [{"layer": move.layer, "expert": move.expert, "source": move.source, "target": move.target} for move in moves]
         _print_json(value | {"moves": listed})

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from crossdock.errors import BadData, InfeasiblePlan, UsageError
-from crossdock.placement.analysis.compare import Candidate, Proven, coherent_row_of, describe, problem_for, proven, row_of
+from crossdock.placement.analysis.compare import (
+    Candidate,
+    Proven,
+    coherent_row_of,
+    describe,
+    problem_for,
+    proven,
+    row_of,
+    with_homes_in_turn,
+)
 from crossdock.placement.analysis.homing_score import PlansWithHomes
 from crossdock.placement.analysis.relabel import relabelled
 from crossdock.placement.analysis.statistics import drift, error_bars
-from crossdock.placement.costs.coherent import Context
+from crossdock.placement.costs.coherent import Context, evaluate_coherent
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import evaluate
 from crossdock.placement.costs.moving import price_of_move, steps_to_pay_back
@@ -67,7 +76,7 @@ class Asked:
         pieces = [piece for part in apart for piece in in_pieces(part, load_pieces)]
         also = tuple(Affinity.from_trace(piece) for piece in pieces) if len(pieces) > 1 else ()
         trace = concatenate(apart) if also_paths else trace
-        context = Context() if workload_path is None else load_context(workload_path)
+        context = read_context(workload_path)
         problem = Problem(Affinity.from_trace(trace), topology, workload, mode, objective, asked, node_weight, also, context)  # type: ignore[arg-type]
         return cls(trace_path, trace, topology, workload, problem, eval_trace)
 
@@ -138,11 +147,20 @@ class Asked:
         return row.as_json()
 
 
-def payback(before: Plan, after: Plan, trace_path: Path, topology_name: str, workload: Workload, num_experts: int | None) -> dict[str, Any]:
-    """What going from one plan to another takes and saves. Raises the errors of its parts."""
+def payback(
+    before: Plan, after: Plan, trace_path: Path, topology_name: str, workload_path: Path | None, num_experts: int | None
+) -> dict[str, Any]:
+    """What going from one plan to another takes and saves. Raises the errors of its parts, `UsageError` where their modes differ."""
+    if before.mode != after.mode:
+        raise UsageError(f"the plans are of modes {before.mode} and {after.mode}, whose traffic is not the same; give plans of one mode")
+    workload = read_workload(workload_path)
     topology, trace = Topology.load(topology_name), Trace.load(trace_path, num_experts or before.num_experts)
     move = price_of_move(before, after, topology, workload)
-    before_s, after_s = (evaluate(trace, plan, topology, workload).step_s for plan in (before, after))
+    if before.mode == "coherent":
+        context, at_home = read_context(workload_path), with_homes_in_turn(trace, topology.num_devices)
+        before_s, after_s = (evaluate_coherent(at_home, plan, topology, workload, context).step_s for plan in (before, after))
+    else:
+        before_s, after_s = (evaluate(trace, plan, topology, workload).step_s for plan in (before, after))
     return {
         "move_s": move.seconds,
         "move_bytes": dict(zip(LINK_CLASSES, move.bytes_by_class, strict=True)),
@@ -243,6 +261,11 @@ def counted(number: int, word: str) -> str:
 def read_workload(path: Path | None) -> Workload:
     """The workload of a file; without one the default, a model of DeepSeek-V2-Lite's size."""
     return Workload() if path is None else load_workload(path)
+
+
+def read_context(path: Path | None) -> Context:
+    """What attention asks where tokens stay, from the configuration of a run; nothing without one."""
+    return Context() if path is None else load_context(path)
 
 
 def check_plan(

@@ -307,6 +307,14 @@ def test_plans_of_tokens_that_stay_are_compared_and_checked(tmp_path: Path) -> N
     assert [row["method"] for row in run_json("compare", *asked)["rows"]] == ["contiguous", "random", "balance", "eplb", "auto"]
     row = run_json("solve", *asked, "--out", plan)["rows"][0]
     assert f"has {row['load_max']:.3f} of the mean load" in run("check", plan, "--trace", trace, "--load-cap", "4")
+    other = str(tmp_path / "other.json")
+    run("solve", *asked, "--method", "random", "--out", other)
+    value = run_json("diff", other, plan, "--trace", trace, "--topology", "2x2-ethernet")
+    assert value["step_after_s"] == pytest.approx(row["cost_s"], rel=1e-12)
+    assert value["step_before_s"] > value["step_after_s"]
+    random_plan(1).save(other)
+    with pytest.raises(UsageError, match="modes home and coherent"):
+        run("diff", other, plan, "--trace", trace, "--topology", "2x2-ethernet")
     with pytest.raises(InfeasiblePlan, match="above load cap 1;"):
         run("check", plan, "--trace", trace, "--load-cap", "1")
 
