@@ -59,7 +59,8 @@ def _section(case: str, rate: float | None, rows: Sequence[Mapping[str, Any]]) -
 Under contiguous experts {baseline["communication_share"]:.0%} of the step is waiting for communication.
 
 {markdown_table(rows, TIMES)}
-Parts of the step, measured and predicted:
+Parts of the step, measured and predicted. Sums of copies' gradients are predicted at their full price, an upper bound: they travel beside
+the backward pass, and what they take from it is measured as waiting for tokens.
 
 {markdown_table(rows, SECONDS)}
 {markdown_table([line for row in rows for line in byte_lines(row)], BYTES)}

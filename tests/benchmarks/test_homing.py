@@ -1,6 +1,9 @@
 """The homing benchmark: a small instance has a row for every plan, and planning with homes does not lose to planning without."""
 
+from pathlib import Path
+
 from benchmarks import homing
+from benchmarks.measure import commit, machine
 from tests.placement.solvers.test_homed import themed_trace
 
 
@@ -13,3 +16,18 @@ def test_rows_of_a_small_instance() -> None:
     assert rows["auto+homing"]["copies"] <= rows["auto"]["copies"] <= rows["auto"]["copies_read"]
     assert rows["auto+homing"]["saved"] >= rows["auto"]["saved"] > 0
     assert rows["auto"]["recall"] > 0.3
+
+
+def test_the_page_has_a_table_for_every_instance(tmp_path: Path) -> None:
+    rows = [
+        {"instance": name, "devices": devices, "plan": plan, "held_saved": 10.0 + devices, "copies": None}
+        for name in ("one", "other")
+        for devices in (2, 4)
+        for plan in homing.PLANS
+    ]
+    document = {"machine": machine(), "commit": commit(), "what": "what it saves", "command": "python -m benchmarks.homing", "rows": rows}
+    homing.write_page(tmp_path / "2026-01-01-homing.md", document)
+    text = (tmp_path / "2026-01-01-homing.md").read_text()
+    assert "python -m benchmarks.homing --out 2026-01-01-homing.json --page 2026-01-01-homing.md" in text
+    assert text.count("| devices | plan |") == text.count("by (devices): 12 % at 2, 14 % at 4.") == 2
+    assert text.index("## one") < text.index("## other")
