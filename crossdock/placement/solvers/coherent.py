@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from crossdock.errors import InfeasiblePlan
 from crossdock.placement.costs.coherent import layer_seconds, move_seconds
 from crossdock.placement.costs.cost import BACKWARD_FLOP_RATIO
+from crossdock.placement.records.topology import LINK_CLASSES
 from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search import chain, chain_search, starts
 from crossdock.placement.solvers.search.layer_search import Deadline
@@ -140,13 +141,37 @@ def cost_of(problem: Problem, device_LE: IntArray) -> float:
 
 
 def lower_bound(problem: Problem) -> float:
-    """Experts' arithmetic spread as the devices' speeds are, and nothing for moves: valid, and loose."""
+    """What no plan is faster than: experts' arithmetic spread as the devices' speeds are, dense layers on equal shares of the tokens, keys
+    and values sent from wherever tokens crowd the links least, and of moves nothing but the latency."""
     load_LE, flop_per_s_R = problem.affinity.load_LE, problem.topology.flop_per_s_R
     spread_s = np.maximum(load_LE.sum(axis=1) / flop_per_s_R.sum(), load_LE.max(axis=1) / flop_per_s_R.max())
-    workload = problem.workload
+    workload, context, num_layers = problem.workload, problem.context, problem.num_layers
     forward_s = float(spread_s.sum()) * problem.tokens_per_trace_token * workload.row_flop
-    overhead_s = 2 * problem.num_layers * workload.expert_overhead_s
-    return workload.other_s + workload.micro_batches * ((1 + BACKWARD_FLOP_RATIO) * forward_s + overhead_s)
+    dense_s = num_layers * context.dense_s * workload.tokens_per_rank
+    compute_s = (1 + BACKWARD_FLOP_RATIO) * (forward_s + dense_s) + 2 * num_layers * workload.expert_overhead_s
+    moved_s = (num_layers + 1) * move_seconds(np.zeros((problem.num_devices,) * 2), problem.topology, workload)
+    attention_s = num_layers * context.attentions * _least_attention_s(problem)
+    return workload.other_s + workload.micro_batches * (compute_s + attention_s + moved_s)
+
+
+def _least_attention_s(problem: Problem) -> float:
+    """Keys and values of all tokens to every device and their gradients back, wherever the tokens are.
+
+    x_r tokens on device r keep its port of a link class busy for x_r a_r seconds, and the largest of these is at least sum x / sum (1 / a).
+    """
+    topology, num_bytes = problem.topology, problem.workload.tokens_per_rank * problem.num_devices * problem.context.key_value_bytes
+    total_s = 0.0
+    for rate_RR in (topology.bytes_per_s_RR, topology.bytes_per_s_RR.T):
+        least_s = 0.0
+        for link_class in range(len(LINK_CLASSES)):
+            of_class_RR = topology.link_class_RR == link_class
+            if not of_class_RR.any():
+                continue
+            busy_R = np.where(of_class_RR, 1.0 / rate_RR, 0.0).sum(axis=1)
+            port_s = num_bytes / float((1.0 / busy_R).sum()) if (busy_R > 0).all() else 0.0
+            least_s = max(least_s, port_s + float(topology.latency_s_RR[of_class_RR].max()))
+        total_s += least_s
+    return total_s
 
 
 def search(problem: Problem, seed: int, deadline: Deadline, known: list[IntArray]) -> tuple[IntArray, str]:

@@ -20,7 +20,7 @@ from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import NO_EXPERT, Trace
 from crossdock.placement.solvers import load_peaks, solve
-from crossdock.placement.solvers.coherent import Stay, cost_of
+from crossdock.placement.solvers.coherent import Stay, cost_of, lower_bound
 from crossdock.placement.solvers.problem import Constraints, Pin, Problem
 from crossdock.placement.solvers.search import starts
 
@@ -180,6 +180,22 @@ def test_auto_finds_the_best_of_all_small_plans(seed: int) -> None:
     orders = [np.array(order) for order in itertools.permutations(range(4))]
     best_s = min(cost_of(problem, np.stack(pair)) for pair in itertools.product(orders, orders))
     assert solve(problem, "auto", seconds=3.0).cost == pytest.approx(best_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_bound_never_exceeds_the_best_plan(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    uneven = replace(
+        SLOW_LINKS,
+        flop_per_s_R=rng.uniform(5e8, 2e9, 4),
+        bytes_per_s_RR=np.where(np.eye(4, dtype=bool), 1e9, rng.uniform(1e7, 1e8, (4, 4))),
+        node_bytes_per_s=None,
+    )
+    for topology in (SLOW_LINKS, uneven, replace(uneven, node_of_R=(0, 1, 1, 1))):
+        problem = replace(coherent_problem(chained(seed, num_layers=2, num_experts=4)), topology=topology)
+        orders = [np.array(order) for order in itertools.permutations(range(4))]
+        best_s = min(cost_of(problem, np.stack(pair)) for pair in itertools.product(orders, orders))
+        assert 0.3 * best_s <= lower_bound(problem) <= best_s
 
 
 @pytest.mark.parametrize("cap", [None, 1.4])
