@@ -76,17 +76,8 @@ class Generation:
         self.size = layer.num_items // num_groups
         self.bound, self.is_proven = 0.0, False
         self._rng = np.random.default_rng(layer.number)
-        exact: type[np.floating[Any]] = np.float32 if layer.count_U.sum() < 2**24 else np.float64  # whole numbers
-        used_UI = np.zeros((len(layer.count_U), layer.num_items + 1), dtype=exact)
-        np.put_along_axis(used_UI, layer.member_UK, 1.0, axis=1)
-        self._used_UI = np.ascontiguousarray(used_UI[:, :-1])
-        self._used_IU = np.ascontiguousarray(self._used_UI.T)
-        self._count_U = layer.count_U.astype(exact)
         self.cost_of: dict[tuple[int, ...], float] = {}
-        for member_S in np.argsort(group_I, kind="stable").reshape(num_groups, self.size):
-            cost, cost_SI = self._exchanged(member_S)
-            self._know(member_S, cost)
-            self._know_beside(member_S, cost_SI, np.argwhere(np.isfinite(cost_SI)))
+        self._begun_GS = np.argsort(group_I, kind="stable").reshape(num_groups, self.size)
 
     def prove(self, slack: float) -> None:
         """Raise the bound to within `slack` of the relaxation, as far as time allows."""
@@ -102,14 +93,18 @@ class Generation:
 
     def _prices(self) -> tuple[FloatArray, float, float]:
         """Prices [I], the price of a group, and the value of the relaxation over the sets that were found worth knowing."""
-        quiet = 0
+        exchanges, quiet = _Exchanges(self.layer), 0
+        for member_S in self._begun_GS if not self.cost_of else ():
+            cost, cost_SI = exchanges.of(member_S)
+            self._know(member_S, cost)
+            self._know_beside(member_S, cost_SI, np.argwhere(np.isfinite(cost_SI)))
         while True:
             price_I, constant, value, support_XS = self._relaxed()
             if quiet == QUIET or self.deadline.passed:
                 return price_I, constant, value
             begin = [self._stirred(member_S) for member_S in self._rng.permutation(support_XS)[: DESCENTS * 3 // 4]]
             begin += [self._rng.choice(self.layer.num_items, self.size, replace=False) for _ in range(DESCENTS - len(begin))]
-            lowest = min(self._descend(member_S, price_I, constant) for member_S in begin)
+            lowest = min(self._descend(exchanges, member_S, price_I, constant) for member_S in begin)
             quiet = 0 if lowest < -1e-6 * value else quiet + 1
 
     def _relaxed(self) -> tuple[FloatArray, float, float, IntArray]:
@@ -142,12 +137,12 @@ class Generation:
         stirred_S[self._rng.choice(self.size, number, replace=False)] = self._rng.choice(others, number, replace=False)
         return stirred_S
 
-    def _descend(self, member_S: IntArray, price_I: FloatArray, constant: float = 0.0) -> float:
+    def _descend(self, exchanges: "_Exchanges", member_S: IntArray, price_I: FloatArray, constant: float) -> float:
         """Make the best exchange until none helps; the set met then, and those beside it, become known. Its reduced cost."""
         member_S = member_S.copy()
         near = NEAR * float(self.layer.count_U.sum())
         while True:
-            cost, cost_SI = self._exchanged(member_S)
+            cost, cost_SI = exchanges.of(member_S)
             reduced = cost - float(price_I[member_S].sum()) - constant
             reduced_SI = cost_SI - (price_I[member_S].sum() - price_I[member_S][:, None] + price_I) - constant
             out, item = np.unravel_index(int(reduced_SI.argmin()), reduced_SI.shape)
@@ -159,20 +154,6 @@ class Generation:
         self._know_beside(member_S, cost_SI, beside[np.argsort(reduced_SI[tuple(beside.T)], kind="stable")[:NEAREST]])
         return reduced
 
-    def _exchanged(self, member_S: IntArray) -> tuple[float, FloatArray]:
-        """Tokens that use the set, and [S, I] those that would use it if one of its members gave way to another item; inf for members."""
-        used_SU = self._used_IU[member_S]
-        here_U = used_SU.sum(axis=0)
-        none_U = self._count_U * (here_U == 0)
-        used_SU *= self._count_U * (here_U == 1)
-        cost = float(self.layer.count_U.sum() - none_U.sum(dtype=np.float64))
-        changed_XI = (np.vstack([none_U, used_SU]) @ self._used_UI).astype(np.float64)
-        arriving_I, shared_SI = changed_XI[0], changed_XI[1:]
-        leaving_S = shared_SI[np.arange(self.size), member_S]
-        cost_SI = cost - leaving_S[:, None] + arriving_I + shared_SI
-        cost_SI[:, member_S] = np.inf
-        return cost, cost_SI
-
     def _know_beside(self, member_S: IntArray, cost_SI: FloatArray, exchanges_X2: IntArray) -> None:
         for out, item in exchanges_X2:
             other_S = member_S.copy()
@@ -181,3 +162,29 @@ class Generation:
 
     def _know(self, member_S: IntArray, cost: float) -> None:
         self.cost_of[tuple(np.sort(member_S).tolist())] = cost
+
+
+class _Exchanges:
+    """A layer's token sets as a dense table, and from it the cost of every exchange of a member for another item."""
+
+    def __init__(self, layer: Layer) -> None:
+        exact: type[np.floating[Any]] = np.float32 if layer.count_U.sum() < 2**24 else np.float64  # whole numbers
+        used_UI = np.zeros((len(layer.count_U), layer.num_items + 1), dtype=exact)
+        np.put_along_axis(used_UI, layer.member_UK, 1.0, axis=1)
+        self._used_UI = np.ascontiguousarray(used_UI[:, :-1])
+        self._used_IU = np.ascontiguousarray(self._used_UI.T)
+        self._count_U, self._num_tokens = layer.count_U.astype(exact), float(layer.count_U.sum())
+
+    def of(self, member_S: IntArray) -> tuple[float, FloatArray]:
+        """Tokens that use the set, and [S, I] those that would use it if one of its members gave way to another item; inf for members."""
+        used_SU = self._used_IU[member_S]
+        here_U = used_SU.sum(axis=0)
+        none_U = self._count_U * (here_U == 0)
+        used_SU *= self._count_U * (here_U == 1)
+        cost = float(self._num_tokens - none_U.sum(dtype=np.float64))
+        changed_XI = (np.vstack([none_U, used_SU]) @ self._used_UI).astype(np.float64)
+        arriving_I, shared_SI = changed_XI[0], changed_XI[1:]
+        leaving_S = shared_SI[np.arange(len(member_S)), member_S]
+        cost_SI = cost - leaving_S[:, None] + arriving_I + shared_SI
+        cost_SI[:, member_S] = np.inf
+        return cost, cost_SI
