@@ -1,9 +1,9 @@
 """Search for objective hops: annealing by noisy exact assignments, window by window, and recombination of the plans it met.
 
 The first chain is the greedy one, or has experts assigned to nodes first where hops between them cost more (`nested.py`); the first round
-warms it up a little. After it rounds come in blocks: the first ones of a block anneal all layers from a fresh draw; then the plans found so
-far are recombined layer by layer (`recombine.py`), and the best is annealed in windows of neighbouring layers. A round's random numbers
-depend on (seed, round).
+warms it up a little, or the first few where nodes came first. After it rounds come in blocks: the first ones of a block anneal all layers
+from a fresh draw; then the plans found so far are recombined layer by layer (`recombine.py`), and the best is annealed in windows of
+neighbouring layers. A round's random numbers depend on (seed, round).
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ IntArray = NDArray[np.int64]
 MAX_ROUNDS = 256
 PATIENCE = 32  # rounds without improvement after which the search ends
 SWEEPS = 200
-HOT, WARM, COLD = 2.2, 0.25, 0.03  # noise, as a multiple of what an expert keeps on its device on average
+HOT, WARM, TEPID, COLD = 2.2, 0.25, 0.1, 0.03  # noise, as a multiple of what an expert keeps on its device on average
 BLOCK, FRESH = 16, 4  # rounds of a block, and how many of them start from a fresh draw
 WINDOW = 8  # neighbouring layers that are annealed together while the others stand still
 START_SHARE = 2.5  # one part in so many of the time goes to the first chain where nodes come first
@@ -54,8 +54,9 @@ def _round(problem: Problem, number: int, seed: int, pool: list[Chain], kept: fl
     everything = np.arange(problem.num_layers)
     chain = Chain(problem, pool[0].device_LE)
     chain.price_LR = pool[0].price_LR.copy()
-    if number == 0:
-        anneal(chain, everything, SWEEPS // 2, (WARM * kept, COLD * kept), rng, deadline)
+    two_levels = nested.suits(problem)
+    if number == 0 or (two_levels and number < FRESH):
+        anneal(chain, everything, SWEEPS // 2, ((TEPID if two_levels else WARM) * kept, COLD * kept), rng, deadline)
     elif number % BLOCK < FRESH:
         chain = Chain(problem, starts.random(problem, seed + number))
         anneal(chain, everything, SWEEPS, (HOT * kept, COLD * kept), rng, deadline)
