@@ -32,7 +32,11 @@ class MoELayer(nn.Module):
     In a model of Crossdock a schedule drives it step by step: `route`, `prepare`, `start`, `compute`, `combine_start`. Anywhere else
     `layer(x)` does all of it, and `layer.losses` then holds the balance losses to add to the training loss. `layer.finish_gradients()`
     after the backward pass turns the experts' gradients into those of the loss's mean over ranks, as `DistributedDataParallel` does for
-    the rest of the model.
+    the rest of the model. The experts differ from rank to rank, so `DistributedDataParallel` itself must be told to leave them alone, or it
+    overwrites all of them with those of rank 0; before the model is wrapped:
+
+        experts = [name for name, _ in model.named_parameters() if ".bank." in f".{name}"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, experts)
 
     Args:
         model_width, expert_width: D and F. num_experts: E of the whole layer, not of this rank. top_k: K.
