@@ -13,7 +13,8 @@ budget; contiguous beside it. One row:
     bound_s, memory_mib     seconds of the bound, and the most memory that the process of this size and problem has held until then
 
 Every size and problem runs in a process of its own, so that memory is its own. With one expert for each device all plans have the same
-distinct devices, and only `hops` is planned. Beyond 1,024 experts a bound on hops counts the largest flows alone, and is far below what plans can reach.
+distinct devices, and only `hops` is planned. Beyond 1,024 experts a bound on hops counts the largest flows alone, and is far below what
+plans can reach.
 """
 
 import argparse
