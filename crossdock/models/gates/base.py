@@ -110,7 +110,8 @@ class Gate(nn.Module, abc.ABC):
         }
         assignment = Assignment.from_topk(expert_TK, weight_TK, kept_TK)
         if wanted_TK is not None:  # what the gate itself left out has not been dropped
-            assignment = replace(assignment, num_dropped=int(wanted_TK.sum()) - assignment.num_entries)
+            num_wanted = assignment.num_entries if kept_TK is wanted_TK else int(wanted_TK.sum())
+            assignment = replace(assignment, num_dropped=num_wanted - assignment.num_entries)
         return Routing(assignment, statistics, expert_TK)
 
     def balance(self, statistics: Statistics, training: bool) -> Balance:
