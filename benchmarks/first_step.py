@@ -1,18 +1,21 @@
 """Time from command to first step under each launcher, beside an empty script and a bare meeting of ranks under the same launcher.
 
     python -m benchmarks.first_step [--repeats 7] [--out X.json] [--page X.md]      all launchers that this machine has
+    python -m benchmarks.first_step --launchers "alone,launch ray" --repeats 3
     python -m benchmarks.first_step --short                                         one repeat, without Ray
 
 `empty`: until a script that does nothing has come to its first line on both ranks. `meeting`: until two ranks have imported torch and
 summed one number over gloo, which no trainer can be faster than. `first_step`: until `crossdock train configs/tiny.yaml` has written the
 metrics of its first step, which therefore includes importing torch, the meeting, reading the corpus and building the model. A Ray
-cluster stands already. The kinds take turns; rows hold medians with the lowest and highest repeat.
+cluster stands already: `launch ray` is a command on one of its nodes, `ray job` one that is submitted to it. The kinds take turns; rows
+hold medians with the lowest and highest repeat. A command that does not end in time is ended with everything that it started.
 """
 
 import argparse
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.first_step_rank import RANKS
 from benchmarks.measure import Spread, in_turns, markdown_table, publish
@@ -30,7 +35,7 @@ from crossdock.errors import CrossdockError, PeerLost
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 KINDS = ("empty", "meeting", "first_step")
-TIMEOUT_S = 300.0
+TIMEOUT_S, GRACE_S = 300.0, 10.0
 TRAIN = ("crossdock", "train", "configs/tiny.yaml", "train.steps=1", "capture.steps=0", "train.eval_batches=0", "checkpoint.at_end=false")
 COLUMNS = (
     "launcher",
@@ -41,6 +46,7 @@ COLUMNS = (
     "meeting_high",
     "first_step_low",
     "first_step_high",
+    "above_empty",
     "above_meeting",
 )
 
@@ -70,27 +76,60 @@ def _mpirun(kind: str, folder: Path) -> list[str]:
     return [str(BIN / "mpirun"), "-n", str(RANKS), sys.executable, *what]
 
 
+def _launch_ray(head: Head, kind: str, folder: Path) -> list[str]:
+    if kind != "first_step":
+        return [sys.executable, *_rank(kind, folder, "ray")]
+    return [sys.executable, "-m", "crossdock", "launch", "ray", *_train(folder)[2:]]
+
+
 def _ray_job(head: Head, kind: str, folder: Path) -> list[str]:
     what = _train(folder) if kind == "first_step" else ("python", *_rank(kind, folder, "ray"))
     return [str(BIN / "ray"), "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--", *what]
 
 
-def seconds(start: Start, kind: str, environment: Mapping[str, str]) -> float:
+def seconds(start: Start, kind: str, environment: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> float:
     """Seconds from the command to the mark of the last rank, or of the first step. Raises `PeerLost` where the command fails or hangs."""
     with tempfile.TemporaryDirectory(prefix="crossdock-first-step-") as text:
         folder = Path(text)
         begin_s = time.time()
-        command = start(kind, folder)
-        try:
-            ended = subprocess.run(command, cwd=ROOT, env=dict(environment), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired as late:
-            raise PeerLost(f"{' '.join(command)} did not end within {TIMEOUT_S:g} s") from late
-        if ended.returncode != 0:
-            last_lines = "\n".join((ended.stdout + ended.stderr).splitlines()[-20:])
-            raise PeerLost(f"{' '.join(command)} ended with code {ended.returncode}: {last_lines}")
+        code, said = ended(start(kind, folder), environment, folder / "said.log", timeout_s)
+        if code != 0:
+            raise PeerLost(f"{' '.join(start(kind, folder))} {code}: {said}")
         if kind == "first_step":
             return (folder / "run" / "metrics.jsonl").stat().st_mtime - begin_s  # it holds one step
         return max(float((folder / f"rank-{rank}").read_text()) for rank in range(RANKS)) - begin_s
+
+
+def ended(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float) -> tuple[int | str, str]:
+    """Run to the end: 0, or in words how else it ended, and its last lines. After `timeout_s` nothing that it started is left.
+
+    Ranks lead sessions of their own, so that ending the command's would miss them; they are its descendants, and known before it ends.
+    """
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=dict(environment), stdout=file, stderr=file, start_new_session=True)
+        try:
+            code: int | str = process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            code = f"did not end within {timeout_s:g} s"
+        finally:
+            _end(process)
+    last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    return f"ended with code {code}" if isinstance(code, int) and code else code, last_lines
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """In order first: a driver on a cluster takes its actors with it, a submitted job is another's descendant. Then by force."""
+    if process.poll() is not None:
+        return
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE_S)
+    for left in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.kill()
+    process.wait()
 
 
 @contextlib.contextmanager
@@ -99,22 +138,21 @@ def launchers(names: Sequence[str]) -> Iterator[dict[str, tuple[Start, Mapping[s
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment = {"OMP_NUM_THREADS": "1", **environment}
     with contextlib.ExitStack() as clusters:
-        found: dict[str, tuple[Start, Mapping[str, str]]] = {}
-        for name in names:
-            if name == "ray job":
-                head = clusters.enter_context(ray_head(RANKS + 2, with_token=False))
-                found[name] = (functools.partial(_ray_job, head), head.environment)
-            else:
-                found[name] = (PLAIN[name], environment)
+        found: dict[str, tuple[Start, Mapping[str, str]]] = {name: (PLAIN[name], environment) for name in names if name in PLAIN}
+        if on_ray := [name for name in names if name in ON_RAY]:
+            head = clusters.enter_context(ray_head(RANKS + 2, with_token=False))
+            there = {**head.environment, "RAY_ADDRESS": head.cluster}
+            found |= {name: (functools.partial(ON_RAY[name], head), there) for name in on_ray}
         yield found
 
 
 PLAIN: dict[str, Start] = {"alone": _alone, "torchrun": _torchrun, "mpirun": _mpirun}
+ON_RAY: dict[str, Callable[[Head, str, Path], list[str]]] = {"launch ray": _launch_ray, "ray job": _ray_job}
 
 
 def available() -> list[str]:
     """Launchers that this machine has."""
-    return ["alone", "torchrun", *(["mpirun"] if (BIN / "mpirun").exists() else []), *(["ray job"] if (BIN / "ray").exists() else [])]
+    return ["alone", "torchrun", *(["mpirun"] if (BIN / "mpirun").exists() else []), *(ON_RAY if (BIN / "ray").exists() else [])]
 
 
 def measure(names: Sequence[str], repeats: int, warmup: int) -> list[dict[str, Any]]:
@@ -129,12 +167,13 @@ def measure(names: Sequence[str], repeats: int, warmup: int) -> list[dict[str, A
     rows = []
     for name in names:
         spreads = {kind: Spread.of(samples[f"{name}/{kind}"]) for kind in KINDS}
-        pairs = zip(samples[f"{name}/first_step"], samples[f"{name}/meeting"], strict=True)
-        above = Spread.of(step_s - meeting_s for step_s, meeting_s in pairs)
         row: dict[str, Any] = {"launcher": name, "repeats": repeats}
         for kind, spread in spreads.items():
             row |= spread.row(kind)
-        rows.append({**row, "above_meeting": above.median})
+        for kind in ("empty", "meeting"):
+            pairs = zip(samples[f"{name}/first_step"], samples[f"{name}/{kind}"], strict=True)
+            row[f"above_{kind}"] = Spread.of(step_s - kind_s for step_s, kind_s in pairs).median
+        rows.append(row)
     return rows
 
 
@@ -155,8 +194,11 @@ Raw numbers: [{name}.json]({name}.json).
 Seconds from the command, {RANKS} ranks, medians of {repeats} repeats in turns, with lowest and highest.
 `empty`: a script that does nothing has begun on both ranks. `meeting`: both have imported torch and summed a number over gloo.
 `first_step`: `crossdock train configs/tiny.yaml` has written the metrics of its first step: corpus read, model built, one step made.
-`above_meeting`: median over the repeats of first step less meeting, what Crossdock itself adds to what no trainer can avoid.
-The Ray cluster stands already; `empty` and `meeting` are a driver with {RANKS} tasks there, submitted like the run.
+`above_empty`, `above_meeting`: medians over the repeats of first step less the other; the second is what Crossdock itself adds to what
+no trainer can avoid. `alone` may come out below 0: the ranks are forks of a process that imports torch once, while the bare meeting
+imports it in every rank.
+The Ray cluster stands already; `empty` and `meeting` are a driver with {RANKS} tasks there, started (`launch ray`) or submitted (`ray job`)
+like the run.
 
 {markdown_table(document["rows"], COLUMNS)}"""
 
@@ -176,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(names) - set(available()):
         parser.error(f"no launcher {', '.join(sorted(unknown))} here; choose from {', '.join(available())}")
     if options.short:
-        names = [name for name in names if name != "ray job"]
+        names = [name for name in names if name in PLAIN]
     load_at_start = round(os.getloadavg()[0], 2)
     try:
         rows = measure(names, 1 if options.short else options.repeats, 0 if options.short else options.warmup)

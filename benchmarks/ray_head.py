@@ -23,9 +23,10 @@ START_S, JOB_S, END_S = 180.0, 240.0, 60.0
 
 @dataclass(frozen=True)
 class Head:
-    """`environment` is what a client needs; `folder` is Ray's own temporary one."""
+    """`address` is where jobs are submitted, `cluster` where drivers join; `environment` is what a client needs; `folder` is Ray's own."""
 
     address: str
+    cluster: str
     folder: Path
     environment: Mapping[str, str]
 
@@ -61,7 +62,7 @@ def ray_head(cores: int, *, with_token: bool) -> Iterator[Head]:
         try:
             address = f"http://127.0.0.1:{dashboard}"
             _wait_for(f"{address}/api/version", process, folder / "head.log")
-            yield Head(address, folder / "r", environment)
+            yield Head(address, f"127.0.0.1:{gcs}", folder / "r", environment)
         finally:
             process.send_signal(signal.SIGTERM)
             try:

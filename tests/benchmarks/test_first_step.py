@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import first_step
@@ -29,6 +30,27 @@ def test_a_start_that_fails_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> 
     command = ["sh", "-c", "echo out of luck; exit 5"]
     with pytest.raises(PeerLost, match="ended with code 5: out of luck"):
         first_step.seconds(lambda kind, folder: command, "empty", {"PATH": "/usr/bin:/bin"})
+
+
+def test_a_start_that_hangs_leaves_no_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks lead sessions of their own, and neither they nor the command listen to SIGTERM."""
+    monkeypatch.setattr(first_step, "GRACE_S", 0.2)
+    pids = tmp_path / "pids"
+    script = f"trap '' TERM; setsid sh -c 'trap \"\" TERM; echo $$ >> {pids}; sleep 60; true' & echo $$ >> {pids}; wait; sleep 60; true"
+    with pytest.raises(PeerLost, match="did not end within 1 s"):
+        first_step.seconds(lambda kind, folder: ["sh", "-c", script], "empty", {"PATH": "/usr/bin:/bin"}, timeout_s=1.0)
+    left = [int(line) for line in pids.read_text().split()]
+    assert len(left) == 2
+    assert [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_driver_on_a_running_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    assert main(["--launchers", "launch ray", "--repeats", "1", "--warmup", "0", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 0 < row["empty"] < row["first_step"]
 
 
 def test_rows_are_medians_over_turns(monkeypatch: pytest.MonkeyPatch) -> None:
