@@ -106,6 +106,15 @@ def run_directory(config: RunConfig) -> Path:
     return Path(config.run.dir)
 
 
+def check_reachable(config: RunConfig, world_size: int) -> None:
+    """For ranks on several hosts: raise `BadConfig` where they would write to places relative to each one's working directory."""
+    if not run_directory(config).is_absolute():
+        raise BadConfig(
+            f"run.dir {config.run.dir} is relative, and {world_size} ranks on several hosts must all reach it; "
+            "set run.dir to an absolute path on a file system that they share"
+        )
+
+
 def prepare_directory(config: RunConfig) -> bool:
     """Make the run directory ready, by one process before the ranks begin; says whether to continue from its newest checkpoint.
 

@@ -49,7 +49,9 @@ def test_out_writes_the_same(tmp_path: Path) -> None:
     ("arguments", "exit_code", "piece"),
     [
         (["torchrun", "tiny", "--nodes", "2"], 2, "--head"),
-        (["mpi", "tiny", "--nodes", "2", "--hosts", "one"], 2, "1 hosts and --nodes 2"),
+        (["torchrun", "tiny", "--nodes", "2", "--ranks-per-node", "1", "--head", "h"], 78, "absolute path"),
+        (["slurm", "tiny", "--nodes", "2", "--ranks-per-node", "1", "--no-gpus"], 78, "absolute path"),
+        (["mpi", "tiny", "run.dir=/runs/tiny", "--nodes", "2", "--hosts", "one"], 2, "1 hosts and --nodes 2"),
         (["slurm", "tiny", "--ranks-per-node", "3"], 78, "3 ranks"),
         (["slurm", "tiny", "--ranks-per-node", "2", "--sbatch", "partition=long"], 2, "--partition=long"),
         (["kubernetes", "tiny", "--ranks-per-node", "2"], 2, "run.dir=/runs/tiny"),

@@ -41,12 +41,12 @@ def print_torchrun(
 ) -> None:
     """Print the torchrun command; for several nodes it is the same on each, and names the file of the job's secret, which all must read.
 
-    Example: crossdock launch torchrun configs/small.yaml parallel.expert=4 --nodes 2 --ranks-per-node 2 --head 10.0.0.1
+    Example: crossdock launch torchrun configs/small.yaml run.dir=/data/small parallel.expert=4 --nodes 2 --ranks-per-node 2 --head n1
     """
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
     if nodes > 1 and not head:
         raise UsageError(f"{nodes} nodes meet at one of them; name its address by --head")
-    run = _run(config, overrides, shape.world_size)
+    run = _run(config, overrides, shape.world_size, nodes)
     command = cluster.torchrun(shape, run, head, port, restarts)
     if nodes > 1:
         command = ("env", f"CROSSDOCK_SECRET_FILE={run.secret_file}", *command[command[0] == "env" :])
@@ -65,10 +65,11 @@ def print_mpirun(
 ) -> None:
     """Print the mpirun command, for Open MPI and MPICH.
 
-    Example: crossdock launch mpi configs/small.yaml parallel.expert=4 --nodes 2 --ranks-per-node 2 --hosts node1,node2
+    Example: crossdock launch mpi configs/small.yaml run.dir=/data/small parallel.expert=4 --nodes 2 --ranks-per-node 2 --hosts n1,n2
     """
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
-    _print_command(cluster.mpirun(shape, _run(config, overrides, shape.world_size), [host for host in hosts.split(",") if host]), as_json)
+    run = _run(config, overrides, shape.world_size, nodes)
+    _print_command(cluster.mpirun(shape, run, [host for host in hosts.split(",") if host]), as_json)
 
 
 @launch_app.command("deepspeed")
@@ -87,7 +88,7 @@ def print_deepspeed(
     from crossdock.launch.scripts.hostfile import deepspeed_command, read_hostfile
 
     hosts = read_hostfile(hostfile)
-    run = _run(config, overrides, sum(host.slots for host in hosts))
+    run = _run(config, overrides, sum(host.slots for host in hosts), len(hosts))
     command = deepspeed_command(hostfile, hosts, run, address, port)
     if len(hosts) > 1:
         _ask_for_secret(run, f"and hand it down: echo CROSSDOCK_SECRET_FILE={run.secret_file} >> ~/.deepspeed_env")
@@ -111,12 +112,12 @@ def print_slurm(
 ) -> None:
     """Print a batch script that requeues itself after a preemption or a lost rank.
 
-    Example: crossdock launch slurm configs/small.yaml parallel.expert=16 --nodes 2 --sbatch=--partition=long | sbatch
+    Example: crossdock launch slurm configs/small.yaml run.dir=/shared/small parallel.expert=16 --nodes 2 --sbatch=--partition=long | sbatch
     """
     from crossdock.launch.scripts.slurm import batch_script
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    script = batch_script(shape, _run(config, overrides, shape.world_size), time_limit, grace_s, restarts, tuple(options or ()))
+    script = batch_script(shape, _run(config, overrides, shape.world_size, nodes), time_limit, grace_s, restarts, tuple(options or ()))
     _write(json.dumps({"script": script}) + "\n" if as_json else script, out)
 
 
@@ -151,7 +152,7 @@ def print_kubernetes(
     from crossdock.launch.scripts.kubernetes import MOUNT, job_set, ray_job, with_secret
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    run = _run(config, overrides, shape.world_size)
+    run = _run(config, overrides, shape.world_size, nodes)
     if not run.directory.is_relative_to(MOUNT):
         raise UsageError(
             f"run.dir is {run.directory}, which a pod forgets; set run.dir={MOUNT}/{run.name}: the claim is mounted at {MOUNT}"
@@ -200,13 +201,15 @@ def launch_ray(
     raise typer.Exit(start.train_on_ray(read_config(Path(config), overrides or ()), shape, policy, address))
 
 
-def _run(config: str, overrides: Sequence[str] | None, world_size: int) -> cluster.Run:
+def _run(config: str, overrides: Sequence[str] | None, world_size: int, num_hosts: int) -> cluster.Run:
     """The run, checked against the cluster it is meant for. Raises `BadConfig` and its kin, as the ranks would."""
     from crossdock.launch.config import read_config
-    from crossdock.launch.request import check_world, run_directory
+    from crossdock.launch.request import check_reachable, check_world, run_directory
 
     run_config = read_config(Path(config), overrides or ())
     check_world(run_config, world_size)
+    if num_hosts > 1:
+        check_reachable(run_config, world_size)
     directory = run_directory(run_config)
     return cluster.Run(cluster.scheduler_name(directory.name), directory, config, tuple(overrides or ()))
 

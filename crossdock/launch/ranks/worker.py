@@ -24,7 +24,7 @@ from crossdock.launch.ranks.rendezvous import control_of, exchange, network_inte
 from crossdock.launch.ranks.roll_call import Cause, Crew, Lost
 from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
 from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
-from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_reachable, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.transport.mesh import SHUTDOWN_S, Mesh, initialise, shutdown
 
@@ -123,7 +123,8 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
     """The mesh of this world, left again when the block ends."""
     if trains:
         check_world(config, env.world_size)
-        check_reachable(config, env)
+        if env.spans_hosts:
+            check_reachable(config, env.world_size)
     declared = read_inputs(config).topology
     store = open_store(env, config.parallel.timeout_s) if store is None else store
     device = choose_device(config, env, store)
@@ -191,15 +192,6 @@ def choose_device(config: RunConfig, env: WorkerEnv, store: Any) -> torch.device
     if config.device == "cpu" or (config.device == "auto" and everywhere < 0):
         return torch.device("cpu")
     return torch.device("cuda", env.local_rank)
-
-
-def check_reachable(config: RunConfig, env: WorkerEnv) -> None:
-    """Raise `BadConfig` where ranks on several hosts would write to places relative to each one's working directory."""
-    if env.spans_hosts and not run_directory(config).is_absolute():
-        raise BadConfig(
-            f"run.dir {config.run.dir} is relative, and {env.world_size} ranks on several hosts must all reach it; "
-            "set run.dir to an absolute path on a file system that they share"
-        )
 
 
 def run_local_rank(request_path: Path, outcome_path: Path) -> int:
