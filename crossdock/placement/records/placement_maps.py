@@ -138,7 +138,7 @@ def _slots(value: Any, num_devices: int | None, num_layers: int | None) -> IntAr
     """[L, R, S] of a map of any form but vllm-ranks."""
     if isinstance(value, dict) and "layer_list" in value:
         return _of_ascend(value["layer_list"], num_devices)
-    if isinstance(value, dict) and value.get("record_type") == RECORD:
+    if isinstance(value, dict) and _is_record(value):
         physical_LP = _of_record(value)
     elif isinstance(value, dict) and "physical_to_logical_map" in value:
         physical_LP = _matrix(value["physical_to_logical_map"], "physical_to_logical_map")
@@ -158,6 +158,11 @@ def _slots(value: Any, num_devices: int | None, num_layers: int | None) -> IntAr
             f"{physical_LP.shape[1]} slots a layer do not divide over {num_devices} devices; give the number that they were made for"
         )
     return physical_LP.reshape(len(physical_LP), num_devices, -1)
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    kind = value.get("record_type")  # of a .pt file it may be an array
+    return isinstance(kind, str) and kind == RECORD
 
 
 def _of_record(value: dict[str, Any]) -> IntArray:

@@ -178,3 +178,8 @@ def test_maps_beyond_reason_are_refused_with_their_numbers() -> None:
 def test_a_layer_list_of_anything_else_is_refused(layers: object) -> None:
     with pytest.raises(BadData, match="layer_list must hold objects"):
         plan_of({"moe_layer_count": 1, "layer_list": layers})
+
+
+def test_an_array_where_a_map_names_its_kind() -> None:
+    with pytest.raises(BadData, match="is no placement map"):
+        plan_of({"record_type": np.zeros(3), "initial_global_assignments": {}})

@@ -43,21 +43,40 @@ def ports_of(topology: Topology, unit_XRR: FloatArray, *, combine: bool) -> Port
     `unit_XRR` are the bytes that one of each count sends from row to column; combine returns them from column to row.
     """
     bytes_XRR = np.swapaxes(unit_XRR, 1, 2) if combine else unit_XRR
-    node_R = np.array(topology.node_of_R)
+    return _ports(
+        topology,
+        lambda per_byte_RR: ((bytes_XRR * per_byte_RR).sum(axis=2).T, (bytes_XRR * per_byte_RR).sum(axis=1).T),
+    )
+
+
+def direct_ports(topology: Topology, copy_bytes: float, *, combine: bool) -> Ports:
+    """The same for counts of copies to each device, which come from all homes alike: without a matrix of links for every device."""
+    each = copy_bytes / topology.num_devices
+
+    def by_port(per_byte_RR: FloatArray) -> tuple[FloatArray, FloatArray]:
+        if combine:  # device d sends its answers to all homes; home r receives those of every d
+            return each * np.diag(per_byte_RR.sum(axis=1)), each * per_byte_RR.T
+        return each * per_byte_RR, each * np.diag(per_byte_RR.sum(axis=0))
+
+    return _ports(topology, by_port)
+
+
+def _ports(topology: Topology, by_port: Callable[[FloatArray], tuple[FloatArray, FloatArray]]) -> Ports:
+    """All ports, from what each device's sending and receiving port [R, X] takes where a byte on a link takes so many seconds [R, R]."""
+    member_NR = np.arange(topology.num_nodes)[:, None] == np.array(topology.node_of_R)
     rows, latencies = [], []
     for link_class in range(len(LINK_CLASSES)):
         of_class_RR = topology.link_class_RR == link_class
         if not of_class_RR.any():
             continue
-        port_s_XRR = bytes_XRR * np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)
-        class_rows = [port_s_XRR.sum(axis=2).T, port_s_XRR.sum(axis=1).T]  # sending and receiving port of each device
+        class_rows = list(by_port(np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)))
         if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
-            member_RN = node_R[:, None] == np.arange(topology.num_nodes)
-            between_XRR = np.where(of_class_RR, bytes_XRR, 0.0) / topology.node_bytes_per_s
-            class_rows += [(between_XRR.sum(axis=axis) @ member_RN).T for axis in (2, 1)]
+            class_rows += [member_NR @ part for part in by_port(np.where(of_class_RR, 1.0 / topology.node_bytes_per_s, 0.0))]
         rows += class_rows
         latencies += [np.full(len(part), topology.latency_s_RR[of_class_RR].max()) for part in class_rows]
-    table = np.unique(np.column_stack([np.concatenate(rows), np.concatenate(latencies)]), axis=0)
+    table = np.column_stack([np.concatenate(rows), np.concatenate(latencies)])
+    once = {port.tobytes(): number for number, port in enumerate(table)}  # np.unique would sort, which takes long for 2,000 devices
+    table = table[list(once.values())]
     return Ports(table[:, :-1], table[:, -1])
 
 
@@ -68,12 +87,10 @@ def has_two_hops(problem: Problem) -> bool:
 
 
 def units_of(problem: Problem) -> list[FloatArray]:
-    """Per hop, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind those, with two
-    hops, a copy to each node."""
+    """For each of the two hops, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind
+    those a copy to each node."""
     R, N = problem.num_devices, problem.topology.num_nodes
     to_device_RRR = np.broadcast_to(np.eye(R)[:, None, :], (R, R, R)) / R
-    if not has_two_hops(problem):
-        return [to_device_RRR * problem.workload.copy_bytes]
     to_node_NRN = np.broadcast_to(np.eye(N)[:, None, :], (N, R, N)) / R
     copies = np.concatenate([to_device_RRR, np.zeros((N, R, R))])
     node_copies = np.concatenate([np.zeros((R, R, N)), to_node_NRN])
@@ -180,8 +197,11 @@ class BlockSeconds:
 
     @classmethod
     def of(cls, problem: Problem) -> "BlockSeconds":
-        units, topology = units_of(problem), problem.topology
-        return cls(problem, *(tuple(ports_of(topology, unit_XRR, combine=combine) for unit_XRR in units) for combine in (False, True)))
+        topology, both = problem.topology, (False, True)
+        if not has_two_hops(problem):
+            return cls(problem, *((direct_ports(topology, problem.workload.copy_bytes, combine=combine),) for combine in both))
+        units = units_of(problem)
+        return cls(problem, *(tuple(ports_of(topology, unit_XRR, combine=combine) for unit_XRR in units) for combine in both))
 
     def __call__(self, copies_PR: FloatArray, nodes_PN: FloatArray, load_PR: FloatArray) -> FloatArray:
         problem, workload = self.problem, self.problem.workload
