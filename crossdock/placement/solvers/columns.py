@@ -118,9 +118,15 @@ def unsuited(problem: Problem) -> str:
 
 
 def solve_layers(problem: Problem, deadline: Deadline, *, bounds_only: bool = False) -> list[LayerAnswer]:
-    """Every layer's answer: relaxations and first programs of all layers, then what the time left proves."""
-    answers, relaxed = [], []
+    """Every layer's answer: relaxations and first programs of all layers, then what the time left proves. Layers after the first whose turn
+    does not come in time have no plan and no bound."""
+    answers: list[LayerAnswer] = []
+    relaxed: list[tuple[Columns, FloatArray] | None] = []
     for number in range(problem.num_layers):
+        if number and deadline.passed:
+            answers.append(LayerAnswer(None, np.inf, 0.0))
+            relaxed.append(None)
+            continue
         columns = _columns(problem, layer_of(problem, number))
         share = deadline.share(2.0 * (problem.num_layers - number))
         dual_Y, x_C, bound = _relaxation(columns, problem, number)

@@ -147,3 +147,14 @@ def test_real_routing_is_solved_to_a_fraction_of_a_per_cent(real_trace: Trace) -
     solution = solve(problem_of(few, 8), "columns", seconds=60.0)
     assert solution.bound is not None
     assert (solution.cost - solution.bound) / solution.cost < 0.01
+
+
+def test_layers_whose_turn_does_not_come_in_time_have_no_plan_and_no_bound() -> None:
+    problem = problem_of(random_trace(0, num_tokens=200, num_experts=6))
+    first, *others = columns.solve_layers(problem, Deadline(0.0))
+    assert first.device_E is not None
+    assert 0.0 < first.bound <= first.copies
+    assert [(answer.device_E, answer.bound) for answer in others] == [(None, 0.0)] * 2
+    solution = solve(problem, "auto", seconds=1e-3)
+    assert (np.sort(solution.plan.slots_LRS.reshape(3, -1)) == np.arange(6)).all()
+    assert solution.bound <= best_cost(problem) + 1e-12
