@@ -33,7 +33,8 @@ IntArray = NDArray[np.int64]
 MAX_SIZE, MAX_ITEMS = 12, 96  # of larger groups, or among more items, the search for the cheapest proves nothing in time
 SLACKS = (0.012, 0.004, 0.001)  # of the bound, given up by the successive proofs
 DESCENTS = 40  # of the local search in a round
-QUIET = 3  # rounds without a cheaper set after which the local search is left
+QUIET = 1  # rounds without a cheaper set after which the local search is left
+MOST_THREADS = 2  # more wait for one another: many small array operations hold the interpreter's lock
 NEAR = 0.002  # of all tokens: sets of no larger reduced cost come into the program with the set beside them
 NEAREST = 60  # such sets of each descent
 SAFETY = 1e-9
@@ -49,7 +50,7 @@ def fewest_copies(problem: Problem, num_groups: int, deadline: Deadline) -> tupl
     """[L]: copies of the whole trace to distinct groups of equal capacity, at least; and the layers whose first proof was not finished."""
     group_LI = _begun(problem, num_groups)
     layers = [Generation(layer_of(problem, number), group_I, num_groups, deadline) for number, group_I in enumerate(group_LI)]
-    with single_threaded_blas(), ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as threads:
+    with single_threaded_blas(), ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as threads:
         for slack in SLACKS:
             list(threads.map(Generation.prove, layers, [slack] * len(layers)))
     return np.array([layer.bound for layer in layers]), np.array([not layer.is_proven for layer in layers])
