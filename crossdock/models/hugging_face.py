@@ -168,7 +168,7 @@ def from_hugging_face(value: Mapping[str, Any], name: str) -> ModelConfig:
         }
     except KeyError as error:
         raise BadData(f"{name} has no {error}; is it the whole config.json of a {architecture} model?") from error
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BadData(f"{name} does not describe a {architecture} model: {str(error).splitlines()[0]}") from error
     return strict_yaml.validated(ModelConfig, Document(fields, name, {}), BadData)
 

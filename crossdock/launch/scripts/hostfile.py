@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crossdock.errors import BadData, MissingInput, UsageError
+from crossdock.errors import BadData, MissingInput
 from crossdock.launch.scripts.allocation import Run
 
 _LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
@@ -65,10 +65,6 @@ def deepspeed_command(path: Path, hosts: Sequence[Host], run: Run, address: str,
 
     address: of the first host; where left out the launcher asks that host by ssh, and takes the first of its networks.
     """
-    if len(hosts) > 1 and not run.directory.is_absolute():
-        raise UsageError(
-            f"run.dir is {run.directory}, relative, and {len(hosts)} hosts must all reach it; set run.dir to a shared absolute path"
-        )
     meeting = (f"--master_addr={address}",) if address else ()
     module = ("--no_local_rank", "--module", "crossdock")
     return ("deepspeed", f"--hostfile={path}", *meeting, f"--master_port={port}", *module, *run.train)

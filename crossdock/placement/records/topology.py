@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,9 +161,9 @@ class Topology:
         """
         path = Path(path)
         preset = preset_directory() / f"{path.name.removesuffix('.yaml')}.yaml"
-        if not path.is_file() and path.parent == Path() and preset.is_file():
+        if not _holds(path.is_file) and path.parent == Path() and _holds(preset.is_file):
             path = preset
-        elif not path.exists():
+        elif not _holds(path.exists):
             raise MissingInput(f"{path}: no such topology; give a YAML file, or a preset: {', '.join(preset_names())}")
         document = strict_yaml.load(path, error=BadData)
         file = _parsed(document)
@@ -228,6 +228,14 @@ class Topology:
         bytes_per_s = [[None if np.isinf(value) else value for value in row] for row in self.bytes_per_s_RR.tolist()]
         body = {"devices": devices, "bytes_per_s": bytes_per_s, "latency_s": self.latency_s_RR.tolist()}
         return body if self.node_bytes_per_s is None else body | {"node_bytes_per_s": float(self.node_bytes_per_s)}
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    """The answer to a question about a path, no for a name that no file can have."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def preset_directory() -> Path:

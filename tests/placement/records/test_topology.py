@@ -190,3 +190,8 @@ def test_shapes_are_checked() -> None:
         Topology("x", (0, 1), np.ones(1), np.ones(2), np.ones((2, 2)), np.zeros((2, 2)))
     with pytest.raises(BadData, match="2 nodes x 0 devices"):
         Topology.uniform(2, 0)
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(MissingInput, match="no such topology"):
+        Topology.load("x" * 5000)
