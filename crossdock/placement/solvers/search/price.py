@@ -6,6 +6,7 @@ which makes thousands of candidates cheap to price and gives the integer program
 general, and a test holds them equal.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,7 +76,8 @@ def _ports(topology: Topology, by_port: Callable[[FloatArray], tuple[FloatArray,
         rows += class_rows
         latencies += [np.full(len(part), topology.latency_s_RR[of_class_RR].max()) for part in class_rows]
     table = np.column_stack([np.concatenate(rows), np.concatenate(latencies)])
-    once = {port.tobytes(): number for number, port in enumerate(table)}  # np.unique would sort, which takes long for 2,000 devices
+    # Equal ports once, by digest: np.unique would sort them, which takes long for 2,000 devices.
+    once = {hashlib.blake2b(port.tobytes(), digest_size=16).digest(): number for number, port in enumerate(table)}
     table = table[list(once.values())]
     return Ports(table[:, :-1], table[:, -1])
 
