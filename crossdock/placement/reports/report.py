@@ -214,7 +214,11 @@ def distance_section(rows: Sequence[Row]) -> list[Section]:
             "is proven. Whether anything between it and the best one here is possible is not known.",
             table=Table(["plan", "of the step", "of moved", "of kept"], cells, chosen=len(rows) - 1),
             note="Gaps, at most: of the step's time, of what moves, and of what could be kept.",
-            figures=[Figure("predicted step, ms", bar_chart([("", bars)], title="Predicted step of every plan, and the bound", unit="ms"))],
+            figures=[
+                Figure(
+                    "Predicted step, homes alike", bar_chart([("", bars)], title="Predicted step of every plan, and the bound", unit="ms")
+                )
+            ],
         )
     ]
 
