@@ -49,6 +49,17 @@ class StrictModel(pydantic.BaseModel):
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
+class Contradiction(BadConfig):
+    """A value that does not go with the others. Models raise it when they are checked as a whole, so that its line is told nevertheless.
+
+    key: where the value stands below the model that raises, as in `replan.at_step`.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = tuple(key.split("."))
+
+
 @dataclass(frozen=True)
 class Document:
     """A parsed document: its value, the name that errors show, and the line (from 1) of every key and item by its path."""
@@ -278,6 +289,7 @@ def _describe(model: type[pydantic.BaseModel], document: Document, detail: Any) 
         return f"{where}: key `{key}` is missing; add it"
     if kind == "value_error":
         cause = detail.get("ctx", {}).get("error", detail["msg"])
+        where = document.where((*path, *cause.key)) if isinstance(cause, Contradiction) else where
         return f"{where}: {f'`{key}`: ' if key else ''}{cause}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(detail["ctx"]["expected"]))

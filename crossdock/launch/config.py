@@ -16,14 +16,14 @@ from crossdock.models.config import ModelConfig
 from crossdock.placement.costs.cost import Dispatch
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.choice import AdaptConfig
-from crossdock.runtime.adaptation.replan import ReplanConfig
+from crossdock.runtime.adaptation.replan import ReplanConfig, window_steps
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
-from crossdock.runtime.data import DataConfig
+from crossdock.runtime.data import BYTE_VOCABULARY, DataConfig
 from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig
 from crossdock.runtime.optimization.engines import EngineName
 from crossdock.runtime.profiler import ProfileConfig
 from crossdock.runtime.training.steps import TrainConfig
-from crossdock.strict_yaml import Document, StrictModel
+from crossdock.strict_yaml import Contradiction, Document, StrictModel
 
 
 class RunSection(StrictModel):
@@ -92,45 +92,80 @@ class RunConfig(StrictModel):
     def _cross_check(self) -> Self:
         num_experts, expert, ranks = self.model.num_experts, self.parallel.expert, self.parallel.local_ranks
         if self.model.block != "dense" and self.plan is None and num_experts % expert:
-            raise BadConfig(
+            raise Contradiction(
+                "parallel.expert",
                 f"{num_experts} experts (model.num_experts) do not divide over {expert} ranks (parallel.expert); "
-                f"choose parallel.expert from {_divisors(num_experts)}"
+                f"choose parallel.expert from {_divisors(num_experts)}",
             )
         if ranks % expert:
-            raise BadConfig(
+            raise Contradiction(
+                "parallel.ranks",
                 f"{ranks} ranks (parallel.ranks) do not divide into expert groups of {expert} (parallel.expert); "
-                f"choose parallel.expert from {_divisors(ranks)}, or a multiple of {expert} ranks"
+                f"choose parallel.expert from {_divisors(ranks)}, or a multiple of {expert} ranks",
             )
         if self.data.homing is not None and (self.model.block == "dense" or self.model.traffic == "coherent"):
-            raise BadConfig(
+            raise Contradiction(
+                "data.homing",
                 f"data.homing {self.data.homing} gives sequences to the ranks of their experts, for tokens that travel there and home; "
-                "leave data.homing out with model.block dense and with model.traffic coherent"
+                "leave data.homing out with model.block dense and with model.traffic coherent",
             )
         if self.adapt.mode_asked != "off" and self.model.traffic == "coherent":
-            raise BadConfig(
+            raise Contradiction(
+                "adapt.mode",
                 f"adapt.mode {self.adapt.mode_asked} chooses how tokens travel to their experts and home, and model.traffic coherent "
-                "leaves them there; set adapt.mode: off, or model.traffic: home"
+                "leaves them there; set adapt.mode: off, or model.traffic: home",
             )
         if self.model.traffic == "coherent" and self.capture.steps:
-            raise BadConfig(
+            raise Contradiction(
+                "capture.steps",
                 f"capture.steps {self.capture.steps} holds the bytes of tokens that go home against predictions, and with model.traffic "
-                "coherent they do not; set capture.steps: 0, or model.traffic: home"
+                "coherent they do not; set capture.steps: 0, or model.traffic: home",
             )
         if self.model.traffic == "coherent" and self.precision.wire is not None:
-            raise BadConfig(
+            raise Contradiction(
+                "precision.wire",
                 f"precision.wire {self.precision.wire} would round the residual stream, which travels with model.traffic coherent; "
-                "leave precision.wire out, or set model.traffic: home"
+                "leave precision.wire out, or set model.traffic: home",
             )
         if self.engine == "deepspeed":
             self._check_deepspeed()
         if self.parallel.dense_sharding != "none" and self.model.traffic == "coherent":
-            raise BadConfig(
+            raise Contradiction(
+                "parallel.dense_sharding",
                 f"parallel.dense_sharding {self.parallel.dense_sharding} gathers one block after the other, and model.traffic coherent "
-                "runs parts of several at once; set parallel.dense_sharding: none, or model.traffic: home"
+                "runs parts of several at once; set parallel.dense_sharding: none, or model.traffic: home",
             )
         if self.precision.compute == "fp64" and self.precision.wire is not None:
-            raise BadConfig(f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out")
+            raise Contradiction(
+                "precision.wire", f"precision.wire {self.precision.wire} would cut down precision.compute fp64; leave precision.wire out"
+            )
+        if self.replan.at_step is not None:
+            self._check_replan()
+        if self.data.kind != "bin" and self.model.vocab_size < BYTE_VOCABULARY:
+            raise Contradiction(
+                "model.vocab_size",
+                f"data.kind {self.data.kind} is read as bytes, a vocabulary of {BYTE_VOCABULARY}, and model.vocab_size is "
+                f"{self.model.vocab_size}; set model.vocab_size: {BYTE_VOCABULARY}",
+            )
+        if self.profile.first is not None and self.profile.first > self.train.steps:
+            raise Contradiction(
+                "profile.first",
+                f"profile.first {self.profile.first} comes after the last of {self.train.steps} steps (train.steps), and nothing would be "
+                f"profiled; choose it from 1 to {self.train.steps}",
+            )
         return self
+
+    def _check_replan(self) -> None:
+        """What a re-planning needs: experts to move, and room for the steps that it records."""
+        if self.model.block == "dense":
+            raise Contradiction(
+                "replan.at_step",
+                f"replan.at_step {self.replan.at_step} moves experts, and model.block dense has none; leave it out, or set another block",
+            )
+        try:
+            window_steps(self.train.steps, self.capture.steps, self.replan)
+        except BadConfig as failure:
+            raise Contradiction("replan.at_step", str(failure)) from failure
 
     def _check_deepspeed(self) -> None:
         """All that ZeRO cannot do, in one message."""
@@ -142,7 +177,7 @@ class RunConfig(StrictModel):
         if self.parallel.dense_sharding != "none":
             refused.append(f"divide what is divided already (parallel.dense_sharding {self.parallel.dense_sharding}; set none)")
         if refused:
-            raise BadConfig(f"engine deepspeed cannot {', nor '.join(refused)}; or set engine: native")
+            raise Contradiction("engine", f"engine deepspeed cannot {', nor '.join(refused)}; or set engine: native")
 
 
 def _divisors(number: int) -> str:

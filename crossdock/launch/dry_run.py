@@ -13,8 +13,9 @@ from crossdock.runtime.training.metrics import readable_bytes
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "total")
 
 
-def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """`{world_size, groups, plan, memory}` of a run on `world_size` ranks; raises what its ranks would raise before the first step.
+def describe(config: RunConfig, world_size: int, launcher: str | None = None) -> dict[str, Any]:
+    """`{world_size, groups, plan, memory}` of a run on `world_size` ranks that `launcher` starts (None: any); raises what its ranks would
+    raise before the first step.
 
     memory has an entry for each rank of an expert group; copies of the group are alike. Bytes hold where tokens spread evenly over experts.
     """
@@ -22,7 +23,7 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
     from crossdock.runtime.training.steps import device_shares_LER
 
     inputs, num_ranks, model = read_inputs(config), config.parallel.expert, config.model
-    check_world(config, world_size)
+    check_world(config, world_size, launcher)
     tokens = sequences_per_rank(config.train.batch_sequences, world_size, config.train.accumulate) * config.data.seq_len
     plan = inputs.plan
     if plan is None and model.num_moe_layers:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock import atomic, strict_yaml
-from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput
+from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput, UsageError
 from crossdock.launch.config import RunConfig, resolved
 from crossdock.launch.ending import Result, read_result
-from crossdock.runtime.data import sequences_per_rank
+from crossdock.launch.transport import check_transport
+from crossdock.runtime.data import sequences_per_rank, vocabulary
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.training.result import TrainResult
 from crossdock.runtime.transport.mesh import check_expert_parallel
@@ -83,6 +84,8 @@ def read_inputs(config: RunConfig) -> Inputs:
                 f"plan {config.plan} holds several copies of an expert, whose gradients engine deepspeed cannot sum inside a group; "
                 "solve a plan without spare slots, or set engine: native"
             )
+    if config.replan.at_step is not None and config.replan.method != "auto":
+        _check_replan_method(config, topology)
     forecast = None if config.data.homing is None else Forecast.load(config.data.homing)
     if forecast is not None:
         mine, asked = (forecast.num_layers, forecast.num_experts), (config.model.num_moe_layers, config.model.num_experts)
@@ -94,8 +97,47 @@ def read_inputs(config: RunConfig) -> Inputs:
     return Inputs(topology, plan, forecast)
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
-    """Raise `BadConfig` where the ranks, the expert groups and the batch do not divide."""
+def _check_replan_method(config: RunConfig, topology: "Topology | None") -> None:
+    """Raise `BadConfig` where the solver of `replan.method` would refuse the problem whatever the routing: for its objective, its size."""
+    import numpy as np
+
+    from crossdock.placement.costs.cost import Workload
+    from crossdock.placement.records.affinity import Affinity
+    from crossdock.placement.records.topology import Topology
+    from crossdock.placement.records.trace import Trace
+    from crossdock.placement.solvers import check_method
+    from crossdock.placement.solvers.problem import Constraints, Problem
+
+    model, replan = config.model, config.replan
+    expert_EK = (np.arange(model.num_experts)[:, None] + np.arange(model.top_k)) % model.num_experts  # any routing will do
+    affinity = Affinity.from_trace(Trace(np.tile(expert_EK.astype(np.uint16)[:, None], (1, model.num_moe_layers, 1)), model.num_experts))
+    constraints = Constraints(load_cap=replan.load_cap, spare_slots=replan.spare_slots or None)
+    workload = Workload(dispatch=config.dispatch)
+    there = topology or Topology.local(config.parallel.expert)
+    try:
+        check_method(Problem(affinity, there, workload, objective=replan.objective, constraints=constraints), replan.method)
+    except UsageError as failure:
+        raise BadConfig(f"replan.method {replan.method}: {failure}") from failure
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise `BadConfig` for text with more tokens than the model has, and what `data.vocabulary` raises; nothing is read but headers."""
+    check_vocabulary(config, vocabulary(config.data))
+
+
+def check_vocabulary(config: RunConfig, vocab_size: int) -> None:
+    """Raise `BadConfig` where the text may hold tokens that the model does not have."""
+    if vocab_size > config.model.vocab_size:
+        raise BadConfig(
+            f"{config.data.path or config.data.kind} has a vocabulary of {vocab_size} and model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size={vocab_size}"
+        )
+
+
+def check_world(config: RunConfig, world_size: int, launcher: str | None = None) -> None:
+    """Raise `BadConfig` where the ranks, the expert groups and the batch do not divide, or where `launcher` (None: any) cannot give them
+    the transport that they ask for."""
+    check_transport(config, launcher)
     check_expert_parallel(config.parallel.expert, world_size)
     sequences_per_rank(config.train.batch_sequences, world_size, config.train.accumulate)
 

@@ -14,10 +14,11 @@ from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ending import Result, read_result
 from crossdock.launch.local.children import Outcome, Starter, run_ranks
 from crossdock.launch.local.nursery import Nursery
-from crossdock.launch.ranks.worker import explain, run_job
+from crossdock.launch.ranks.worker import check_gpus, explain, run_job, usable_gpus
 from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
-from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_data, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
+from crossdock.runtime.optimization.deepspeed_engine import check_installed
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.strict_yaml import Document
 
@@ -28,19 +29,31 @@ if TYPE_CHECKING:
 WORKER = ("-m", "crossdock.launch.ranks.worker")
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Everything that can be said before a rank starts; raises what the ranks would raise."""
+def check_inputs(config: RunConfig, launcher: str | None = None) -> None:
+    """Everything that can be said before a rank starts, by `launcher` (None: any), on any host; raises what the ranks would raise."""
     read_inputs(config)
     env = worker_env()
-    check_world(config, config.parallel.local_ranks if env is None else env.world_size)
+    check_world(config, config.parallel.local_ranks if env is None else env.world_size, launcher)
+
+
+def check_host(config: RunConfig) -> None:
+    """What local ranks need of this host: their text, GPUs and packages. Raises what they would raise."""
+    check_data(config)
+    if config.device == "cuda":
+        check_gpus(usable_gpus(config), config.parallel.local_ranks)
+    if config.engine == "deepspeed":
+        check_installed()
 
 
 def dry_run(config: RunConfig, world_size: int | None) -> dict[str, Any]:
-    """What the run would be on `world_size` ranks, or as many as it would have; see `dry_run.describe`."""
+    """What the run would be as this command would start it, or on `world_size` ranks by any launcher; see `dry_run.describe`."""
     from crossdock.launch.dry_run import describe
 
-    env = worker_env()
-    return describe(config, world_size or (config.parallel.local_ranks if env is None else env.world_size))
+    if world_size is not None:
+        return describe(config, world_size)
+    if (env := worker_env()) is not None:
+        return describe(config, env.world_size, env.launcher)
+    return describe(config, config.parallel.local_ranks, "ray" if in_ray_job() else "local")
 
 
 def model_facts(config: RunConfig) -> dict[str, int]:
@@ -94,7 +107,8 @@ def run(request: Request, nursery: Nursery | None = None) -> Result:
         return _run_alone(request, nursery)
     with _ending_recorded(request.config):
         request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
-        check_inputs(request.config)
+        check_inputs(request.config, "local")
+        check_host(request.config)
         return _run_alone(request, nursery)
 
 

@@ -17,7 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ import pydantic
 
 from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, MissingInput
-from crossdock.strict_yaml import StrictModel
+from crossdock.strict_yaml import Contradiction, StrictModel
 
 BYTE_VOCABULARY = 256
 BETWEEN_DOCUMENTS = 0  # the NUL byte closes every document of a byte-level corpus; text does not contain it
@@ -53,6 +53,13 @@ class DataConfig(StrictModel):
     homing: str | None = None
     """A forecast of experts, as `crossdock plan solve --homing` writes it beside the plan: the sequences of each batch go to the ranks
     where most of their experts are. Off where left out."""
+
+    @pydantic.model_validator(mode="after")
+    def _cross_check(self) -> Self:
+        if self.kind != "stdlib" and self.path is None:
+            wanted = "a .bin file" if self.kind == "bin" else "a file, a folder or a glob"
+            raise Contradiction("kind", f"data.kind {self.kind} needs data.path: {wanted}")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +209,17 @@ def load_corpus(config: DataConfig) -> Corpus:
     return corpus
 
 
+def vocabulary(config: DataConfig) -> int:
+    """How many tokens the text that `config` names can hold, told without reading it; raises what `load_corpus` would for files that are
+    not there, and for `.bin` files that are damaged."""
+    paths = [path for path in (config.path, config.held_out_path) if path is not None]
+    if config.kind == "bin":
+        return max(read_bin(Path(path))[1] for path in paths)
+    for path in paths:
+        _files(path)
+    return BYTE_VOCABULARY
+
+
 def _load_documents(config: DataConfig) -> Corpus:
     documents = dict(_documents(config, config.path))
     source = "standard library" if config.kind == "stdlib" else str(config.path)
@@ -226,13 +244,13 @@ def _load_documents(config: DataConfig) -> Corpus:
 
 def _documents(config: DataConfig, pattern: str | None) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every document, in the order of names; names do not depend on where the files lie."""
-    if config.kind == "stdlib" and pattern is None:
+    if pattern is None:
         root = Path(sysconfig.get_path("stdlib"))
         files = sorted(file for file in root.rglob("*.py") if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts))
         if not files:
             raise MissingInput(f"{root} holds no Python source; set data.kind to text and data.path to files of yours")
     else:
-        root, files = _files(config, pattern)
+        root, files = _files(pattern)
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
@@ -245,9 +263,7 @@ def _documents(config: DataConfig, pattern: str | None) -> Iterator[tuple[str, b
             yield name, content
 
 
-def _files(config: DataConfig, pattern: str | None) -> tuple[Path, list[Path]]:
-    if pattern is None:
-        raise BadConfig(f"data.kind {config.kind} needs data.path: a file, a folder or a glob")
+def _files(pattern: str) -> tuple[Path, list[Path]]:
     path = Path(pattern)
     if path.is_file():
         return path.parent, [path]
@@ -344,8 +360,7 @@ def read_bin(path: Path) -> tuple[Tokens, int]:
 
 
 def _load_bin(config: DataConfig) -> Corpus:
-    if config.path is None:
-        raise BadConfig("data.kind bin needs data.path: a .bin file")
+    assert config.path is not None, "its configuration was checked"
     tokens, vocab_size = read_bin(Path(config.path))
     digest = hashlib.sha256(f"{Path(config.path).name} {len(tokens)} {vocab_size}".encode())
     digest.update(np.asarray(tokens[: 1 << 16]).tobytes())

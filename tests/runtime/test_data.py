@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from crossdock.errors import BadConfig, BadData, CrossdockError, MissingInput
-from crossdock.runtime.data import BIN_HEADER, BIN_MAGIC, DataConfig, DataState, Sampler, load_corpus, read_bin, shuffled, write_bin
+from crossdock.runtime.data import (
+    BIN_HEADER,
+    BIN_MAGIC,
+    DataConfig,
+    DataState,
+    Sampler,
+    load_corpus,
+    read_bin,
+    shuffled,
+    vocabulary,
+    write_bin,
+)
 
 
 def sampler(num_tokens: int = 1001, seq_len: int = 10, seed: int = 3) -> Sampler:
@@ -161,15 +173,28 @@ def test_malformed_files_have_one_clear_message(tmp_path: Path, kind: str, conte
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (DataConfig(kind="text"), BadConfig, "needs data.path"),
-        (DataConfig(kind="bin"), BadConfig, "needs data.path"),
         (DataConfig(kind="text", path="/nonexistent/*.txt"), MissingInput, "no such file"),
         (DataConfig(kind="bin", path="/nonexistent/t.bin"), MissingInput, "cannot read /nonexistent/t.bin"),
     ],
 )
 def test_absent_files(config: DataConfig, error: type[CrossdockError], message: str) -> None:
-    with pytest.raises(error, match=message):
-        load_corpus(config)
+    for reader in (load_corpus, vocabulary):
+        with pytest.raises(error, match=message):
+            reader(config)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "bin"])
+def test_a_kind_that_needs_a_path_is_refused_without_one(kind: str) -> None:
+    with pytest.raises(ValidationError, match=f"data.kind {kind} needs data.path"):
+        DataConfig(kind=kind)  # type: ignore[arg-type]
+
+
+def test_the_vocabulary_is_told_without_reading_the_text(tmp_path: Path) -> None:
+    write_bin(tmp_path / "t.bin", np.arange(20), 300)
+    write_bin(tmp_path / "held.bin", np.arange(20), 400)
+    assert vocabulary(DataConfig()) == 256
+    assert vocabulary(DataConfig(kind="bin", path=str(tmp_path / "t.bin"))) == 300
+    assert vocabulary(DataConfig(kind="bin", path=str(tmp_path / "t.bin"), held_out_path=str(tmp_path / "held.bin"))) == 400
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:

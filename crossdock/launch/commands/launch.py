@@ -46,7 +46,7 @@ def print_torchrun(
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
     if nodes > 1 and not head:
         raise UsageError(f"{nodes} nodes meet at one of them; name its address by --head")
-    run = _run(config, overrides, shape.world_size, nodes)
+    run = _run(config, overrides, shape.world_size, nodes, "torchrun")
     command = cluster.torchrun(shape, run, head, port, restarts)
     if nodes > 1:
         command = ("env", f"CROSSDOCK_SECRET_FILE={run.secret_file}", *command[command[0] == "env" :])
@@ -68,7 +68,7 @@ def print_mpirun(
     Example: crossdock launch mpi configs/small.yaml run.dir=/data/small parallel.expert=4 --nodes 2 --ranks-per-node 2 --hosts n1,n2
     """
     shape = cluster.Shape(nodes, ranks_per_node, gpus=False, cores_per_rank=1)
-    run = _run(config, overrides, shape.world_size, nodes)
+    run = _run(config, overrides, shape.world_size, nodes, "mpi")
     _print_command(cluster.mpirun(shape, run, [host for host in hosts.split(",") if host]), as_json)
 
 
@@ -88,7 +88,7 @@ def print_deepspeed(
     from crossdock.launch.scripts.hostfile import deepspeed_command, read_hostfile
 
     hosts = read_hostfile(hostfile)
-    run = _run(config, overrides, sum(host.slots for host in hosts), len(hosts))
+    run = _run(config, overrides, sum(host.slots for host in hosts), len(hosts), "deepspeed")
     command = deepspeed_command(hostfile, hosts, run, address, port)
     if len(hosts) > 1:
         _ask_for_secret(run, f"and hand it down: echo CROSSDOCK_SECRET_FILE={run.secret_file} >> ~/.deepspeed_env")
@@ -117,7 +117,8 @@ def print_slurm(
     from crossdock.launch.scripts.slurm import batch_script
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    script = batch_script(shape, _run(config, overrides, shape.world_size, nodes), time_limit, grace_s, restarts, tuple(options or ()))
+    run = _run(config, overrides, shape.world_size, nodes, "slurm")
+    script = batch_script(shape, run, time_limit, grace_s, restarts, tuple(options or ()))
     _write(json.dumps({"script": script}) + "\n" if as_json else script, out)
 
 
@@ -152,7 +153,7 @@ def print_kubernetes(
     from crossdock.launch.scripts.kubernetes import MOUNT, job_set, ray_job, with_secret
 
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    run = _run(config, overrides, shape.world_size, nodes)
+    run = _run(config, overrides, shape.world_size, nodes, "ray" if kind == "rayjob" else "torchrun")
     if not run.directory.is_relative_to(MOUNT):
         raise UsageError(
             f"run.dir is {run.directory}, which a pod forgets; set run.dir={MOUNT}/{run.name}: the claim is mounted at {MOUNT}"
@@ -201,13 +202,13 @@ def launch_ray(
     raise typer.Exit(start.train_on_ray(read_config(Path(config), overrides or ()), shape, policy, address))
 
 
-def _run(config: str, overrides: Sequence[str] | None, world_size: int, num_hosts: int) -> cluster.Run:
-    """The run, checked against the cluster it is meant for. Raises `BadConfig` and its kin, as the ranks would."""
+def _run(config: str, overrides: Sequence[str] | None, world_size: int, num_hosts: int, launcher: str) -> cluster.Run:
+    """The run, checked against the cluster it is meant for and against its `launcher`. Raises `BadConfig` and its kin."""
     from crossdock.launch.config import read_config
     from crossdock.launch.request import check_reachable, check_world, run_directory
 
     run_config = read_config(Path(config), overrides or ())
-    check_world(run_config, world_size)
+    check_world(run_config, world_size, launcher)
     if num_hosts > 1:
         check_reachable(run_config, world_size)
     directory = run_directory(run_config)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from crossdock.errors import BadConfig
 from crossdock.launch.config import RunConfig
 from crossdock.launch.ranks.worker_env import WorkerEnv
+from crossdock.launch.transport import MPI_REMEDY, why_not_mpi
 from crossdock.placement.costs.cost import WireName, row_bytes
 from crossdock.runtime.data import sequences_per_rank
 from crossdock.runtime.transport.carrier import Carrier
@@ -19,9 +20,9 @@ def carried(mesh: Mesh, config: RunConfig, env: WorkerEnv) -> Iterator[Mesh]:
 
     MPI is left as soon as it is no longer needed. Raises `BadConfig` where MPI was asked for and cannot carry this run.
     """
-    asked, why = config.parallel.transport, why_not_mpi(config, env, mesh)
+    asked, why = config.parallel.transport, why_not_mpi(config, env.launcher) or _why_not_here(config, mesh)
     if asked == "mpi" and why:
-        raise BadConfig(f"parallel.transport mpi: {why}; set parallel.transport: auto, or start the run by mpirun on the CPU")
+        raise BadConfig(f"parallel.transport mpi: {why}; {MPI_REMEDY}")
     if asked == "torch" or why:
         _leave_mpi(env)
         yield replace(mesh, carrier=Carrier(asked=asked, why=why))
@@ -58,16 +59,12 @@ def _leave_mpi(env: WorkerEnv) -> None:
         mpi.leave()
 
 
-def why_not_mpi(config: RunConfig, env: WorkerEnv, mesh: Mesh) -> str:
-    """Why MPI cannot carry the all-to-alls of this run, or has none to carry; empty where it can."""
-    if env.launcher != "mpi":
-        return f"these ranks were not started by mpirun ({env.launcher}), and MPI reaches no others"
+def _why_not_here(config: RunConfig, mesh: Mesh) -> str:
+    """Why MPI cannot carry the all-to-alls of ranks that mpirun has started; empty where it can."""
     if mesh.device.type != "cpu":
         return f"tokens are on {mesh.device}, and this transport carries rows of the host's memory"
     if config.parallel.transport != "torch" and not mpi_is_threaded():
         return "this MPI library does not let several threads use it (MPI_THREAD_MULTIPLE)"
-    if config.model.num_moe_layers == 0 or mesh.expert_parallel == 1:
-        return "tokens stay on their rank: the model has no experts, or parallel.expert is 1"
     return ""
 
 

@@ -16,7 +16,7 @@ from crossdock.launch.config import RunConfig, resolved, save_resolved
 from crossdock.launch.ranks.progress import watched
 from crossdock.launch.ranks.redaction import recorded, redacted
 from crossdock.launch.ranks.worker_env import WorkerEnv
-from crossdock.launch.request import Request, read_inputs, run_directory
+from crossdock.launch.request import Request, check_vocabulary, read_inputs, run_directory
 from crossdock.models.transformer import Transformer
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.trace import concatenate
@@ -55,11 +55,7 @@ def build_for_training(config: RunConfig, mesh: Mesh, plan: Plan | None) -> Tran
 def read_corpus(config: RunConfig) -> Corpus:
     """The configured corpus; raises `BadConfig` where its tokens do not fit the model's vocabulary."""
     corpus = load_corpus(config.data)
-    if corpus.vocab_size > config.model.vocab_size:
-        raise BadConfig(
-            f"{corpus.source} has a vocabulary of {corpus.vocab_size} and model.vocab_size is {config.model.vocab_size}; "
-            f"set model.vocab_size={corpus.vocab_size}"
-        )
+    check_vocabulary(config, corpus.vocab_size)
     return corpus
 
 

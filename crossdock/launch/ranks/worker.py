@@ -122,7 +122,7 @@ def explain(failure: BaseException) -> tuple[int, str]:
 def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | None" = None) -> Iterator[Mesh]:
     """The mesh of this world, left again when the block ends."""
     if trains:
-        check_world(config, env.world_size)
+        check_world(config, env.world_size, env.launcher)
         if env.spans_hosts:
             check_reachable(config, env.world_size)
     declared = read_inputs(config).topology
@@ -181,14 +181,25 @@ def nodes_of_ranks(started: tuple[int, ...], declared: "Topology | None", expert
     return nodes
 
 
+def usable_gpus(config: RunConfig) -> int:
+    """GPUs of this host that the run may use."""
+    return torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
+
+
+def check_gpus(num_gpus: int, num_ranks: int) -> None:
+    """Raise `Unavailable` where `num_ranks` ranks of this host have no GPU each."""
+    if num_gpus < num_ranks:
+        raise Unavailable(
+            f"device cuda: {num_ranks} ranks on this host, {num_gpus} usable GPUs; start one rank a GPU, or choose device: cpu"
+        )
+
+
 def choose_device(config: RunConfig, env: WorkerEnv, store: Any) -> torch.device:
     """The device of this rank: `auto` is CUDA where every rank has a GPU of its own, the CPU otherwise."""
-    num_gpus = torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
+    num_gpus = usable_gpus(config)
     everywhere = min(int(found) for found in exchange(store, env, "gpus_to_spare", str(num_gpus - env.local_world_size)))
-    if config.device == "cuda" and num_gpus < env.local_world_size:
-        raise Unavailable(
-            f"device cuda: {env.local_world_size} ranks on this host, {num_gpus} usable GPUs; start one rank a GPU, or choose device: cpu"
-        )
+    if config.device == "cuda":
+        check_gpus(num_gpus, env.local_world_size)
     if config.device == "cpu" or (config.device == "auto" and everywhere < 0):
         return torch.device("cpu")
     return torch.device("cuda", env.local_rank)

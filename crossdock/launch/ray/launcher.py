@@ -29,6 +29,7 @@ from crossdock.launch.ray.nodes import living_nodes
 from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
 from crossdock.launch.scripts.allocation import Shape
+from crossdock.launch.transport import check_transport
 from crossdock.runtime.training.metrics import RunDirectory
 
 _PEERS_S = 5.0  # what the other ranks get to report a death
@@ -92,6 +93,7 @@ def launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str 
 
 def _launch(config: RunConfig, shape: Shape | None, policy: Policy, address: str | None) -> Result:
     read_inputs(config)
+    check_transport(config, "ray")
     with _connected(address) as ray:
         nodes = living_nodes(ray)
         if shape is None:

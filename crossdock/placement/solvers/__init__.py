@@ -22,7 +22,7 @@ from crossdock.placement.solvers import (
 from crossdock.placement.solvers.constraints import check_constraints, load_peaks
 from crossdock.placement.solvers.problem import Problem, Solution
 
-__all__ = ["HOME_ALONE", "SOLVERS", "Solver", "check_constraints", "check_mode", "load_peaks", "solve"]
+__all__ = ["HOME_ALONE", "SOLVERS", "Solver", "check_constraints", "check_method", "check_mode", "load_peaks", "solve"]
 
 Solver = Callable[[Problem, float, int], Solution]
 
@@ -46,6 +46,25 @@ SOLVERS: dict[str, Solver] = {
 
 HOME_ALONE = ("dp", "sweep", "anneal", "columns", "ilp", "replicas")
 """Methods that price the seconds of tokens on their way home; elsewhere they have nothing to search by."""
+
+
+CHECKS: dict[str, Callable[[Problem], None]] = {
+    "moetuner": moetuner.check,
+    "dp": dp.check,
+    "columns": columns.check,
+    "ilp": ilp.check,
+    "replicas": replicas.check,
+}
+"""What a method cannot take, told before the search by the methods that are not for every problem; they ask it themselves as well."""
+
+
+def check_method(problem: Problem, method: str) -> None:
+    """Raise `UsageError` for an unknown method, and where `method` refuses the problem for its objective, its mode or its size."""
+    if method not in SOLVERS:
+        raise UsageError(f"method is {method!r}; choose from {', '.join(SOLVERS)}")
+    check_mode(problem, method)
+    if method in CHECKS:
+        CHECKS[method](problem)
 
 
 def check_mode(problem: Problem, method: str) -> None:

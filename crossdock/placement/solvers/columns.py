@@ -85,9 +85,7 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
 
     Raises `UsageError` where the objective or the size does not suit, `InfeasiblePlan`, with a proof, where the load cap cannot be met.
     """
-    why = unsuited(problem)
-    if why:
-        raise UsageError(f"method columns {why}; use method anneal")
+    check(problem)
     deadline = Deadline(seconds)
     answers = solve_layers(problem, deadline)
     missing = [layer for layer, answer in enumerate(answers) if answer.device_E is None]
@@ -105,6 +103,12 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
         stopped_by="seconds" if deadline.passed else "done",
         bound=sum(answer.bound for answer in answers) / tokens,
     )
+
+
+def check(problem: Problem) -> None:
+    """Raise `UsageError` where the method cannot take the problem."""
+    if why := unsuited(problem):
+        raise UsageError(f"method columns {why}; use method anneal")
 
 
 def unsuited(problem: Problem) -> str:

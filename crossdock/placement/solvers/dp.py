@@ -38,13 +38,17 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
 
     Raises `UsageError` where there are too many states and `InfeasiblePlan` where a layer has none.
     """
-    why = unsuited(problem)
-    if why:
-        raise UsageError(f"method dp {why}; use method auto")
+    check(problem)
     clock = Deadline(seconds)
     device_PE = states(problem)
     device_LE = _chained(problem, device_PE) if problem.objective == "hops" else _separate(problem, device_PE)
     return solution_of(problem, device_LE, method="dp", seed=seed, seconds=clock.elapsed_s, stopped_by="optimal", proven=True)
+
+
+def check(problem: Problem) -> None:
+    """Raise `UsageError` where the method cannot take the problem."""
+    if why := unsuited(problem):
+        raise UsageError(f"method dp {why}; use method auto")
 
 
 def unsuited(problem: Problem) -> str:

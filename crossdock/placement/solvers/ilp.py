@@ -46,7 +46,7 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
     Raises `UsageError` for objective hops and for layers beyond MAX_COPY_VARIABLES, `InfeasiblePlan` where HiGHS proves that no plan keeps
     to the constraints or no plan was found.
     """
-    _check_size(problem)
+    check(problem)
     deadline = Deadline(seconds)
     placed_L, _ = anneal.search_layers(problem, seed, deadline.share(1.0 / SEARCH_SHARE))
     device_LE, bounds, proven = [], [], True
@@ -206,15 +206,16 @@ def _add_times(
 
     # port: an all-to-all takes at least as long as each of its ports
     for name, ports, time in (("port_dispatch", seconds.dispatch[0], dispatch), ("port_combine", seconds.combine[0], combine)):
-        J = len(ports.latency_J)
-        table_JX = -ports.seconds_JX[:, device] * (copies / unit)
+        seconds_JX, latency_J = ports.table()
+        J = len(latency_J)
+        table_JX = -seconds_JX[:, device] * (copies / unit)
         row_J, column_X = np.nonzero(table_JX)
         rows.add(
             name,
             np.concatenate([row_J, np.arange(J)]),
             np.concatenate([column[column_X], np.full(J, time)]),
             np.concatenate([table_JX[row_J, column_X], np.ones(J)]),
-            ports.latency_J / unit,
+            latency_J / unit,
             np.full(J, np.inf),
         )
 
@@ -317,7 +318,8 @@ def _fixed_cost(problem: Problem) -> float:
     return 2.0 * problem.workload.expert_overhead_s * problem.workload.micro_batches if problem.objective == "seconds" else 0.0
 
 
-def _check_size(problem: Problem) -> None:
+def check(problem: Problem) -> None:
+    """Raise `UsageError` where the method cannot take the problem."""
     if problem.objective == "hops":
         raise UsageError(
             "method ilp solves objectives seconds, devices and nodes, whose layers are independent; for hops use method anneal"

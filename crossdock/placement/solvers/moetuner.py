@@ -35,10 +35,15 @@ MAX_ROWS = 40_000  # of the second program for all layers at once
 TOLERANCE = 0.025  # the paper's relative gap
 
 
-def solve(problem: Problem, seconds: float, seed: int) -> Solution:
-    """Half of the time for each program. Raises `UsageError` where devices have unequal slots."""
+def check(problem: Problem) -> None:
+    """Raise `UsageError` where devices have unequal slots."""
     if len(set(problem.slots_R.tolist())) > 1:
         raise UsageError("method moetuner makes clusters of equal size and needs equally many slots on every device; use method auto")
+
+
+def solve(problem: Problem, seconds: float, seed: int) -> Solution:
+    """Half of the time for each program. Raises `UsageError` where devices have unequal slots."""
+    check(problem)
     deadline = Deadline(seconds)
     first, balanced_LE = deadline.share(2.0), starts.balanced(problem)
     clusters = [

@@ -35,16 +35,21 @@ def has_room(problem: Problem) -> bool:
     return problem.wants_replicas and problem.mode == "home" and problem.objective != "hops" and _most_copies(problem) > 0
 
 
-def solve(problem: Problem, seconds: float, seed: int) -> Solution:
-    """Search a plan with one copy of each expert, half of the time within as few slots as it needs, and add copies to it.
-
-    Raises `UsageError` where the problem leaves no room for copies, and `InfeasiblePlan` where no plan within the load cap was found.
-    """
+def check(problem: Problem) -> None:
+    """Raise `UsageError` where the problem leaves no room for copies."""
     if not has_room(problem):
         raise UsageError(
             "method replicas has no slots for copies, or objective hops or mode coherent, which have no price for them; "
             "give --spare-slots, --replicas or more --slots, and objective seconds, devices or nodes"
         )
+
+
+def solve(problem: Problem, seconds: float, seed: int) -> Solution:
+    """Search a plan with one copy of each expert, half of the time within as few slots as it needs, and add copies to it.
+
+    Raises `UsageError` where the problem leaves no room for copies, and `InfeasiblePlan` where no plan within the load cap was found.
+    """
+    check(problem)
     deadline = Deadline(seconds)
     bases = [base(within_fewest_slots(problem), seed, deadline.share(1.0 / BASE_SHARE))]
     return best_of(problem, bases, seed, deadline, "replicas")

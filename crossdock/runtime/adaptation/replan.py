@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pydantic
 
@@ -30,13 +30,31 @@ if TYPE_CHECKING:
 ALIKE = 0.1
 """Devices whose measured speeds differ by less than this share may stand for one another in a new plan; what that costs is weighed."""
 
+Method = Literal[
+    "contiguous",
+    "random",
+    "balance",
+    "eplb",
+    "eplb_global",
+    "exflow",
+    "moetuner",
+    "dp",
+    "sweep",
+    "anneal",
+    "columns",
+    "ilp",
+    "replicas",
+    "auto",
+]
+"""The names in `placement.solvers.SOLVERS`, which cannot be imported here: it loads scipy."""
+
 
 class ReplanConfig(StrictModel):
     """One re-planning in the middle of a run."""
 
     at_step: int | None = pydantic.Field(default=None, ge=1)
     """After this step; never where left out."""
-    method: str = "auto"
+    method: Method = "auto"
     objective: Objective = "seconds"
     seconds: float = pydantic.Field(default=5.0, gt=0.0)
     """Cap on the search; training stands still meanwhile."""

@@ -9,6 +9,7 @@ the mean over ranks that the native engine computes. The norm and the shared sto
 """
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,6 +271,16 @@ class _DeepSpeed:
     no_timer: Any
 
 
+def check_installed() -> None:
+    """Raise `Unavailable` where deepspeed is not installed; it is not imported."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise _not_usable("it is not installed")
+
+
+def _not_usable(why: str) -> Unavailable:
+    return Unavailable(f"engine deepspeed needs the package deepspeed ({why}): {INSTALL}, or set engine: native")
+
+
 def _deepspeed(mesh: Mesh) -> _DeepSpeed:
     """Import deepspeed and tell it of the world that is there. Raises `Unavailable`."""
     with _stdout_to_stderr():
@@ -280,7 +291,7 @@ def _deepspeed(mesh: Mesh) -> _DeepSpeed:
             from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
             from deepspeed.utils.timer import NoopTimer
         except ImportError as failure:
-            raise Unavailable(f"engine deepspeed needs the package deepspeed ({failure}): {INSTALL}, or set engine: native") from failure
+            raise _not_usable(str(failure)) from failure
         if mesh.device.type == "cpu":  # also on a machine with GPUs, where it would choose those
             set_accelerator(CPU_Accelerator())
         # its shared-memory reduction serves inference alone; on the CPU it would be compiled here, for half a minute, by a compiler
