@@ -21,6 +21,8 @@ class Portion:
     commit: str
     command: str
     rows: tuple[Row, ...]
+    seconds: float = 0.0
+    """That they took together."""
 
     @property
     def is_kept(self) -> bool:
@@ -58,8 +60,12 @@ class Journal:
         together: dict[str, Row] = {}
         for portion in self.portions:
             for row in portion.rows if name in (None, portion.name) else ():
-                together.setdefault(row.fault, Row(row.fault, row.promise)).trials.extend(row.trials)
+                together.setdefault(row.fault, replace(row, trials=[])).trials.extend(row.trials)
         return list(together.values())
+
+    def seconds_of(self, name: str | None = None) -> float:
+        """That the trials of the fault `name`, or all, took."""
+        return sum(portion.seconds for portion in self.portions if name in (None, portion.name))
 
     @property
     def commits(self) -> list[str]:
@@ -79,5 +85,5 @@ class Journal:
 
 
 def _portion(fields: dict[str, Any]) -> Portion:
-    rows = (Row(row["fault"], row["promise"], [Trial(**trial) for trial in row["trials"]]) for row in fields["rows"])
+    rows = (Row(**{**row, "trials": [Trial(**trial) for trial in row["trials"]]}) for row in fields["rows"])
     return Portion(**{**fields, "rows": tuple(rows)})

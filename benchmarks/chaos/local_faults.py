@@ -37,6 +37,9 @@ from crossdock.runtime.phases import PHASES, Phase
 BATCH = 5  # faults of one run
 TIMEOUT_S = 2.0
 ENDURING = "fault.max_restarts=20"
+RESUMED_WITHIN_S = 15.0
+DEADLY = ("kill", "crash")
+"""What leaves no process of which anybody could tell where it stands."""
 
 
 def disasters(draw: random.Random, act: str, phases: list[Phase], seconds: float = 0.0) -> list[Fault]:
@@ -66,12 +69,15 @@ def lost_ranks(
 ) -> list[Row]:
     """Ranks lost in all phases in turn, several in one run; a row for each phase."""
     draw = random.Random(seed)
-    rows = {phase: Row(f"{what}: {phase}", f"named, detected in {detected_within_s:g} s, goes on in 15 s, bitwise") for phase in PHASES}
+    promise = f"named, detected in {detected_within_s:g} s, goes on in {RESUMED_WITHIN_S:g} s, bitwise"
+    promise += "" if act in DEADLY else ", stacks of all ranks"
+    rows = {phase: Row(f"{what}: {phase}", promise, [], detected_within_s, RESUMED_WITHIN_S) for phase in PHASES}
     waiting = [PHASES[number % len(PHASES)] for number in range(trials)]
     while waiting:
         batch, waiting = waiting[:BATCH], waiting[BATCH:]
         directory, code = workshop.suffer(disasters(draw, act, batch, seconds), ENDURING, f"parallel.timeout_s={TIMEOUT_S}")
         bitwise = code == 0 and workshop.is_undisturbed(directory)
+        stacks = None if act in DEADLY else has_all_stacks(directory)
         for blow, restart, recovery_s in answers(directory):
             note = "" if code == 0 else f"exit code {code}: {result_of(directory).get('message', errors_of(directory))[:300]}"
             if restart is None:
@@ -83,9 +89,15 @@ def lost_ranks(
                 note += f" {lost} steps lost with a checkpoint every {EVERY}"
             named = restart["rank"] == blow["rank"]
             note += "" if named else f" rank {blow['rank']} was lost, and the cause was said to be: {restart['cause'][:200]}"
-            rows[blow["phase"]].trials.append(Trial(code == 0 and lost <= EVERY, named, bitwise, detection_s, recovery_s, note))
+            rows[blow["phase"]].trials.append(Trial(code == 0 and lost <= EVERY, named, bitwise, detection_s, recovery_s, note, stacks))
         shutil.rmtree(directory)
     return [row for row in rows.values() if row.trials]
+
+
+def has_all_stacks(directory: Path) -> bool:
+    """Whether a run in which a rank hung left word of where each rank stood: its own, or the system's of one that could not speak."""
+    files = [path for rank in range(NUM_RANKS) for path in (directory / "stacks").glob(f"rank-{rank:05d}.*") if path.stat().st_size]
+    return len({path.name.partition(".")[0] for path in files}) == NUM_RANKS
 
 
 def kills(workshop: Workshop, trials: int, seed: int) -> list[Row]:
@@ -160,14 +172,15 @@ def exhaustions(workshop: Workshop, trials: int, seed: int) -> list[Row]:
 
 def writes(workshop: Workshop, trials: int, seed: int) -> list[Row]:
     """A disk that is full when a shard is begun, and one that takes the first KiB of it."""
-    draw, row = random.Random(seed), Row("disk full, short write", "exits 74, older checkpoints whole, goes on bitwise")
+    draw, promise = random.Random(seed), "exits 74, older checkpoints whole, goes on bitwise"
+    rows = {"fill_disk": Row("disk full", promise), "shorten_files": Row("short write", promise)}
     for number in range(trials):
-        act = ("fill_disk", "shorten_files")[number % 2]
+        act = list(rows)[number % 2]
         step = EVERY * draw.randint(2, STEPS // EVERY)
         # metrics and events are files of rank 0 as well: only its peer's files can be shortened without ending more than the checkpoint
         rank = 1 if act == "shorten_files" else draw.randrange(NUM_RANKS)
-        _refused(workshop, row, Fault(act, rank, "checkpoint_write", step), 74, "the checkpoint was not written")
-    return [row]
+        _refused(workshop, rows[act], Fault(act, rank, "checkpoint_write", step), 74, "the checkpoint was not written")
+    return [row for row in rows.values() if row.trials]
 
 
 def full_disks(workshop: Workshop, trials: int, seed: int) -> list[Row]:

@@ -117,7 +117,8 @@ def node_losses(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Ro
     """
     draw, rows = random.Random(seed), []
     for node, which in ((1, "a node"), (0, "the node of the rendezvous")):
-        row = Row(f"SIGKILL of {which}, 2 x 2 ranks (torchrun)", "all its ranks named in 2 s, goes on in 15 s when it is back, bitwise")
+        promise = "all its ranks named in 2 s, goes on in 15 s when it is back, bitwise"
+        row = Row(f"SIGKILL of {which}, 2 x 2 ranks (torchrun)", promise, [], 2.0, 15.0)
         for _ in range(trials):
             directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
             with Nodes(lab, workshop, directory, 2, workshop.script(directory, [_pause(step, 0.5)]), *FOUR_RANKS) as nodes:
@@ -135,7 +136,8 @@ def node_losses(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Ro
 def partitions(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row]:
     """A link that carries nothing for some seconds, longer than the ranks wait for one another."""
     draw = random.Random(seed)
-    row = Row("network partition (torchrun)", f"named in timeout ({TIMEOUT_S:g} s) + 3 s, goes on when the link is back, bitwise")
+    promise = f"named in timeout ({TIMEOUT_S:g} s) + 3 s, goes on in 15 s when the link is back, bitwise"
+    row = Row("network partition (torchrun)", promise, [], TIMEOUT_S + 3.0, 15.0)
     for _ in range(trials):
         directory, step = workshop.directory(), draw.randint(EVERY + 1, STEPS - 1)
         with Nodes(lab, workshop, directory, 1, workshop.script(directory, [_pause(step, 0.5)])) as nodes:
@@ -172,8 +174,9 @@ def kills_under_torchrun(workshop: Workshop, trials: int, seed: int) -> list[Row
     draw, rows = random.Random(seed), []
     launcher = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "5"]
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "crossdock"]
-    for act, blow, limit in (("kill", "SIGKILL", "2 s"), ("stop", "SIGSTOP", f"timeout ({TIMEOUT_S:g} s) + 3 s")):
-        row = Row(f"{blow} of a rank (torchrun --max-restarts)", f"named in {limit}, goes on in 15 s, bitwise")
+    blows_of = (("kill", "SIGKILL", "2 s", 2.0), ("stop", "SIGSTOP", f"timeout ({TIMEOUT_S:g} s) + 3 s", TIMEOUT_S + 3.0))
+    for act, blow, limit, limit_s in blows_of:
+        row = Row(f"{blow} of a rank (torchrun --max-restarts)", f"named in {limit}, goes on in 15 s, bitwise", [], limit_s, 15.0)
         for number in range(trials):
             directory = workshop.directory()
             fault = Fault(act, number % NUM_RANKS, draw.choice(("in_flight", "backward", "optimizer")), draw.randint(EVERY + 1, STEPS - 1))

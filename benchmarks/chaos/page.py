@@ -11,21 +11,25 @@ from benchmarks.chaos.runs import Row
 from benchmarks.measure import machine, markdown_table, print_table
 from crossdock import atomic
 
-COLUMNS = ("fault", "trials", "survived", "named", "detection_s", "detection_s_max", "recovery_s", "recovery_s_max", "bitwise")
+SHOWN = (
+    *("fault", "trials", "survived", "named", "stacks", "detection_s", "detection_s_max", "recovery_s", "recovery_s_max"),
+    *("in_time", "bitwise"),
+)
+SHARES = ("survived", "named", "stacks", "in_time", "bitwise")
 EXPLAINED = (
     "Every trial is one blow to a training run of two ranks (a small top-2 model, 24 steps, a checkpoint every 4, a re-planning",
     "with migration after step 11), at a random step and rank, in the phase that the row names. Losses of nodes: four ranks on two hosts.",
     "",
-    "- survived: the run reached its target, or ended with the right exit code and went on by the same command.",
+    "- survived: the run reached its target, or ended with the right exit code and result.json and went on by the same command.",
     "- named: the rank that was hit is the one that the run blames.",
-    "- bitwise: losses and gradient norms of all steps, and every tensor of the last checkpoint, are those of the undisturbed run.",
-    "- detection: from the blow until the run has said who was lost, its ranks ended.",
-    "- recovery: from the blow until training goes on from the checkpoint. After SIGTERM: the whole of the second command. After a",
+    "- stacks: those of all ranks were kept, or what the system says of one that could not write them.",
+    "- detection_s: from the blow until the run has said who was lost, its ranks ended; the median and the worst.",
+    "- recovery_s: from the blow until training goes on from the checkpoint. After SIGTERM: the whole of the second command. After a",
     "  partition: from the moment the link is back. Of a lost node: its agent is started again one second after it ended, and so is that",
     "  of the other node where it ends as well.",
-    "",
-    "Medians and worst cases, on the wall clock of a machine that does other things as well. No trial is judged by the seconds that its",
-    "promise names: hold them against the columns.",
+    "- in_time: both within the seconds that the promise names.",
+    "- bitwise: losses and gradient norms of all steps, and every tensor of the last checkpoint, are those of the undisturbed run. Of a",
+    "  damaged checkpoint: every tensor that was loaded is one that was saved.",
 )
 
 
@@ -35,15 +39,16 @@ def show(rows: Sequence[Row], json_only: bool) -> None:
     if json_only:
         sys.stdout.write(json.dumps(found, allow_nan=False) + "\n")
     else:
-        print_table(found, "what a run survives", COLUMNS)
+        print_table(found, "what a run survives", SHOWN)
 
 
-def publish(journal: Journal, out: Path) -> None:
-    """Put the rows of all trials so far into `out`, and the page beside it."""
+def publish(journal: Journal, out: Path, left_out: Mapping[str, str]) -> None:
+    """Put the rows of all trials so far into `out`, and the page beside it. `left_out`: faults that cannot be had here, and why."""
     rows = [row.as_json() for row in journal.rows()]
     about = {"machine": machine(), "commits": journal.commits, "commands": journal.commands, "what": "faults"}
-    atomic.write_json(out, {**about, "rows": rows})
-    atomic.write_text(out.with_suffix(".md"), page({**about, "rows": rows}))
+    document = {**about, "seconds": round(journal.seconds_of(), 1), "left_out": dict(left_out), "rows": rows}
+    atomic.write_json(out, document)
+    atomic.write_text(out.with_suffix(".md"), page(document))
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -51,9 +56,10 @@ def page(document: Mapping[str, Any]) -> str:
     rows, about = document["rows"], document["machine"]
     kills = sum(row["trials"] for row in rows if row["fault"].startswith("SIGKILL of a rank"))
     damaged = sum(row["trials"] for row in rows if row["fault"].startswith("damaged checkpoint"))
-    different = [row for row in rows if row["bitwise"] is not None and len(set(row["bitwise"].split("/"))) > 1]
-    broken = [row for row in rows if any(row[name] is not None and len(set(row[name].split("/"))) > 1 for name in ("survived", "named"))]
-    failures = [f"- {row['fault']}: {'; '.join(row['notes'])}" for row in (*different, *(row for row in broken if row not in different))]
+    different = sum(not _is_whole(row["bitwise"]) for row in rows)
+    total, minutes = sum(row["trials"] for row in rows), document["seconds"] / 60
+    left_out = [f"- {name}: {reason}" for name, reason in document["left_out"].items()]
+    broken = [row for row in rows if not all(_is_whole(row[name]) for name in SHARES)]
     return "\n".join(
         [
             "# What a run survives",
@@ -63,20 +69,25 @@ def page(document: Mapping[str, Any]) -> str:
             f"Commit {', '.join(document['commits'])}. Machine: {about['processor']}, {about['cores']} cores, {about['system']}, "
             f"Python {about['python']}, torch {about['torch']}.",
             "",
-            f"{kills} SIGKILLs of single ranks and {damaged} damaged checkpoints. Rows whose curves or tensors differ from the undisturbed "
-            f"run: {len(different)}. Rows with another promise broken: {len(broken)}.",
+            f"{total} trials in {minutes:.0f} minutes, of them {kills} SIGKILLs of single ranks and {damaged} damaged checkpoints. Rows "
+            f"whose curves or tensors differ from the undisturbed run: {different}. Rows with any promise broken: {len(broken)}.",
             "",
             *EXPLAINED,
             "",
-            markdown_table(rows, COLUMNS),
-            "Promises:",
+            markdown_table(rows, (*SHOWN, "promise")),
+            "## Where a promise was broken",
             "",
-            *(f"- {promise}: {', '.join(row['fault'] for row in rows if row['promise'] == promise)}" for promise in _promises(rows)),
+            *([f"- {row['fault']}: {_broken(row)}" for row in broken] or ["Nowhere."]),
             "",
-            *(["What went wrong:", "", *failures, ""] if failures else []),
+            *(["## Left out", "", *left_out, ""] if left_out else []),
         ]
     )
 
 
-def _promises(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["promise"] for row in rows))
+def _is_whole(share: str | None) -> bool:
+    return share is None or len(set(share.split("/"))) == 1
+
+
+def _broken(row: Mapping[str, Any]) -> str:
+    shares = ", ".join(f"{name} {row[name]}" for name in SHARES if not _is_whole(row[name]))
+    return f"{shares} (promised: {row['promise']})" + "".join(f"; {note}" for note in row["notes"])

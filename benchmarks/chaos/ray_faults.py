@@ -65,6 +65,9 @@ def node_losses(workshop: Workshop, trials: int, seed: int) -> list[Row]:
         row = Row(
             f"SIGKILL of the node of {'rank 0, with the store' if rank == 0 else 'another rank'} (Ray)",
             "named in 2 s, goes on on another node in 15 s, bitwise",
+            [],
+            2.0,
+            15.0,
         )
         row.trials.append(_trial(workshop, rank, draw.randint(EVERY + 1, STEPS - 1)))
         rows.append(row)

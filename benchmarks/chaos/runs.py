@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +39,12 @@ RUN = (
     f"replan={{at_step: {MIGRATION_STEP}, method: random, objective: devices, seconds: 1.0, capture_steps: 2, pays_back_within: 0}}",
 )
 LIMIT_S = 300.0
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[\w.+@-]+/)+")
+
+
+def without_places(text: str) -> str:
+    """What may be published of a message: no folders and no name of this machine, only the last part of a path."""
+    return _FOLDERS.sub("", text).replace(platform.node(), "HOST") if platform.node() else _FOLDERS.sub("", text)
 
 
 @dataclass(frozen=True)
@@ -50,46 +58,58 @@ class Trial:
     detection_s: float | None = None
     recovery_s: float | None = None
     note: str = ""
+    stacks: bool | None = None
+    """Whether those of all ranks were kept, or what the system says of one that could not write them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "note", without_places(self.note))
 
     @property
     def is_kept(self) -> bool:
-        """Whether every promise was."""
-        return self.survived and self.named is not False and self.bitwise is not False
+        """Whether every promise was, but for the seconds."""
+        return self.survived and False not in (self.named, self.bitwise, self.stacks)
 
 
 @dataclass
 class Row:
-    """A fault and its trials."""
+    """A fault and its trials; the seconds are those that the promise names, None where it names none."""
 
     fault: str
     promise: str
     trials: list[Trial] = field(default_factory=list)
+    detected_within_s: float | None = None
+    resumed_within_s: float | None = None
 
     @property
     def is_kept(self) -> bool:
-        return bool(self.trials) and all(
-            trial.survived and trial.named is not False and trial.bitwise is not False for trial in self.trials
-        )
+        """Whether every promise was, but for the seconds: those also depend on what else the machine does."""
+        return bool(self.trials) and all(trial.is_kept for trial in self.trials)
+
+    def is_in_time(self, trial: Trial) -> bool:
+        """Whether a trial took no longer than promised; one that was promised and did not come is late."""
+        taken = ((trial.detection_s, self.detected_within_s), (trial.recovery_s, self.resumed_within_s))
+        return all(limit_s is None or (seconds is not None and seconds <= limit_s) for seconds, limit_s in taken)
 
     def as_json(self) -> dict[str, Any]:
         """Counts, medians and worst cases, and what went wrong."""
 
-        def share(name: str) -> str | None:
-            said = [getattr(trial, name) for trial in self.trials if getattr(trial, name) is not None]
-            return f"{sum(said)}/{len(said)}" if said else None
+        def share(said: Sequence[bool | None]) -> str | None:
+            known = [word for word in said if word is not None]
+            return f"{sum(known)}/{len(known)}" if known else None
 
         def seconds(name: str) -> dict[str, float | None]:
             found = [getattr(trial, name) for trial in self.trials if getattr(trial, name) is not None]
             return {name: round(statistics.median(found), 3) if found else None, f"{name}_max": round(max(found), 3) if found else None}
 
+        is_timed = self.detected_within_s is not None or self.resumed_within_s is not None
         return {
             "fault": self.fault,
             "trials": len(self.trials),
-            "survived": share("survived"),
-            "named": share("named"),
+            **{name: share([getattr(trial, name) for trial in self.trials]) for name in ("survived", "named", "stacks")},
             **seconds("detection_s"),
             **seconds("recovery_s"),
-            "bitwise": share("bitwise"),
+            "in_time": share([self.is_in_time(trial) for trial in self.trials]) if is_timed else None,
+            "bitwise": share([trial.bitwise for trial in self.trials]),
             "promise": self.promise,
             "notes": sorted({trial.note for trial in self.trials if trial.note})[:5],
         }

@@ -1,6 +1,7 @@
 """Scripted disasters: the table is made of all trials so far, a call that was cut off goes on, and what events say of a blow."""
 
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def test_without_resume_a_fault_begins_anew_and_others_stay(blows: Blows, tmp_pa
     assert main(["--only", "blow", "--short", "--out", str(out)]) == 0
     assert {row["fault"]: row["trials"] for row in json.loads(out.read_text())["rows"]} == {"other": 1, "blow": 3}
     page = out.with_suffix(".md").read_text()
-    assert f"python -m benchmarks.chaos --only blow --short --out {out}" in page
-    assert f"python -m benchmarks.chaos --only other --out {out}" in page
+    assert "    python -m benchmarks.chaos --only blow --short --out faults.json\n" in page
+    assert "    python -m benchmarks.chaos --only other --out faults.json\n" in page
     assert "--trials 20" not in page
 
 
@@ -103,3 +104,45 @@ def test_the_aftermath_of_a_blow_is_read_from_what_came_after_it(tmp_path: Path)
     assert after.recovery_s == pytest.approx(4.0, abs=0.1)
     assert Aftermath.of(tmp_path, now_s - 5, back_s=now_s - 2).recovery_s == pytest.approx(1.0, abs=0.1)
     assert Aftermath.of(tmp_path, now_s) == Aftermath()
+
+
+def test_the_page_has_every_promise_in_one_table_says_which_was_broken_and_no_place_of_this_machine(
+    blows: Blows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = f"cannot write {tmp_path}/run-0001/result.json: on {platform.node()}, see https://host/a/b"
+    late = Row("late", "named in 2 s", [Trial(True, True, detection_s=2.5), Trial(True, True, detection_s=1.0)], 2.0)
+    lost = Row("lost", "bitwise", [Trial(True, None, False, note=note)])
+    mute = Row("mute", "goes on in 15 s", [Trial(True, stacks=False)], None, 15.0)
+    monkeypatch.setattr(
+        chaos, "FAULTS", {"blow": chaos.FAULTS["blow"], "all": Kind(lambda *_: [late, lost, mute], 2, 2, 2), "none": chaos.FAULTS["blow"]}
+    )
+    monkeypatch.setattr(chaos, "impossible", lambda name: "there is no root" if name == "none" else None)
+    out = tmp_path / "faults.json"
+    assert main(["--trials", "2", "--only", "blow,all,none", "--out", str(out)]) == 1
+    page = out.with_suffix(".md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table] == ["| fault", "| blow", "| late", "| lost", "| mute"]
+    assert all(
+        promise in line for promise, line in zip(("nothing is lost", "named in 2 s", "bitwise", "goes on in 15 s"), table[1:], strict=True)
+    )
+    told = page.partition("## Where a promise was broken")[2].split("\n## Left out")
+    assert [line.split(":")[0] for line in told[0].strip().splitlines()] == ["- late", "- lost", "- mute"]
+    assert "- late: in_time 1/2 (promised: named in 2 s)" in told[0]
+    assert "- mute: stacks 0/1, in_time 0/1" in told[0]
+    assert "cannot write result.json: on HOST, see https://host/a/b" in told[0]
+    assert "- none: there is no root" in told[1]
+    for path in (out, out.with_suffix(".md"), out.with_suffix(".jsonl")):
+        assert str(tmp_path) not in path.read_text()
+        assert platform.node() not in path.read_text()
+    assert "Nowhere." not in page
+    assert "about 0 minutes on four idle cores: blow 2 in 0 s" in capsys.readouterr().err
+
+
+def test_the_long_form_has_the_counts_that_are_promised_and_takes_less_than_an_hour() -> None:
+    assert chaos.FAULTS["kill"].long >= 200
+    assert chaos.FAULTS["corrupt"].long >= 1000
+    assert all(kind.long >= 4 and kind.trial_s > 0 for kind in chaos.FAULTS.values())
+    assert sum(kind.long * kind.trial_s for kind in chaos.FAULTS.values()) <= 55 * 60
+    assert {"stop", "terminate", "partition", "slow", "disk", "write", "poison", "memory", "plan", "clock", "loop", "node", "ray"} <= set(
+        chaos.FAULTS
+    )

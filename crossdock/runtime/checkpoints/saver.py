@@ -102,13 +102,13 @@ class Saver:
             aside = writing.path.parent
             Manifest(**writing.frame, shards=shards, tensors=tensors).write(aside)
             reached("checkpoint_rename")
-            if final.exists():
-                shutil.rmtree(final)
+            if final.exists():  # a damaged one, or that of the very step at which this run resumed
+                _discard(final)
             aside.rename(final)
             fsync(self.directory)
             folders = finished(self.directory)
             for old in folders[folders.index(final) + self.config.keep :]:  # newer ones, which `latest` passed over, do not count
-                shutil.rmtree(old)
+                _discard(old)
 
         _together(self.mesh, commit, only_rank=0)
         end_s = time.perf_counter()
@@ -195,6 +195,13 @@ def _together(mesh: Mesh, work: Callable[[], Any], only_rank: int | None = None)
     if problems:
         raise IoFailure(f"the checkpoint was not written, older ones are untouched ({problems[0]}); free space or choose another run.dir")
     return [value for value, _ in results]
+
+
+def _discard(folder: Path) -> None:
+    """Take a checkpoint away: first its name, so that a process that is killed meanwhile leaves no half of it that looks like a whole."""
+    nameless = folder.with_name(f".{folder.name}.old.tmp")
+    folder.rename(nameless)
+    shutil.rmtree(nameless)
 
 
 def _name(step: int) -> str:

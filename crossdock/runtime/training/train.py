@@ -75,6 +75,7 @@ class _Run:
             homing = Homing(training.forecast, cast(Movable, training.model), mesh, self.topology)
         self.stepper = Stepper(training.model, self.engine, training.corpus, training.seq_len, config, mesh, homing)
         self.state, self.step, self.stop_asked = DataState(), 0, False
+        self.resumed_at: int | None = None
         self.window: Window | None = None
         self.before: tuple[Measured, Calibrated] | None = None
         self.reports: dict[str, WindowReport] = {}
@@ -119,7 +120,7 @@ class _Run:
                     raise Preempted(f"asked to stop after step {self.step} of {self.config.steps}; the state is saved in {folder}")
                 if self._due(self.training.checkpoint.every) and self.step < self.config.steps:
                     self._save()
-            if self.training.checkpoint.at_end:
+            if self.training.checkpoint.at_end and self.step != self.resumed_at:  # there it is whole already: never touch it again
                 self._save(at_once=True)
             self._tell_saved(self.saver.finish())
         result = self.result("done", 0)
@@ -326,7 +327,7 @@ class _Run:
                 f"{folder} was made with seed {state.seed} on data {state.corpus_digest[:12]}, and this run seed {self.config.seed} and "
                 f"data {self.training.corpus.digest[:12]}; resume with the same seed and files, or start a new run.dir"
             )
-        self.step, self.state = state.step, state.data
+        self.step, self.state, self.resumed_at = state.step, state.data, state.step
         if self.mesh.rank == 0:
             self.directory.forget_after(self.step)
         self.event("resumed", step=self.step, path=str(folder))

@@ -196,6 +196,46 @@ def test_the_end_of_a_run_waits_for_what_is_being_written(folder: str, monkeypat
     assert checkpoint.verify(Path(folder) / "run" / "checkpoints" / "step-00000011") is None
 
 
+def test_a_run_that_resumes_at_its_end_leaves_the_checkpoint_of_it_alone(folder: str) -> None:
+    plan, options = tiny.random_plan(1, 1), {"checkpoint": CheckpointConfig(at_end=True, keep=1)}
+    run(0, 1, folder, plan, options)
+    path = Path(folder) / "run" / "checkpoints" / "step-00000012"
+    before = path.stat().st_ino
+    again, _ = run(0, 1, folder, plan, {**options, "resume": True})
+    assert (again["status"], again["reached_step"]) == ("done", 12)
+    assert path.stat().st_ino == before
+
+
+KILLED_WHILE_IT_REMOVES = """
+import os, shutil, signal, sys, torch
+from pathlib import Path
+from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
+from tests.runtime import tiny
+from tests.runtime.checkpoints.test_saver import saver_of, state_of
+folder, again = sys.argv[1:]
+run = tiny.stepper(0, 1, folder, tiny.random_plan(1, 1), dtype=torch.float32)
+one = saver_of(folder, "one", run, CheckpointConfig(keep=1))
+one.save(state_of(1))
+def some(path):
+    next(Path(path).glob("shard-*")).unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+shutil.rmtree = some
+one.save(state_of(int(again)))
+"""
+
+
+@pytest.mark.parametrize("again", [1, 2], ids=["that of the same step", "the oldest"])
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_with_a_name(folder: str, again: int) -> None:
+    command = [sys.executable, "-c", KILLED_WHILE_IT_REMOVES, folder, str(again)]
+    process = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+    assert process.returncode == -9, process.stderr
+    root = Path(folder) / "one"
+    assert {path.name: checkpoint.verify(path) for path in checkpoint.finished(root)} == ({"step-00000002": None} if again == 2 else {})
+    run = tiny.stepper(0, 1, folder, tiny.random_plan(1, 1), dtype=torch.float32)
+    saver_of(folder, "one", run, BEHIND).save(state_of(5))
+    assert not list(root.glob(".*.old.tmp"))
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------
 
 
