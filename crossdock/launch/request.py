@@ -157,6 +157,11 @@ def check_reachable(config: RunConfig, world_size: int) -> None:
         )
 
 
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run directory holds a run that reached its target."""
+    return read_result(run_directory(config)).get("status") == "done"
+
+
 def prepare_directory(config: RunConfig) -> bool:
     """Make the run directory ready, by one process before the ranks begin; says whether to continue from its newest checkpoint.
 
@@ -168,8 +173,8 @@ def prepare_directory(config: RunConfig) -> bool:
     has_checkpoint = any((path / "checkpoints").glob("step-*/manifest.json"))
     if resume == "always" and not has_checkpoint:
         raise MissingInput(f"run.resume is always, and {path} holds no checkpoint; name another run.dir, or set run.resume=auto")
-    finished = read_result(path).get("status") == "done"
-    if (path / "config.resolved.yaml").exists() and resume != "always" and (finished or resume == "never"):
+    is_earlier_run = has_checkpoint or (path / "config.resolved.yaml").exists()
+    if is_earlier_run and resume != "always" and (resume == "never" or is_finished(config)):
         aside = next(free for number in range(1, 10_000) if not (free := path.with_name(f"{path.name}.{number}")).exists())
         try:
             path.rename(aside)
@@ -177,9 +182,12 @@ def prepare_directory(config: RunConfig) -> bool:
             raise IoFailure(f"cannot move the earlier run {path} to {aside}: {failure.strerror}; choose another run.dir") from failure
         has_checkpoint = False
     directory = RunDirectory(path)
-    directory.result.unlink(missing_ok=True)
-    if not has_checkpoint:
-        directory.forget_after(0)
+    try:
+        directory.result.unlink(missing_ok=True)
+        if not has_checkpoint:
+            directory.forget_after(0)
+    except OSError as failure:
+        raise IoFailure(f"cannot change the run directory {path}: {failure.strerror}; choose another run.dir") from failure
     return has_checkpoint
 
 

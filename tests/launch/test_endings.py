@@ -9,7 +9,10 @@ import pytest
 
 from crossdock.errors import IoFailure, Unavailable
 from crossdock.launch import cli, start
-from crossdock.launch.request import Request
+from crossdock.launch.config import read_config
+from crossdock.launch.ranks import worker
+from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv
+from crossdock.launch.request import Request, prepare_directory
 
 
 def raising(error: BaseException) -> Any:
@@ -76,3 +79,72 @@ def test_an_earlier_run_that_cannot_be_moved_keeps_its_result(tmp_path: Path, mo
     (tmp_path / "result.json").write_text(json.dumps(earlier))
     monkeypatch.setattr(Path, "rename", raising(PermissionError(13, "Permission denied")))
     assert ended(tmp_path) == (74, earlier)
+
+
+# ---- the run directory of an earlier run -----------------------------------------------------------------------------
+
+EARLIER = {"status": "done", "exit_code": 0, "reached_step": 7}
+
+
+def finished_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.resolved.yaml").write_text("")
+    (folder / "result.json").write_text(json.dumps(EARLIER))
+    return folder
+
+
+def under_torchrun(folder: Path, rank: int, *overrides: str) -> tuple[int, str]:
+    env = WorkerEnv(rank, 2, rank, 2, 0, Meeting("listen", host="127.0.0.1", port=1), "torchrun")
+    ended = worker.main(read_config(Path("tiny"), [f"run.dir={folder}", *overrides]), env)
+    return ended.exit_code, ended.fields["message"]
+
+
+def test_an_outside_launcher_leaves_the_result_of_an_earlier_run_that_cannot_be_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 makes the directory ready itself; one that it could not move aside is not its own to write to."""
+    run = finished_run(tmp_path / "run")
+    monkeypatch.setattr(Path, "rename", raising(PermissionError(13, "Permission denied")))
+    code, message = under_torchrun(run, 0)
+    assert code == 74
+    assert "cannot move the earlier run" in message
+    assert json.loads((run / "result.json").read_text()) == EARLIER
+    assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("never seen"), KeyboardInterrupt()])
+def test_whatever_stops_rank_0_before_its_directory_is_ready(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run(tmp_path / "run")
+    told: list[WorkerEnv] = []
+    monkeypatch.setattr(worker, "prepare_directory", raising(error))
+    monkeypatch.setattr(worker, "stay_away", told.append)
+    assert under_torchrun(run, 0)[0] == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert json.loads((run / "result.json").read_text()) == EARLIER
+    assert len(told) == 1  # ranks that would wait for rank 0
+
+
+def test_an_outside_launcher_tells_how_its_own_run_failed(tmp_path: Path) -> None:
+    """An unfinished run's result is the failing start's to write, and so is that of a run whose directory is ready."""
+    run = finished_run(tmp_path / "run")
+    assert under_torchrun(run, 0, "train.batch_sequences=3")[0] == 78
+    assert json.loads((tmp_path / "run.1" / "result.json").read_text()) == EARLIER
+    assert json.loads((run / "result.json").read_text())["exit_code"] == 78
+    assert under_torchrun(run, 0, "run.resume=always")[0] == 66
+    result = json.loads((run / "result.json").read_text())
+    assert (result["exit_code"], result["status"]) == (66, "failed")
+    assert "holds no checkpoint" in result["message"]
+
+
+def test_never_moves_checkpoints_aside_that_stand_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-3" / "manifest.json").write_text("{}")
+    config = read_config(Path("tiny"), [f"run.dir={tmp_path / 'run'}", "run.resume=never"])
+    assert prepare_directory(config) is False
+    assert (tmp_path / "run.1" / "checkpoints" / "step-3" / "manifest.json").exists()
+
+
+def test_a_directory_that_cannot_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(Path("tiny"), [f"run.dir={tmp_path / 'run'}"])
+    monkeypatch.setattr(Path, "unlink", raising(PermissionError(13, "Permission denied")))
+    with pytest.raises(IoFailure, match=r"cannot change the run directory .*run: Permission denied; choose another run\.dir"):
+        prepare_directory(config)

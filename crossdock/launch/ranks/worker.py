@@ -24,7 +24,16 @@ from crossdock.launch.ranks.rendezvous import control_of, exchange, network_inte
 from crossdock.launch.ranks.roll_call import Cause, Crew, Lost
 from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
 from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
-from crossdock.launch.request import Request, check_reachable, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import (
+    Request,
+    check_reachable,
+    check_world,
+    is_finished,
+    prepare_directory,
+    read_inputs,
+    record_failure,
+    run_directory,
+)
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.transport.mesh import SHUTDOWN_S, Mesh, initialise, shutdown
 
@@ -56,14 +65,16 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
 
 def _done(request: Request, env: WorkerEnv, store: "Store | None") -> Result:
     trains = request.job == "train"
+    is_ours = "resume" in request.arguments
+    """Whether the run directory is this run's: until it is ready it may be that of an earlier one."""
     try:
-        if trains and env.rank == 0 and "resume" not in request.arguments:
+        if trains and env.rank == 0 and not is_ours:
             try:
                 resume = prepare_directory(request.config)
-            except CrossdockError:  # the others have no part in this, and would wait
+            except BaseException:  # the others have no part in this, and would wait
                 stay_away(env)
                 raise
-            request = Request(request.job, request.config, {**request.arguments, "resume": resume})
+            request, is_ours = Request(request.job, request.config, {**request.arguments, "resume": resume}), True
         if request.job in MEETING_JOBS:
             return Result(0, MEETING_JOBS[request.job](request, env, store))
         with joined(request.config, env, trains=trains, store=store) as mesh:
@@ -82,6 +93,8 @@ def _done(request: Request, env: WorkerEnv, store: "Store | None") -> Result:
         if trains and (env.rank == 0 if lost is None else lost.is_mine_to_tell):
             if lost is not None:
                 _record_loss(request.config, env, lost)
+            elif not is_ours and is_finished(request.config):
+                return Result(code, details)  # what an earlier run has left stands
             return Result(code, {**record_failure(request.config, code, message, rank, env.world_size).fields, **details})
         return Result(code, details)
 
