@@ -86,8 +86,8 @@ torch {host["torch"]}, {document["mpi_library"]}. Load when it began: {document[
 
 {ranks} ranks on one host, one thread each. Seconds of one layer's dispatch (its counts, then its rows), `message_bytes` sent by each rank,
 alone and beside as much computing: median of {repeats} repeats of the slowest rank, lowest and highest in brackets, torch (gloo) and MPI in
-turns. Ratios are MPI over torch in the same repeat. `compute_s` is what the computing beside it takes by itself. `copy_bound_s` is one copy of
-what comes from other ranks, all ranks copying at once: it knows no latency, so it says something of large messages alone. Of
+turns. Ratios are MPI over torch in the same repeat. `compute_s` is what the computing beside it takes by itself. `copy_bound_s` is one copy
+of what comes from other ranks, all ranks copying at once: it knows no latency, so it says something of large messages alone. Of
 {rows[-1]["message_bytes"]:,} bytes torch takes {times_bound["torch"]:.1f} times as long, and MPI {times_bound["mpi"]:.1f} times.
 
 `chosen` is what `parallel.transport: auto` takes for messages of that size, by the same code: a step has exchanges of both kinds, and the
