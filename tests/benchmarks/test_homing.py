@@ -16,6 +16,7 @@ def test_rows_of_a_small_instance() -> None:
     assert rows["auto+homing"]["copies"] <= rows["auto"]["copies"] <= rows["auto"]["copies_read"]
     assert rows["auto+homing"]["saved"] >= rows["auto"]["saved"] > 0
     assert rows["auto"]["recall"] > 0.3
+    assert 0 < rows["auto"]["held_of_known"] <= 100
 
 
 def test_the_page_has_a_table_for_every_instance(tmp_path: Path) -> None:
@@ -25,9 +26,18 @@ def test_the_page_has_a_table_for_every_instance(tmp_path: Path) -> None:
         for devices in (2, 4)
         for plan in homing.PLANS
     ]
-    document = {"machine": machine(), "commit": commit(), "what": "what it saves", "command": "python -m benchmarks.homing", "rows": rows}
+    facts = {"machine": machine(), "commit": commit(), "what": "what it saves", "command": "python -m benchmarks.homing"}
+    document = {**facts, "homes_s": 0.0067, "lookup_s": 0.152, "rows": rows}
     homing.write_page(tmp_path / "2026-01-01-homing.md", document)
     text = (tmp_path / "2026-01-01-homing.md").read_text()
     assert "python -m benchmarks.homing --out 2026-01-01-homing.json --page 2026-01-01-homing.md" in text
     assert text.count("| devices | plan |") == text.count("by (devices): 12 % at 2, 14 % at 4.") == 2
+    assert "took 6.7 ms" in text
+    assert "at 8 homes 0.15 s" in text
     assert text.index("## one") < text.index("## other")
+
+
+def test_times_are_of_work_that_is_done() -> None:
+    measured = homing.times(repeats=1)
+    assert set(measured) == {"homes_s", "lookup_s"}
+    assert min(measured.values()) > 0
