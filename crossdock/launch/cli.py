@@ -105,7 +105,12 @@ def train(
     if world_size is not None:
         raise UsageError("--world-size goes with --dry-run; launchers bring their number of ranks, parallel.ranks starts local ones")
     from crossdock.launch.local.nursery import ranks_ahead
+    from crossdock.launch.ranks.worker_env import in_ray_job, worker_env
 
+    if in_ray_job() and worker_env() is None:  # the cluster's nodes do it
+        from crossdock.launch.commands.launch import train_on_ray
+
+        raise typer.Exit(train_on_ray(config, asked))
     with ranks_ahead() as nursery:  # the ranks import torch while we do
         from crossdock.launch import start
         from crossdock.launch.config import read_config

@@ -10,8 +10,9 @@ from typing import Any, Literal, Self
 import pydantic
 
 from crossdock import atomic, strict_yaml
-from crossdock.errors import BadConfig, UsageError
+from crossdock.errors import BadConfig
 from crossdock.launch.restarts import FaultConfig
+from crossdock.launch.run_file import run_document
 from crossdock.models.config import ModelConfig
 from crossdock.placement.costs.cost import Dispatch
 from crossdock.runtime.adaptation.capture import CaptureConfig
@@ -23,7 +24,7 @@ from crossdock.runtime.optimization.deepspeed_engine import DeepSpeedConfig
 from crossdock.runtime.optimization.engines import EngineName
 from crossdock.runtime.profiler import ProfileConfig
 from crossdock.runtime.training.steps import TrainConfig
-from crossdock.strict_yaml import Contradiction, Document, StrictModel
+from crossdock.strict_yaml import Contradiction, StrictModel
 
 
 class RunSection(StrictModel):
@@ -184,56 +185,16 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def shipped_configs() -> Path:
-    """Where the runs that come with Crossdock lie: inside an installed package, else in the `configs` of a source checkout."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
-
-
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config at `path`, or the shipped one of that bare name, with `overrides` such as `train.steps=100` applied.
 
     Raises `MissingInput`, `BadConfig`, and `UsageError` for an override that is none.
     """
-    shipped = shipped_configs() / f"{path.name.removesuffix('.yaml')}.yaml"
-    if not path.exists() and path.parent == Path() and shipped.is_file():
-        path = shipped
-    document = strict_yaml.load(path)
-    if document.value is None:  # an empty file, or comments alone: all defaults
-        document = Document({}, document.name, document.line_of)
-    config = strict_yaml.validated(RunConfig, with_overrides(document, overrides))
+    document, name = run_document(path, overrides)
+    config = strict_yaml.validated(RunConfig, document)
     if config.run.dir is not None:
         return config
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path("runs") / path.stem)})})
-
-
-def with_overrides(document: Document, overrides: Sequence[str]) -> Document:
-    """The document with `a.b=c` set, each after YAML's own rules for scalars and `[lists]`; messages name the override."""
-    if not isinstance(document.value, dict):
-        return document
-    value: dict[str, Any] = _copied(document.value)
-    line_of, origin_of = dict(document.line_of), dict(document.origin_of)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        parts = tuple(key.split("."))
-        if not separator or not all(parts):
-            raise UsageError(f"override {override!r} is not of the form a.b=c, as in train.steps=100")
-        here = value
-        for depth, part in enumerate(parts[:-1], start=1):
-            here = here.setdefault(part, {})
-            if not isinstance(here, dict):
-                raise BadConfig(
-                    f"override {override}: `{strict_yaml.dotted(parts[:depth])}` is no mapping of keys, so nothing can be set in it"
-                )
-        here[parts[-1]] = strict_yaml.parse(text, f"override {override}").value
-        line_of = {path: line for path, line in line_of.items() if path[: len(parts)] != parts}
-        origin_of = {path: origin for path, origin in origin_of.items() if path[: len(parts)] != parts}
-        origin_of[parts] = f"override {override}"
-    return Document(value, document.name, line_of, origin_of)
-
-
-def _copied(value: Any) -> Any:
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path("runs") / name)})})
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, IoFailure
@@ -21,10 +21,6 @@ from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkp
 from crossdock.runtime.optimization.deepspeed_engine import check_installed
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.strict_yaml import Document
-
-if TYPE_CHECKING:
-    from crossdock.launch.ray.launcher import Policy
-    from crossdock.launch.scripts.allocation import Shape
 
 WORKER = ("-m", "crossdock.launch.ranks.worker")
 
@@ -71,20 +67,12 @@ def model_facts(config: RunConfig) -> dict[str, int]:
 
 
 def train(config: RunConfig, nursery: Nursery | None = None) -> int:
-    """Train; returns the exit code. The last line on stdout is the object of `result.json`. In a Ray job the cluster's nodes do it."""
-    if worker_env() is None and in_ray_job():
-        return train_on_ray(config)
-    return _report(run(Request("train", config), nursery), config)
+    """Train; returns the exit code. The last line on stdout is the object of `result.json`."""
+    return report(run(Request("train", config), nursery), config)
 
 
-def train_on_ray(config: RunConfig, shape: "Shape | None" = None, policy: "Policy | None" = None, address: str | None = None) -> int:
-    """Train on a Ray cluster, see `ray_launcher.launch`; returns the exit code."""
-    from crossdock.launch.ray.launcher import Policy, launch
-
-    return _report(launch(config, shape, policy or Policy(), address), config)
-
-
-def _report(result: Result, config: RunConfig) -> int:
+def report(result: Result, config: RunConfig) -> int:
+    """Say how a training run has ended; returns its exit code."""
     if result.exit_code == 0:
         print(f"-- done after step {result.fields['reached_step']}; files in {config.run.dir}, begin with report.html", file=sys.stderr)
     print(json.dumps(result.as_json()), flush=True)

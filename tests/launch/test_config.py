@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from crossdock.errors import BadConfig, MissingInput, UsageError
-from crossdock.launch.config import read_config, save_resolved, schema, shipped_configs
+from crossdock.launch.config import read_config, save_resolved, schema
+from crossdock.launch.run_file import shipped_configs
 
 
 @pytest.fixture

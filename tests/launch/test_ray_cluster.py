@@ -8,10 +8,12 @@ import pytest
 from crossdock.errors import BadConfig, Unavailable
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
+from crossdock.launch.ray.ahead import Ahead
 from crossdock.launch.ray.cluster import Node, able, chosen, shape_of, shrunk, too_small
 from crossdock.launch.ray.launcher import Policy, launch
 from crossdock.launch.ray.metrics import GAUGES, last_row
 from crossdock.launch.scripts.allocation import Shape
+from crossdock.placement.records.topology import Topology
 
 CPU = Shape(nodes=2, ranks_per_node=2, gpus=False, cores_per_rank=2)
 
@@ -43,17 +45,19 @@ def test_nodes_that_may_be_gone_are_taken_where_others_do_not_suffice() -> None:
 
 
 def test_as_few_nodes_as_hold_the_ranks() -> None:
-    config = tiny("parallel.expert=4", "train.batch_sequences=8")
-    assert shape_of(config, [node(1, 8), node(2, 8)], gpus=False) == Shape(1, 4, False, 1)
-    assert shape_of(config, [node(1, 2), node(2, 2)], gpus=False) == Shape(2, 2, False, 1)
+    assert shape_of(4, None, [node(1, 8), node(2, 8)]) == Shape(1, 4, False, 1)
+    assert shape_of(4, None, [node(1, 2), node(2, 2)]) == Shape(2, 2, False, 1)
+    assert shape_of(4, None, [node(1, 8), node(2, 8, gpus=4)]) == Shape(1, 4, True, 1)
     with pytest.raises(Unavailable, match=r"1 nodes with 4 ranks each need 4 cores a node.*10\.0\.0\.1 1, 10\.0\.0\.2 1"):
-        shape_of(config, [node(1, 1), node(2, 1)], gpus=False)
+        shape_of(4, None, [node(1, 1), node(2, 1)])
 
 
-def test_as_many_nodes_as_the_topology_declares(tmp_path: Path) -> None:
-    topology = "configs/topologies/2x2-local.yaml"
-    config = tiny("parallel.expert=4", "train.batch_sequences=8", f"topology={topology}")
-    assert shape_of(config, [node(1, 8), node(2, 8)], gpus=False) == Shape(2, 2, False, 1)
+def test_as_many_nodes_as_the_topology_declares() -> None:
+    topology = Topology.load("configs/topologies/2x2-local.yaml")
+    assert shape_of(4, topology, [node(1, 8), node(2, 8)]) == Shape(2, 2, False, 1)
+    assert shape_of(8, topology, [node(number, 2) for number in range(4)]) == Shape(4, 2, False, 1)
+    with pytest.raises(Unavailable, match="2 nodes with 2 ranks each need 2 cores a node"):
+        shape_of(4, topology, [node(1, 8)])
 
 
 def test_too_small_says_the_numbers() -> None:
@@ -84,7 +88,7 @@ def test_a_relative_directory_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatc
     assert not in_ray_job({})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(BadConfig, match="absolute path that every node reaches"):
-        launch(tiny(), None, Policy())
+        launch(tiny(), None, Policy(), Ahead(None, None))
     assert list(tmp_path.iterdir()) == []
 
 

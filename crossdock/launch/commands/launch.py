@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -191,15 +192,30 @@ def launch_ray(
 
     Example: crossdock launch ray configs/small.yaml parallel.expert=4 run.dir=/shared/small --nodes 2 --ranks-per-node 2
     """
-    from crossdock.launch import start
-    from crossdock.launch.config import read_config
-    from crossdock.launch.ray.launcher import Policy
-
     if (nodes is None) != (ranks_per_node is None):
         raise UsageError("--nodes and --ranks-per-node belong together; give both, or none to use as few nodes as hold the ranks")
     shape = None if nodes is None or ranks_per_node is None else cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
-    policy = Policy(restarts, silence_s, wait_s, min_nodes)
-    raise typer.Exit(start.train_on_ray(read_config(Path(config), overrides or ()), shape, policy, address))
+    policy = {"restarts": restarts, "silence_s": silence_s, "wait_s": wait_s, "min_nodes": min_nodes}
+    raise typer.Exit(train_on_ray(Path(config), overrides or (), shape, address, policy))
+
+
+def train_on_ray(
+    config: Path,
+    overrides: Sequence[str],
+    shape: cluster.Shape | None = None,
+    address: str | None = None,
+    policy: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
+    """Train on a Ray cluster, whose ranks import torch while we do; returns the exit code. `policy`: fields of `launcher.Policy`."""
+    from crossdock.launch.ray.ahead import ranks_ahead
+
+    with ranks_ahead(config, overrides, shape, address) as ahead:
+        from crossdock.launch import start
+        from crossdock.launch.config import read_config
+        from crossdock.launch.ray.launcher import Policy, launch
+
+        run_config = read_config(config, overrides)
+        return start.report(launch(run_config, shape, Policy(**policy), ahead), run_config)
 
 
 def _run(config: str, overrides: Sequence[str] | None, world_size: int, num_hosts: int, launcher: str) -> cluster.Run:

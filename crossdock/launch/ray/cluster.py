@@ -2,11 +2,16 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from crossdock.errors import CrossdockError, Unavailable
-from crossdock.launch.config import RunConfig
-from crossdock.launch.request import check_world, read_inputs
 from crossdock.launch.scripts.allocation import Shape
+
+if TYPE_CHECKING:
+    from crossdock.launch.config import RunConfig
+    from crossdock.placement.records.topology import Topology
+
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,21 @@ class Node:
         return min(by_cores, int(self.gpus - self.driver_gpus)) if shape.gpus else by_cores
 
 
-def shape_of(config: RunConfig, nodes: Sequence[Node], *, gpus: bool, cores_per_rank: int = 1) -> Shape:
+@dataclass(frozen=True)
+class Place:
+    """Where an actor really is, as it says itself, and the GPUs that it may use there."""
+
+    node_id: str
+    address: str
+    gpus: tuple[str, ...] = ()
+
+
+def shape_of(world_size: int, topology: "Topology | None", nodes: Sequence[Node]) -> Shape:
     """The shape of a run that says only how many ranks it has: on as few nodes as hold them, or as many as its topology declares.
 
-    Raises `Unavailable` where the cluster is too small, with the numbers.
+    A rank has a GPU where any node has some, and one core. Raises `Unavailable` where the cluster is too small, with the numbers.
     """
-    world_size = config.parallel.local_ranks
-    topology = read_inputs(config).topology
+    gpus, cores_per_rank = any(node.gpus for node in nodes), 1
     declared = 0 if topology is None else topology.num_nodes * (world_size // topology.num_devices)
     counts = [declared] if declared else [count for count in range(1, world_size + 1) if world_size % count == 0]
     shapes = [Shape(count, world_size // count, gpus, cores_per_rank) for count in counts]
@@ -53,6 +66,42 @@ def chosen(nodes: Sequence[Node], count: int, suspects: Collection[str]) -> list
     return [node for node in nodes if node in last]
 
 
+def check_places(places: Sequence[Place], nodes: Sequence[Node], shape: Shape) -> None:
+    """Hold where the ranks really are against the nodes that were chosen for them, in the order of ranks.
+
+    Raises `Unavailable` where a rank is elsewhere, or has not one GPU for itself where it should have: a group formed so would take links
+    between nodes for links inside one.
+    """
+    wanted = [nodes[rank // shape.ranks_per_node] for rank in range(len(places))]
+    astray = [
+        f"rank {rank} on {place.address} instead of {node.address} (nodes {place.node_id[:12]} and {node.node_id[:12]})"
+        for rank, (place, node) in enumerate(zip(places, wanted, strict=True))
+        if place.node_id != node.node_id
+    ]
+    if astray:
+        raise Unavailable(
+            f"{len(astray)} of {len(places)} ranks run on other nodes than they were given: {_some(astray)}. Ray did not keep its "
+            "placement groups on the nodes that they name; see `ray --version` on every node, and start again"
+        )
+    if not shape.gpus:
+        return
+    shared = [
+        f"rank {rank} on {place.address} has {', '.join(place.gpus) or 'none'}"
+        for rank, place in enumerate(places)
+        if len(place.gpus) != 1 or any(place == other for peer, other in enumerate(places) if peer != rank)
+    ]
+    if shared:
+        raise Unavailable(
+            f"{len(shared)} of {len(places)} ranks have not one GPU for themselves: {_some(shared)}; "
+            "see the GPUs of each node in `ray status`"
+        )
+
+
+def _some(findings: Sequence[str]) -> str:
+    more = f", and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+    return ", ".join(findings[:_SHOWN]) + more
+
+
 def too_small(nodes: Sequence[Node], shape: Shape) -> str:
     """Why the cluster cannot hold the shape, and what to do."""
     kind = "GPUs" if shape.gpus else "cores"
@@ -70,12 +119,14 @@ def too_small(nodes: Sequence[Node], shape: Shape) -> str:
     )
 
 
-def shrunk(config: RunConfig, shape: Shape, num_nodes: int, min_nodes: int) -> tuple[RunConfig, Shape] | None:
+def shrunk(config: "RunConfig", shape: Shape, num_nodes: int, min_nodes: int) -> "tuple[RunConfig, Shape] | None":
     """The run on at most `num_nodes` of its nodes, and never on fewer than `min_nodes`; None where nothing fits.
 
     Whole expert groups are dropped where that suffices. Where the rest is less than one group, the group itself shrinks: a given plan and
     topology no longer fit it and are left out, and the run plans anew. The batch stays what it was, so the number of ranks must divide it.
     """
+    from crossdock.launch.request import check_world, read_inputs
+
     for nodes in range(min(num_nodes, shape.nodes), min_nodes - 1, -1):
         world_size = nodes * shape.ranks_per_node
         smaller = config

@@ -11,7 +11,7 @@ from crossdock.launch.ray.cluster import Node
 def living_nodes(ray: Any) -> list[Node]:
     """The nodes that Ray takes to be alive."""
     submission_id = ray_submission_id()
-    driver = {} if submission_id is None else _held_by_driver(submission_id)
+    driver = {} if submission_id is None else _held_by_driver(ray, submission_id)
     here = ray.get_runtime_context().get_node_id()
     found = []
     for entry in ray.nodes():
@@ -23,8 +23,14 @@ def living_nodes(ray: Any) -> list[Node]:
 
 
 @functools.cache
-def _held_by_driver(submission_id: str) -> Mapping[str, float]:
-    """What `ray job submit --entrypoint-num-cpus ...` has reserved on this node until the job ends: ranks would wait for it for ever."""
+def _held_by_driver(ray: Any, submission_id: str) -> Mapping[str, float]:
+    """What `ray job submit --entrypoint-num-cpus ...` has reserved on this node until the job ends: ranks would wait for it for ever.
+
+    The dashboard knows, and takes a second to say; it is not asked where nothing of the cluster is reserved by anybody.
+    """
+    total, free = ray.cluster_resources(), ray.available_resources()
+    if all(free.get(kind, 0.0) >= total.get(kind, 0.0) for kind in ("CPU", "GPU")):
+        return {}
     from ray.util.state import list_actors
 
     supervisors = list_actors(filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True, limit=10_000)

@@ -20,6 +20,7 @@ from crossdock.launch.ranks.rendezvous import listen, signed
 from crossdock.launch.ranks.worker_env import WorkerEnv
 
 BEAT_S = 0.5
+_ANSWER_S = 5.0
 
 
 class Monitor:
@@ -48,15 +49,22 @@ class Monitor:
 class Rank:
     """One rank. It is never restarted alone: on any loss the whole incarnation goes."""
 
-    def __init__(self, incarnation: int, rank: int, monitor: Any) -> None:
+    def __init__(self, incarnation: int, rank: int, monitor: Any, threads: int) -> None:
         self.incarnation, self.rank, self.monitor = incarnation, rank, monitor
         self.store: Any = None
+        self.running = False
+        # torch reads them when it is loaded. A runtime environment would keep Ray from giving us a process that it has in store
+        os.environ.update({"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"})
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def place(self) -> dict[str, str]:
-        """Where this rank runs."""
-        context = ray.get_runtime_context()
-        return {"node_id": context.get_node_id(), "address": ray.util.get_node_ip_address()}
+    def place(self) -> dict[str, Any]:
+        """Where this rank runs: the fields of a `Place`."""
+        gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+        return {"node_id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address(), "gpus": gpus}
+
+    def prepare(self) -> None:
+        """Import what a run needs, which takes seconds, while the driver reads its configuration."""
+        import crossdock.launch.ranks.worker  # noqa: F401
 
     def sees(self, path: str) -> bool:
         """Whether this node has that file: run directories are shared by all nodes."""
@@ -74,22 +82,27 @@ class Rank:
         from crossdock.launch.request import Request
 
         signal.signal(signal.SIGTERM, _stopped_early)  # until training puts its own in place; Ray's would end the process
+        self.running = True
         try:
             run_config = strict_yaml.validated(RunConfig, strict_yaml.Document(config, "the driver's configuration", {}))
             result = run_job(Request(job, run_config, arguments), env, None if self.store is None else signed(self.store, env.secret))
         except Exception as failure:
             code, message = explain(failure)
             return {"exit_code": code, "message": message, "traceback": "".join(traceback.format_exception(failure)) if code == 1 else ""}
+        finally:
+            self.running = False
         return {"exit_code": result.exit_code, **result.fields}
 
     def _beat(self) -> None:
         asked = False
         while True:
             try:
-                stop = ray.get(self.monitor.beat.remote(self.incarnation, self.rank), timeout=60.0)
+                stop = ray.get(self.monitor.beat.remote(self.incarnation, self.rank), timeout=_ANSWER_S)
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+                stop = False  # Ray starts the monitor again; a rank that fell silent over that would be taken for a lost one
             except ray.exceptions.RayError:
                 return  # the driver is gone, and this process goes with it
-            if stop and not asked:
+            if stop and self.running and not asked:
                 asked = True
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(BEAT_S)
