@@ -3,6 +3,7 @@
 Everything heavy is imported inside the commands: `crossdock --help` and `crossdock plan --help` answer in a quarter of a second.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -44,6 +45,30 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", hel
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 OnRay = Annotated[bool, typer.Option("--ray", help="On --ranks actors of a Ray cluster; in a Ray job this is so by itself.")]
+
+
+def _print_version(asked: bool) -> None:
+    """Crossdock's version, and torch's as its package says it: torch itself takes a second to import."""
+    if not asked:
+        return
+    from importlib import metadata
+
+    from crossdock import __version__
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        print(f"crossdock {__version__} (torch {metadata.version('torch')})")
+        raise typer.Exit
+    print(f"crossdock {__version__} (no torch)")
+    raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions of Crossdock and torch, and end.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -263,10 +288,10 @@ def run(arguments: Sequence[str]) -> int:
 
     A traceback appears for bugs alone (exit code 1).
     """
-    if (text := _help(arguments)) is not None:
-        print(text)
-        return 0
     try:
+        if (text := _help(arguments)) is not None:
+            print(text, flush=True)
+            return 0
         returned = app(args=list(arguments), standalone_mode=False, prog_name="crossdock")
         sys.stdout.flush()
         return returned if isinstance(returned, int) else 0

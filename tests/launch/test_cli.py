@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import typer
 
+import crossdock
 from crossdock.launch.cli import app, run
 from crossdock.placement.records.trace import Trace
 
@@ -28,10 +30,28 @@ def imported(*arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("plan", "--help"), ("plan", "solve", "--help"), ("train", "--help"), ("trace", "--help")]
+    "arguments", [("--version",), ("--help",), ("plan", "--help"), ("plan", "solve", "--help"), ("train", "--help"), ("trace", "--help")]
 )
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert not imported(*arguments) & {"torch", "numpy", "scipy", "pydantic", "jinja2", "rich", "ray", "deepspeed", "mpi4py"}
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"crossdock {crossdock.__version__} (torch {metadata.version('torch')})\n"
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"crossdock {crossdock.__version__} (no torch)\n"
+
+
+def test_a_reader_of_help_that_goes_away() -> None:
+    shell = f"{sys.executable} -m crossdock --help | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_status_loads_nothing_heavy(tmp_path: Path) -> None:
