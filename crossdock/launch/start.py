@@ -11,12 +11,21 @@ from typing import Any
 from crossdock import atomic, strict_yaml
 from crossdock.errors import BadData, IoFailure
 from crossdock.launch.config import RunConfig, read_config
-from crossdock.launch.ending import Result, read_result
+from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome, Starter, run_ranks
 from crossdock.launch.local.nursery import Nursery
 from crossdock.launch.ranks.worker import check_gpus, explain, run_job, usable_gpus
 from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
-from crossdock.launch.request import Request, check_data, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import (
+    Request,
+    check_data,
+    check_world,
+    is_finished,
+    prepare_directory,
+    read_inputs,
+    record_failure,
+    run_directory,
+)
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
 from crossdock.runtime.optimization.deepspeed_engine import check_installed
 from crossdock.runtime.training.metrics import RunDirectory
@@ -109,7 +118,7 @@ def _ending_recorded(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as failure:
-        if read_result(run_directory(config)).get("status") != "done":
+        if not is_finished(config):
             record_failure(config, *explain(failure), 0, config.parallel.local_ranks)
         raise
 
