@@ -6,7 +6,7 @@ import numpy as np
 
 from crossdock.launch.config import RunConfig
 from crossdock.launch.request import check_world, read_inputs
-from crossdock.placement.records.plan import EMPTY, Plan
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.data import sequences_per_rank
 from crossdock.runtime.training.metrics import readable_bytes
 
@@ -38,9 +38,19 @@ def describe(config: RunConfig, world_size: int, launcher: str | None = None) ->
     memory = []
     for rank in range(num_ranks):
         visitors = 0 if plan is None else _visitors(plan, rank, model.gathered_experts)
-        slots = 0 if plan is None else plan.slots_per_device
-        rows = rows_LR[:, rank].tolist()
-        needed = rank_memory(model, config.precision.compute, slots, tokens, config.data.seq_len, rows, visitors, zero, fsdp_ranks)
+        experts = 0 if plan is None else int(plan.held_LR[:, rank].sum())
+        needed = rank_memory(
+            model,
+            config.precision.compute,
+            experts,
+            tokens,
+            config.data.seq_len,
+            rows_LR[:, rank].tolist(),
+            visitors,
+            config.dispatch == "flat",
+            zero,
+            fsdp_ranks,
+        )
         memory.append({"expert_rank": rank, **needed.as_json()})
     return {
         "world_size": world_size,
@@ -66,13 +76,12 @@ def _groups(world_size: int, num_ranks: int, node_of_R: tuple[int, ...] | None) 
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
-    held_LR = (plan.slots_LRS != EMPTY).sum(axis=2)
     return {
         "method": plan.method,
         "hash": plan.digest,
         "layers": plan.num_layers,
         "slots_per_rank": plan.slots_per_device,
-        "experts_per_rank": [{"fewest": int(held_L.min()), "most": int(held_L.max())} for held_L in held_LR.T],
+        "experts_per_rank": [{"fewest": int(held_L.min()), "most": int(held_L.max())} for held_L in plan.held_LR.T],
     }
 
 

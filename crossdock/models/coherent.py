@@ -66,7 +66,7 @@ def run_block(block: MoEBlock, here: Here, context: StepContext, positions: int)
     slot_T, num_slots = moe.layout.slot_of_expert_E[expert_T], moe.layout.num_slots
     arrived = travel_start(x_TD, companions, here.residents, slot_T, num_slots, moe.mesh, moe.layer, "dispatch").wait()
     weight_T, experts_TL = arrived.companions
-    routed_TD = moe.bank(block.routed_norm(arrived.x_TD), arrived.count_S)
+    routed_TD = moe.bank(block.routed_norm(arrived.x_TD), moe.layout.own_counts(arrived.count_S))
     x_TD = arrived.x_TD + weight_T[:, None].to(routed_TD.dtype) * routed_TD
     return Here(x_TD, arrived.residents, experts_TL), routing
 

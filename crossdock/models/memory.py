@@ -66,47 +66,50 @@ class Zero:
     dense_ranks: int
     expert_ranks: int
     bucket_elements: int
-    """Gradients on their way; one such buffer for each format of parameters."""
+    """Gradients on their way; one such buffer for each format of dense parameters, and one for experts."""
 
 
 def rank_memory(
     config: ModelConfig,
     precision: str,
-    slots: int,
+    experts: int,
     tokens: int,
     seq_len: int,
     rows: Sequence[float],
     visitors: int = 0,
+    outputs_at_home: bool = False,
     zero: Zero | None = None,
     fsdp_ranks: int = 1,
 ) -> Memory:
-    """Bytes of a rank that holds `slots` expert slots a layer and brings `tokens` a micro-batch, in sequences of `seq_len`.
+    """Bytes of a rank that holds `experts` of them, over all layers, and brings `tokens` a micro-batch, in sequences of `seq_len`.
 
     rows: for each MoE layer, how many (token, expert) pairs its experts compute for one turn. visitors: over all layers, gathered experts
-    that live elsewhere. zero: None for the native engine. fsdp_ranks: ranks over which FSDP2 cuts what is dense and no gate; the blocks
-    that it gathers for a moment are not counted, as nothing is that comes and goes.
+    that live elsewhere. outputs_at_home: whether outputs of experts are weighted, and so kept, at home, as in flat dispatch, and not where
+    the experts are. zero: None for the native engine. fsdp_ranks: ranks over which FSDP2 cuts what is dense and no gate; the blocks that it
+    gathers for a moment are not counted, as nothing is that comes and goes.
     """
     width, count = Widths.of(precision), parameter_count(config)
-    experts = config.num_moe_layers * slots * _expert_parameters(config)
-    plain = count.total - count.routed - count.routers + experts  # what is of the compute format; gates are wide
+    routed = experts * _expert_parameters(config)
+    plain = count.total - count.routed - count.routers + routed  # what is of the compute format; gates are wide
     total = plain + count.routers
     parameters = plain * width.compute + count.routers * width.wide
     masters = plain * width.master if width.compute != width.master else 0
     if fsdp_ranks > 1:
-        part = -(-(plain - experts) // fsdp_ranks)  # in master precision, and its own master
-        parameters = part * width.master + experts * width.compute + count.routers * width.wide
-        masters = experts * width.master if width.compute != width.master else 0
-        total = part + experts + count.routers
+        part = -(-(plain - routed) // fsdp_ranks)  # in master precision, and its own master
+        parameters = part * width.master + routed * width.compute + count.routers * width.wide
+        masters = routed * width.master if width.compute != width.master else 0
+        total = part + routed + count.routers
     biases = config.num_moe_layers * config.num_experts * (width.wide + 8) if config.gate.kind == "deepseek_v3" else 0
     rotations = seq_len * config.head_width * width.wide
     gradients, optimizer = total * width.master, 2 * total * width.master + masters
     if zero is not None:
-        gradients, optimizer = _divided(zero, width, total - experts, experts, count.routers)
+        gradients, optimizer = _divided(zero, width, total - routed, routed, count.routers)
     return Memory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        activations=round(_activations(config, width, tokens, rows)) + visitors * _expert_parameters(config) * width.compute,
+        activations=round(_activations(config, width, tokens, rows, outputs_at_home))
+        + visitors * _expert_parameters(config) * width.compute,
         buffers=biases + rotations,
     )
 
@@ -117,12 +120,14 @@ def _divided(zero: Zero, width: Widths, dense: int, experts: int, routers: int) 
     In fp32 stage 2 keeps the gradient of a tensor at the edge of its part whole: of most models a small addition, and not counted.
     """
     part = -(-dense // zero.dense_ranks) + -(-experts // zero.expert_ranks)
-    formats = {width.compute, width.wide} if routers else {width.compute}
+    formats = [width.compute]
+    if routers:
+        formats += [width.compute, *({width.wide} - {width.compute})]
     bucket = zero.bucket_elements * sum(formats if zero.stage == 2 else [width.master] * len(formats))
     return (part if zero.stage == 2 else dense + experts) * width.master + bucket, 3 * part * width.master
 
 
-def _activations(config: ModelConfig, width: Widths, tokens: int, rows: Sequence[float]) -> float:
+def _activations(config: ModelConfig, width: Widths, tokens: int, rows: Sequence[float], outputs_at_home: bool) -> float:
     """What is kept between forward and backward."""
     stream = _stream(config, width)
     stages = config.num_blocks * sum(_stage(config, width, stage) for stage in config.stages)
@@ -136,6 +141,8 @@ def _activations(config: ModelConfig, width: Widths, tokens: int, rows: Sequence
         if config.coefficient == "cg2":
             kept += tokens * blocks * config.model_width * width.compute  # the routed output, which its weight's gradient needs
         kept += turns * (tokens * _gate(config, width) + layer_rows * _row(config, width))
+        if outputs_at_home:
+            kept += turns * (tokens * config.top_k - layer_rows) * config.model_width * width.compute
     return kept
 
 

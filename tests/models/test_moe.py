@@ -37,12 +37,12 @@ def plan_of(*slots: list[int]) -> Plan:
 def move_experts(rank: int, world_size: int) -> list[Tensor]:
     """Outputs of this rank's sequences before and after its experts change places; the second number of slots differs from the first."""
     mesh = mesh_for(rank, world_size, world_size)
-    before, after = plan_of([0, 1, 2], [3, 4, 5]), plan_of([5, 3, 0, -1], [4, -1, 1, 2])
+    before, after = plan_of([0, 1, 2], [3, 4, 5]), plan_of([5, 3, 0, 1], [4, 2, -1, -1])
     layer, target = layer_of(mesh, before), layer_of(mesh, after)
     x = x_QPD().chunk(world_size)[rank]
     first = layer(x).detach()
     layer.set_layout(ExpertLayout.from_plan(after, 0, mesh), {name: t.detach().clone() for name, t in target.bank.expert_tensors().items()})
-    assert layer.bank.inner.shape[0] == 4
+    assert layer.bank.inner.shape[0] == (4, 2)[rank]
     return [first, layer(x).detach()]
 
 

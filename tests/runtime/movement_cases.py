@@ -122,8 +122,8 @@ def run_layer_on(mesh: Mesh, name: str, case: Case) -> Outcome:
         assert count_S.device.type == "cpu"
         assert int(count_S.sum()) == len(rows)
         blocks = zip(rows.split(count_S.tolist()), layout.local_experts, strict=True)
-        outputs = [one_expert(block, first_EDF[e], second_EFD[e]) if e >= 0 else block for block, e in blocks]
-        leaving.append(dispatcher.combine_start(torch.cat(outputs), handle))
+        outputs = [one_expert(block, first_EDF[e], second_EFD[e]) for block, e in blocks]
+        leaving.append(dispatcher.combine_start(torch.cat([rows[:0], *outputs]), handle))  # a rank may hold no expert
     y = torch.cat([pending.wait() for pending in leaving])
     y.backward(grad_y)
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (x, assignment.weight_A, first_EDF, second_EFD)]

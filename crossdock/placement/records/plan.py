@@ -4,7 +4,8 @@ Words used throughout placement:
 
     expert    a logical expert, 0 .. E-1, the unit that the model knows
     device    one member of the expert-parallel group, 0 .. R-1; data-parallel copies of the group share one plan
-    slot      a physical place for one expert; every device has S of them in every layer, and -1 marks an empty one
+    slot      a physical place for one expert; a device has at most S of them in a layer, and -1 marks one that is empty. Empty slots
+              stand last and are there in the table alone: a rank keeps memory for the experts that it holds, which may be none
     global slot   device * S + slot, so that one number names both
     replica   one of several copies of an expert in a layer, each on its own device
     home      the device on which a token's sequence, attention and residual stream live
@@ -59,9 +60,10 @@ class Move:
 class Plan:
     """Where every expert of every MoE layer lives.
 
-    `slots_LRS` is int32 [L, R, S] of logical experts, -1 where a slot is empty. Every expert has at least one slot in every layer,
-    and a device holds an expert at most once. `cost` and `bound` are in the unit of `objective` (seconds of a step, or a count per
-    token); None where nobody computed them. Raises `BadData`, with the place and the remedy, where the slots break a rule.
+    `slots_LRS` is int32 [L, R, S] of logical experts, -1 where a slot is empty; empty slots given among filled ones are moved behind
+    them. Every expert has at least one slot in every layer, and a device holds an expert at most once. `cost` and `bound` are in the unit
+    of `objective` (seconds of a step, or a count per token); None where nobody computed them. Raises `BadData`, with the place and the
+    remedy, where the slots break a rule.
     """
 
     slots_LRS: NDArray[np.int32]
@@ -89,7 +91,8 @@ class Plan:
             if value is not None and not np.isfinite(value):
                 raise BadData(f"{name} is {value}; give a finite number or leave it out")
         _check_slots(slots_LRS, self.num_experts)
-        slots_LRS = slots_LRS.astype(np.int32)
+        empty_last_LRS = np.argsort(slots_LRS == EMPTY, axis=2, kind="stable")
+        slots_LRS = np.take_along_axis(slots_LRS, empty_last_LRS, axis=2).astype(np.int32)
         slots_LRS.setflags(write=False)
         object.__setattr__(self, "slots_LRS", slots_LRS)
 
@@ -137,6 +140,13 @@ class Plan:
         return int(self.slots_LRS.shape[2])
 
     @cached_property
+    def held_LR(self) -> NDArray[np.int64]:
+        """int64 [L, R]: experts that device r holds in layer l, and so the slots that it keeps memory for."""
+        held_LR = np.count_nonzero(self.slots_LRS != EMPTY, axis=2).astype(np.int64)
+        held_LR.setflags(write=False)
+        return held_LR
+
+    @cached_property
     def slot_LRE(self) -> NDArray[np.int32]:
         """int32 [L, R, E]: the slot (0 .. S-1) in which device r holds expert e of layer l, -1 where it does not."""
         slot_LRE = np.full((self.num_layers, self.num_devices, self.num_experts), EMPTY, dtype=np.int32)
@@ -148,7 +158,7 @@ class Plan:
     @cached_property
     def has_replicas(self) -> bool:
         """Whether any expert of any layer has more than one copy."""
-        return bool(np.count_nonzero(self.slots_LRS != EMPTY) > self.num_layers * self.num_experts)
+        return bool(self.held_LR.sum() > self.num_layers * self.num_experts)
 
     @cached_property
     def digest(self) -> str:

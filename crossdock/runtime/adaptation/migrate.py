@@ -1,8 +1,11 @@
 """Migration: from plan A to plan B between two steps; weights and optimizer state travel, keyed by logical expert, bit by bit.
 
 Every new slot takes its expert from the nearest rank that holds it under A (`choose_replica`; often from itself). Each expert group moves
-its own copies; all ranks know both plans, so nobody has to be asked what to send. Tensors go one by one, so that little is in flight.
-All ranks of the world call `migrate` together, between two steps.
+its own copies; all ranks know both plans, so nobody has to be asked what to send. All ranks of the world call `migrate` together, between
+two steps.
+
+A rank may hold more or fewer experts afterwards. Gradients go before anything moves, tensors go one by one, and each gives up its old
+memory as soon as its new one is filled; so beside what stays, a move takes a layer's weights and one tensor with its rows in flight.
 """
 
 from collections.abc import Sequence
@@ -41,8 +44,8 @@ class Exchange:
     """One rank's part in moving one layer.
 
     send_slot_A and send_count_R: local slots under the old plan, grouped by receiving rank, and how many go to each.
-    receive_slot_A and receive_count_R: local slots under the new plan that the arriving rows fill, grouped by sending rank.
-    Rows between one pair of ranks travel in ascending order of the receiver's slot. Slots that no row fills are empty.
+    receive_slot_A and receive_count_R: local slots under the new plan that the arriving rows fill, all of them, grouped by sending rank.
+    Rows between one pair of ranks travel in ascending order of the receiver's slot.
     """
 
     send_slot_A: NDArray[np.int64]
@@ -89,31 +92,32 @@ def migrate(engine: Engine, layers: Sequence[RoutedLayer], after: Plan, mesh: Me
     after.check_model(before.num_layers, before.num_experts, before.num_devices)
     collectives.check_same({"plans to migrate to": after.digest}, mesh)
     sent_bytes = 0
-    new_states: dict[str, dict[str, Tensor]] = {}
     bank_names = {bank: name for name, bank in engine.banks.items()}
-    states = engine.states()
+    states = engine.release()
     for layer in layers:
         number = layer.bank.layout.layer
         exchange = exchange_of(before, after, number, mesh.expert_rank, mesh.node_of_expert_rank)
         moved = int(exchange.send_count_R.sum() - exchange.send_count_R[mesh.expert_rank])
-        weights = {}
-        for tensor in layer.bank.expert_tensors():
-            name = f"{bank_names[layer.bank]}.{tensor}"
-            new_states[name] = {key: _moved(values, exchange, number, after.slots_per_device, mesh) for key, values in states[name].items()}
-            weights[tensor] = new_states[name]["weight"]
+        state_of = {tensor: states[f"{bank_names[layer.bank]}.{tensor}"] for tensor in layer.bank.expert_tensors()}
+        for state in state_of.values():
+            for key in state:
+                state[key] = _moved(state[key], exchange, number, mesh)
+                sent_bytes += moved * state[key].shape[1:].numel() * state[key].element_size()
             reached("migration")
-            sent_bytes += moved * sum(values[0].numel() * values.element_size() for values in states[name].values())
-        layer.set_layout(ExpertLayout.from_plan(after, number, mesh), weights)
-    engine.replace_experts(after, new_states)
+        layer.set_layout(ExpertLayout.from_plan(after, number, mesh), {tensor: state["weight"] for tensor, state in state_of.items()})
+        for tensor, parameter in layer.bank.expert_tensors().items():
+            if parameter.dtype == state_of[tensor]["weight"].dtype:  # it is its own master, and is not kept twice
+                state_of[tensor]["weight"] = parameter.detach()
+    engine.adopt(after, states)
     return Migration(len(before.moves_to(after)), sum(collectives.all_gather_objects(sent_bytes, mesh)))
 
 
-def _moved(values_S: Tensor, exchange: Exchange, layer: int, num_slots: int, mesh: Mesh) -> Tensor:
-    """One tensor [S, ...] under the old plan -> the same under the new one; empty slots hold zeros."""
+def _moved(values_S: Tensor, exchange: Exchange, layer: int, mesh: Mesh) -> Tensor:
+    """One tensor [S, ...] under the old plan -> the same under the new one, of as many slots as that fills here."""
     send_A = values_S[torch.as_tensor(exchange.send_slot_A, device=values_S.device)]
     send_R, receive_R = tuple(exchange.send_count_R.tolist()), tuple(exchange.receive_count_R.tolist())
     # the token group is idle between steps, and "metadata" keeps these bytes apart from the tokens' in the ledger
     route = Route(mesh, mesh.token_group, send_R, receive_R, layer, "dispatch", "metadata", 0)
     receive_A = all_to_all_start(send_A, route).wait()
-    moved_S = values_S.new_zeros((num_slots, *values_S.shape[1:]))
-    return moved_S.index_copy_(0, torch.as_tensor(exchange.receive_slot_A, device=values_S.device), receive_A)
+    arrival_S = np.argsort(exchange.receive_slot_A)  # every slot of the new plan is filled by one row
+    return receive_A.index_select(0, torch.as_tensor(arrival_S, device=values_S.device))

@@ -155,7 +155,7 @@ def _flop_per_s(
     mesh: Mesh, model_width: int, expert_width: int, activation: str, dtype: torch.dtype, rows: int, slots: int, repeats: int
 ) -> float:
     """Sustained flop/s of this device in its experts, forward and backward, while all devices compute."""
-    layout = ExpertLayout(0, torch.arange(slots, device=mesh.device), tuple(range(slots)), num_ranks=1)
+    layout = ExpertLayout(0, torch.arange(slots, device=mesh.device), tuple(range(slots)), slots, num_ranks=1)
     bank = ExpertBank(layout, model_width, expert_width, activation=activation, dtype=dtype, device=mesh.device)
     bank.reset_parameters(seed=0)
     generator = torch.Generator().manual_seed(0)

@@ -74,7 +74,7 @@ def pieces(engine: AnyEngine) -> Iterator[tuple[str, Piece]]:
             yield f"dense/{name}", Piece(name, None)
     for bank_name, bank in engine.banks.items():
         for slot, expert in enumerate(bank.layout.local_experts):
-            for tensor in bank.expert_tensors() if expert != EMPTY else ():
+            for tensor in bank.expert_tensors():
                 yield f"expert/{bank.layout.layer}/{expert}/{tensor}", Piece(f"{bank_name}.{tensor}", slot)
 
 

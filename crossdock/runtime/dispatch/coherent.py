@@ -52,7 +52,7 @@ class Arrival:
     companions: tuple[Tensor, ...]
     """What travelled beside them, in the same order."""
     count_S: Tensor
-    """int64 [S] on the CPU: rows of each local slot."""
+    """int64 [S] on the CPU: rows of each local slot; zero for those that this rank does not have."""
     residents: Residents
 
 

@@ -65,7 +65,7 @@ class _Prepared:
         rows = all_to_all_start(copied, tokens)
         codes = all_to_all_start(self.code_A, metadata)
         weights = all_to_all_start(self.weight_A, metadata)
-        return _PendingRows(rows, codes, weights, tokens, home, counted, layout.num_slots, x_TD.dtype)
+        return _PendingRows(rows, codes, weights, tokens, home, counted, layout, x_TD.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +76,17 @@ class _PendingRows:
     route: Route
     home: RowMap
     counted: Counts
-    num_slots: int
+    layout: ExpertLayout
     dtype: torch.dtype
 
     def wait(self) -> Dispatched:
         count_RX = self.counted.received
         first_R = count_RX[:, 0].cumsum(0) - count_RX[:, 0]
-        arrivals = Arrivals(self.codes.wait().long(), first_R, count_RX[:, 1:].sum(1), self.num_slots, sum(self.route.receive_R))
+        entries_R = count_RX[:, 1:].sum(1)
+        arrivals = Arrivals(self.codes.wait().long(), first_R, entries_R, self.layout.num_slots, sum(self.route.receive_R))
         rows_MD = spread(self.rows.wait(), arrival := arrivals.row_map(), self.dtype)
         handle = Handle(self.route, self.home, arrival, None, self.weights.wait(), self.dtype)
-        return Dispatched(rows_MD, self.counted.received_cpu[:, 1:].sum(0), handle)
+        return Dispatched(rows_MD, self.layout.own_counts(self.counted.received_cpu[:, 1:].sum(0)), handle)
 
 
 def _route(mesh: Mesh, layout: ExpertLayout, counted: Counts, kind: str, movement: int) -> Route:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.counts import Counts, PendingCounts, counts_start
+from crossdock.runtime.dispatch.layout import ExpertLayout
 from crossdock.runtime.dispatch.movement import Dispatched, Dispatcher, Handle
 from crossdock.runtime.dispatch.rows import RowMap, count_of, inverse, spread
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
@@ -57,7 +58,7 @@ class _Prepared:
             movement=self.movement,
             wire=wire,
         )
-        return _PendingRows(all_to_all_start(rows, route), route, self.home, counted, self.weight_A, x_TD.dtype)
+        return _PendingRows(all_to_all_start(rows, route), route, self.home, counted, self.dispatcher.layout, self.weight_A, x_TD.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +67,15 @@ class _PendingRows:
     route: Route
     home: RowMap
     counted: Counts
+    layout: ExpertLayout
     weight_A: Tensor
     dtype: torch.dtype
 
     def wait(self) -> Dispatched:
-        count_RS = self.counted.received_cpu
         arrival = _by_slot(self.counted.received, sum(self.route.receive_R))
         rows_MD = spread(self.pending.wait(), arrival, self.dtype)
         handle = Handle(self.route, self.home, arrival, self.weight_A, None, self.dtype)
-        return Dispatched(rows_MD, count_RS.sum(0), handle)
+        return Dispatched(rows_MD, self.layout.own_counts(self.counted.received_cpu.sum(0)), handle)
 
 
 def _home_map(assignment: Assignment, slot_A: Tensor) -> RowMap:

@@ -131,7 +131,7 @@ class _Prepared:
         copied = spread(x_TD, home, wire.row_dtype)
 
         # 2. Send them, and beside them what the rails and the devices need to know.
-        told = _Told(self.counts.wait(), num_nodes, per_node, layout.num_slots, local)
+        told = _Told(self.counts.wait(), num_nodes, per_node, layout, local)
         fan_code_C = _one_of_each(self.fan_code_A, self.copies.by_device.copy_A, sum(told.codes_sent)).int()
         to_rail = _metadata(mesh, layout.layer, movement, told.on_rail(told.codes_sent), told.on_rail(told.codes_received))
         fan_out = FanOut(
@@ -159,8 +159,8 @@ class _Prepared:
 class _Told:
     """What the exchanged counts say, [R, X]: copies, entries of each slot, and on the rail rows and how many of them go to each device."""
 
-    def __init__(self, counts: Counts, num_nodes: int, per_node: int, num_slots: int, local: int) -> None:
-        self.counts, self.num_nodes, self.per_node, self.num_slots, self.local = counts, num_nodes, per_node, num_slots, local
+    def __init__(self, counts: Counts, num_nodes: int, per_node: int, layout: ExpertLayout, local: int) -> None:
+        self.counts, self.num_nodes, self.per_node, self.layout, self.local = counts, num_nodes, per_node, layout, local
         sent, received = counts.sent_cpu, counts.received_cpu
         self.entries_sent = tuple(self._entries(sent).sum(1).tolist())
         self.entries_received = tuple(self._entries(received).sum(1).tolist())
@@ -172,8 +172,8 @@ class _Told:
 
     @property
     def count_S(self) -> Tensor:
-        """int64 [S] on the CPU: rows for each local slot."""
-        return self._entries(self.counts.received_cpu).sum(0)
+        """int64 on the CPU: rows for each of this rank's slots."""
+        return self.layout.own_counts(self._entries(self.counts.received_cpu).sum(0))
 
     @property
     def rail_NX(self) -> Tensor:
@@ -193,13 +193,13 @@ class _Told:
         received = self.counts.received
         copies_GN = received[:, 0].view(self.num_nodes, self.per_node).t().reshape(-1)
         first_R = (copies_GN.cumsum(0) - copies_GN).view(self.per_node, self.num_nodes).t().reshape(-1)
-        return Arrivals(code_A, first_R, self._entries(received).sum(1), self.num_slots, sum(self.fanned_in))
+        return Arrivals(code_A, first_R, self._entries(received).sum(1), self.layout.num_slots, sum(self.fanned_in))
 
     def _entries(self, counts_RX: Tensor) -> Tensor:
-        return counts_RX[:, 1 : 1 + self.num_slots]
+        return counts_RX[:, 1 : 1 + self.layout.num_slots]
 
     def _rail(self, counts_RX: Tensor) -> Tensor:
-        return counts_RX.view(self.num_nodes, self.per_node, -1)[:, self.local, 1 + self.num_slots :]
+        return counts_RX.view(self.num_nodes, self.per_node, -1)[:, self.local, 1 + self.layout.num_slots :]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crossdock.errors import BadData
-from crossdock.placement.records.plan import EMPTY, Plan, choose_replica
+from crossdock.placement.records.plan import Plan, choose_replica
 from crossdock.placement.strategies.gather import Hops, check_gathered, weight_hops
 from crossdock.runtime.transport.mesh import Mesh
 
@@ -18,6 +18,9 @@ from crossdock.runtime.transport.mesh import Mesh
 class ExpertLayout:
     """Physical slots of one layer. A global slot is `rank of the expert group * S + local slot`.
 
+    Ranks may hold different numbers of experts, none included; S is that of the rank with most of them. It is a stride of numbers alone: a
+    rank has weights for its own experts, and counts for slots beyond them are zero.
+
     Where an expert has several copies, `slot_of_expert_E` names the one that tokens of THIS rank use; other ranks may use another.
     """
 
@@ -25,7 +28,9 @@ class ExpertLayout:
     slot_of_expert_E: Tensor
     """int64 [E] on the mesh's device: global slot of each logical expert."""
     local_experts: tuple[int, ...]
-    """Logical expert of each of this rank's S slots; -1 where a slot is empty."""
+    """Logical expert of each of this rank's slots."""
+    num_slots: int
+    """S: slots of the rank that has most of them, the same on every rank."""
     num_ranks: int
     device_RE: NDArray[np.int64] | None = None
     """[R, E]: the rank whose copy each rank of the group uses, as the plan has it; None where there is no plan and one rank."""
@@ -33,13 +38,10 @@ class ExpertLayout:
     """How the weights of gathered experts travel in the group."""
 
     def __post_init__(self) -> None:
-        assert self.local_experts, "a rank without a slot cannot take part in the layer"
+        assert len(self.local_experts) <= self.num_slots, (
+            f"{len(self.local_experts)} experts on a rank, and at most {self.num_slots} on any"
+        )
         assert self.slot_of_expert_E.dtype == torch.int64
-
-    @property
-    def num_slots(self) -> int:
-        """S, slots per rank."""
-        return len(self.local_experts)
 
     @property
     def num_experts(self) -> int:
@@ -67,8 +69,8 @@ class ExpertLayout:
     def with_gathered(self, experts: Collection[int], mesh: Mesh) -> "ExpertLayout":
         """The layout while the weights of `experts` are on every rank of the group: their tokens then use the copy at home.
 
-        Every rank gets as many further slots as there are such experts. They are filled with those that it has no copy of, in the order
-        in which `experts.gathered` brings them, and the rest stays empty. Raises `BadConfig` for experts that the layer does not have.
+        Behind its own slots every rank gets one for each of them that it has no copy of, in the order in which `experts.gathered` brings
+        them. Raises `BadConfig` for experts that the layer does not have.
         """
         check_gathered(experts, self.num_experts)
         assert not any(self.hops), "experts are gathered once; begin from the plan's layout"
@@ -78,20 +80,27 @@ class ExpertLayout:
         num_slots = self.num_slots + len(experts)
         rank_E, slot_E = self.slot_of_expert_E.div(self.num_slots, rounding_mode="floor"), self.slot_of_expert_E % self.num_slots
         slot_of_expert_E = rank_E * num_slots + slot_E
-        first_slot = here * num_slots + self.num_slots
+        first_slot = here * num_slots + len(self.local_experts)
         for place, expert in enumerate(arriving):
             slot_of_expert_E[expert] = first_slot + place
-        empty = (EMPTY,) * (len(experts) - len(arriving))
-        local_experts = (*self.local_experts, *arriving, *empty)
-        return replace(self, slot_of_expert_E=slot_of_expert_E, local_experts=local_experts, hops=hops)
+        local_experts = (*self.local_experts, *arriving)
+        return replace(self, slot_of_expert_E=slot_of_expert_E, local_experts=local_experts, num_slots=num_slots, hops=hops)
+
+    def own_counts(self, count_S: Tensor) -> Tensor:
+        """Counts [S] without those of slots that this rank does not have, which are zero."""
+        return count_S[: len(self.local_experts)]
 
     @classmethod
     def _of(cls, plan: Plan, layer_of_plan: int, layer: int, mesh: Mesh) -> "ExpertLayout":
-        slot_RE = choose_replica(plan, mesh.node_of_expert_rank)[layer_of_plan].astype(np.int64)
+        global_slot_RE = choose_replica(plan, mesh.node_of_expert_rank)[layer_of_plan].astype(np.int64)
+        device_RE, slot_RE = np.divmod(global_slot_RE, plan.slots_per_device)
+        here, held_R = mesh.expert_rank, plan.held_LR[layer_of_plan]
+        num_slots = int(held_R.max())
         return cls(
             layer=layer,
-            slot_of_expert_E=torch.as_tensor(slot_RE[mesh.expert_rank], dtype=torch.int64, device=mesh.device),
-            local_experts=tuple(plan.slots_LRS[layer_of_plan, mesh.expert_rank].tolist()),
+            slot_of_expert_E=torch.as_tensor(device_RE[here] * num_slots + slot_RE[here], dtype=torch.int64, device=mesh.device),
+            local_experts=tuple(plan.slots_LRS[layer_of_plan, here, : held_R[here]].tolist()),
+            num_slots=num_slots,
             num_ranks=mesh.expert_parallel,
-            device_RE=slot_RE // plan.slots_per_device,
+            device_RE=device_RE,
         )

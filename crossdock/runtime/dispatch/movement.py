@@ -41,7 +41,7 @@ class Dispatched(NamedTuple):
     rows_MD: Tensor
     """Token rows for the local experts, sorted by local slot, then source rank, then token."""
     count_S: Tensor
-    """int64 [S] on the CPU: rows of each local slot."""
+    """int64 on the CPU: rows of each of this rank's slots, of which it may have none."""
     handle: Handle
 
 

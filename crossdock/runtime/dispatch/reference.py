@@ -20,7 +20,7 @@ class Arrived:
     rows_MD: Tensor
     """Sorted by local slot, then home rank, then token, then the gate's order."""
     count_S: Tensor
-    """int64 [S]: rows of each slot."""
+    """int64: rows of each of the rank's slots."""
     origin_M: tuple[tuple[int, int], ...]
     """(home rank, entry of its assignment) of every row."""
 
@@ -40,7 +40,7 @@ def dispatch(x: Sequence[Tensor], assignments: Sequence[Assignment], layouts: Se
         arrived.append(
             Arrived(
                 rows_MD=torch.stack(rows) if rows else x[rank].new_zeros(0, x[rank].shape[1]),
-                count_S=torch.tensor([slots.count(slot) for slot in range(layout.num_slots)]),
+                count_S=torch.tensor([slots.count(slot) for slot in range(len(layout.local_experts))], dtype=torch.int64),
                 origin_M=tuple((home, entry) for _, home, entry in entries),
             )
         )

@@ -17,13 +17,13 @@ Kernel = Literal["auto", "loop", "grouped"]
 
 
 class ExpertBank(nn.Module):
-    """S slots of feed-forward experts: y = activation(x @ inner^T) @ outer, no biases.
+    """S feed-forward experts, those that this rank holds, or none: y = activation(x @ inner^T) @ outer, no biases.
 
     GELU (2 matrices): inner [S, F, D]. SwiGLU (3 matrices, Shazeer 2020): inner [S, 2F, D], the gate's rows, then up's:
     y = (silu(x @ gate^T) * (x @ up^T)) @ outer. outer is [S, F, D] in both.
 
     Parameters are of `dtype` and used as they are: a bf16 bank computes in bf16 without casting weights every step, and the optimizer
-    keeps fp32 masters. Slots that the plan leaves empty hold zeros and receive no rows.
+    keeps fp32 masters.
     kernel: "auto" takes `grouped` on CUDA in bf16, `loop` elsewhere (on CPUs it measures faster, and float64 knows nothing else).
     recompute: what is computed again in backward instead of being kept: "none", "activation" or "all" (`grouped_mlp.Recompute`).
     """
@@ -66,7 +66,7 @@ class ExpertBank(nn.Module):
 
         rows_MD: sorted by local slot, of the bank's dtype. count_S: [S] int64 on the CPU, the rows of each slot; their sum is M.
         """
-        assert count_S.shape == (self.layout.num_slots,), f"counts of shape {tuple(count_S.shape)} for {self.layout.num_slots} slots"
+        assert count_S.shape == (len(self.inner),), f"counts of shape {tuple(count_S.shape)} for {len(self.inner)} slots"
         return grouped_mlp(rows_MD, self.inner, self.outer, count_S, self.activation, self.kernel, self.recompute)
 
     def network(self) -> Network:
@@ -74,19 +74,16 @@ class ExpertBank(nn.Module):
         return Network(((self.inner, self.outer),), self.activation, self.kernel, self.recompute)
 
     def reset_parameters(self, seed: int, std: float = 0.02, output_scale: float = 1.0) -> None:
-        """Normal initial values with mean 0: `std` for the inner matrices, `std * output_scale` for the outer one; zeros in empty slots.
+        """Normal initial values with mean 0: `std` for the inner matrices, `std * output_scale` for the outer one.
 
         Values are keyed by (seed, layer, logical expert) and drawn on the CPU in fp32: the same under any ranks, plan, replicas and device.
         output_scale: 1/sqrt(2 * number of layers) as in GPT-2 (Radford 2019) keeps the residual stream's variance from growing with depth.
         """
         with torch.no_grad():
-            for slot, expert in enumerate(self._local_experts()):
+            for slot, expert in enumerate(self.layout.local_experts):
                 for name, tensor in self.expert_tensors().items():
-                    if expert < 0:
-                        tensor[slot].zero_()
-                    else:
-                        scale = std * output_scale if name == "outer" else std
-                        tensor[slot].copy_(_normal(tensor.shape[1:], f"{seed}/{self.layout.layer}/{expert}/{name}").mul_(scale))
+                    scale = std * output_scale if name == "outer" else std
+                    tensor[slot].copy_(_normal(tensor.shape[1:], f"{seed}/{self.layout.layer}/{expert}/{name}").mul_(scale))
 
     def expert_tensors(self) -> dict[str, nn.Parameter]:
         """The tensors whose first dimension is the slot, by name: what migration moves and checkpoints key by logical expert."""
@@ -95,15 +92,16 @@ class ExpertBank(nn.Module):
     def shapes(self, layout: "ExpertLayout") -> dict[str, tuple[int, int, int]]:
         """The shape of every expert tensor under `layout`."""
         return {
-            "inner": (layout.num_slots, self.activation.num_inputs * self.expert_width, self.model_width),
-            "outer": (layout.num_slots, self.expert_width, self.model_width),
+            "inner": (len(layout.local_experts), self.activation.num_inputs * self.expert_width, self.model_width),
+            "outer": (len(layout.local_experts), self.expert_width, self.model_width),
         }
 
     def replace_layout(self, layout: "ExpertLayout", tensors: Mapping[str, Tensor]) -> None:
         """Adopt `layout` and the values that belong to it, after a migration; gradients are dropped.
 
         tensors: one per name of `expert_tensors()`, of the shapes that `shapes(layout)` tells. The Parameter objects stay the same ones,
-        and so does their memory where the number of slots does. Raises `BadData` for missing or extra names, and for other shapes.
+        and so does their memory where the number of slots does; else they take that of `tensors` where its format is theirs. Raises
+        `BadData` for missing or extra names, and for other shapes.
         """
         shape_of = self.shapes(layout)
         if set(tensors) != set(shape_of):
@@ -117,17 +115,14 @@ class ExpertBank(nn.Module):
                 if parameter.shape == tensors[name].shape:
                     parameter.copy_(tensors[name])
                 else:
-                    parameter.data = tensors[name].detach().to(parameter.device, parameter.dtype, copy=True).contiguous()
+                    parameter.data = tensors[name].detach().to(parameter.device, parameter.dtype).contiguous()
         self.layout = layout
 
     def extra_repr(self) -> str:
         return (
-            f"layer={self.layout.layer}, experts={self._local_experts()}, D={self.model_width}, F={self.expert_width}, "
+            f"layer={self.layout.layer}, experts={list(self.layout.local_experts)}, D={self.model_width}, F={self.expert_width}, "
             f"{self.activation.name}, {str(self.inner.dtype).removeprefix('torch.')}, {self.kernel}"
         )
-
-    def _local_experts(self) -> list[int]:
-        return [int(expert) for expert in self.layout.local_experts]
 
 
 def choose_kernel(inner_SPD: Tensor, outer_SFD: Tensor) -> Literal["loop", "grouped"]:

@@ -114,17 +114,17 @@ class GatheringBank:
         return Network(parts, self.bank.activation, self.bank.kernel, self.bank.recompute)
 
     def __call__(self, rows_MD: Tensor, count_S: Tensor) -> Tensor:
-        """Each slot's network on its rows, [M, D] -> [M, D]; `count_S` [S + G] counts own slots, then gathered ones."""
+        """Each slot's network on its rows, [M, D] -> [M, D]; `count_S` counts own slots, then those of arrived experts."""
         bank = self.bank
         weights = [Weights(bank.inner, bank.outer), *self._arrived]
-        counts = count_S.split([len(part.inner) for part in weights] + [len(count_S) - sum(len(part.inner) for part in weights)])
-        assert int(counts[-1].sum()) == 0, "rows for a slot that stayed empty"
-        rows = rows_MD.split([int(part.sum()) for part in counts[:-1]])
+        counts = count_S.split([len(part.inner) for part in weights])
+        rows = rows_MD.split([int(part.sum()) for part in counts])
         outputs: list[Tensor] = []
-        for rows_ND, part, count_G in zip(rows, weights, counts, strict=False):
+        for rows_ND, part, count_G in zip(rows, weights, counts, strict=True):
             if len(part.inner):
                 outputs.append(grouped_mlp(rows_ND, part.inner, part.outer, count_G, bank.activation, bank.kernel, bank.recompute))
             else:
-                # Nothing came here, but the gradients that others send back through this rank's part of the exchange do: no rows, attached.
-                outputs += [part.inner.flatten(0, 1), part.outer.flatten(0, 1)]
+                # Nothing came here, but the gradients that others send back through this rank's part of the exchanges do, of tokens and of
+                # weights: no rows, attached.
+                outputs += [rows_ND, part.inner.flatten(0, 1), part.outer.flatten(0, 1)]
         return torch.cat(outputs)

@@ -315,7 +315,7 @@ def _parts(network: Network, counts: tuple[int, ...], rows_MD: Tensor) -> Iterat
 
 def _by_slot(rows: Sequence[Tensor], count_PS: Sequence[Sequence[int]]) -> Tensor:
     """Rows of several pieces, each sorted by slot, sorted together by slot, then piece."""
-    if len(rows) == 1:
+    if len(rows) == 1 or not count_PS[0]:  # without slots there are no rows either
         return rows[0].contiguous()
     blocks = [piece.split(list(counts)) for piece, counts in zip(rows, count_PS, strict=True)]
     return torch.cat([of_piece[slot] for slot in range(len(count_PS[0])) for of_piece in blocks])
@@ -326,6 +326,8 @@ def _by_piece(rows_MD: Tensor, count_PS: Sequence[Sequence[int]]) -> list[Tensor
     if len(count_PS) == 1:
         return [rows_MD]
     num_pieces, num_slots = len(count_PS), len(count_PS[0])
+    if not num_slots:
+        return list(rows_MD.split([0] * num_pieces))
     blocks = rows_MD.split([count_PS[piece][slot] for slot in range(num_slots) for piece in range(num_pieces)])
     return [torch.cat(blocks[piece::num_pieces]) for piece in range(num_pieces)]
 

@@ -131,7 +131,7 @@ class CopySums:
             found = holders(plan.slot_LRE[bank.layout.layer] != EMPTY)
             if not found:
                 continue
-            num_elements = sum(gradient[0].numel() for gradient in gradients)
+            num_elements = sum(gradient.shape[1:].numel() for gradient in gradients)
             copies = []
             for expert, devices in sorted(found.items()):
                 if mesh.expert_rank in devices:

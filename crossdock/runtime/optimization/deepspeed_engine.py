@@ -10,7 +10,9 @@ the mean over ranks that the native engine computes. The norm and the shared sto
 
 import contextlib
 import importlib.util
+import os
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -86,33 +88,31 @@ class DeepSpeedEngine:
             "experts": mesh.expert_replica_group if mesh.expert_replica_group is not None else alone,
             "tokens": mesh.expert_group if mesh.expert_group is not None else alone,
         }
-        # one of them for each format of parameters: ZeRO takes all of its parameters to be of one, and gates are wider than the rest
-        dtypes = sorted({parameter.dtype for parameter in self._named.values()}, key=str)
-        self._zeros = [self._zero_of(dtype) for dtype in dtypes]
+        # One of them for each format of parameters: ZeRO takes all of its parameters to be of one, and gates are wider than the rest. And
+        # one for experts alone: ranks may hold different numbers of them, and what shares a bucket with dense gradients must be alike.
+        experts = {name for names in self.expert_names.values() for name in names}
+        self._zeros: list[tuple[Any, list[dict[str, Any]]]] = []
+        kinds = sorted({(name in experts, parameter.dtype) for name, parameter in self._named.items()}, key=str)
+        for are_experts, dtype in kinds:
+            alike = [name for name, parameter in self._named.items() if (name in experts, parameter.dtype) == (are_experts, dtype)]
+            self._zeros.append(self._zero_of(alike, are_experts))
         self._parts = [part for zero, groups in self._zeros for part in self._parts_of(zero, groups)]
         self._part_of = {name: part for part in self._parts for name in part.names}
 
-    def _zero_of(self, dtype: torch.dtype) -> tuple[Any, list[dict[str, Any]]]:
-        """DeepSpeed's optimizer of all parameters of that format, and the groups it was given, with the names of their parameters."""
-        experts = {name for names in self.expert_names.values() for name in names}
+    def _zero_of(self, names: Sequence[str], are_experts: bool) -> tuple[Any, list[dict[str, Any]]]:
+        """DeepSpeed's optimizer of these parameters, and the groups it was given, with the names of theirs."""
         groups: list[dict[str, Any]] = []
-        for is_expert in (False, True):
-            for decays in (True, False):
-                names = [
-                    name
-                    for name, parameter in self._named.items()
-                    if parameter.dtype == dtype and (name in experts) == is_expert and (parameter.ndim - is_expert >= 2) == decays
-                ]
-                if names:
-                    decay = self.config.weight_decay if decays else 0.0
-                    kind = {"moe": True, "name": EXPERTS} if is_expert else {}
-                    groups.append({"params": [self._named[name] for name in names], "names": names, "weight_decay": decay, **kind})
-                for name in names if is_expert else ():
-                    self._named[name].allreduce = False  # type: ignore[attr-defined]
-                    self._named[name].group_name = EXPERTS  # type: ignore[attr-defined]
+        for decays in (True, False):
+            alike = [name for name in names if (self._named[name].ndim - are_experts >= 2) == decays]
+            if alike:
+                decay = self.config.weight_decay if decays else 0.0
+                kind = {"moe": True, "name": EXPERTS} if are_experts else {}
+                groups.append({"params": [self._named[name] for name in alike], "names": alike, "weight_decay": decay, **kind})
+        for name in names if are_experts else ():
+            self._named[name].allreduce = False  # type: ignore[attr-defined]
+            self._named[name].group_name = EXPERTS  # type: ignore[attr-defined]
         betas = (self.config.beta1, self.config.beta2)
         optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=betas, eps=self.config.epsilon, fused=True)
-        has_experts = any(group.get("moe") for group in groups)
         with _stdout_to_stderr():
             zero = self._deepspeed.Optimizer(
                 optimizer,
@@ -126,9 +126,9 @@ class DeepSpeedEngine:
                 reduce_bucket_size=self.zero_config.bucket_elements,
                 allgather_bucket_size=2 * self.zero_config.bucket_elements,
                 dp_process_group=self._groups["dense"],
-                expert_parallel_group={EXPERTS: self._groups["tokens"]} if has_experts else None,
-                expert_data_parallel_group={EXPERTS: self._groups["experts"]} if has_experts else None,
-                has_moe_layers=has_experts,
+                expert_parallel_group={EXPERTS: self._groups["tokens"]} if are_experts else None,
+                expert_data_parallel_group={EXPERTS: self._groups["experts"]} if are_experts else None,
+                has_moe_layers=are_experts,
                 overlap_comm=False,
                 partition_grads=self.zero_config.stage == 2,
                 gradient_accumulation_dtype=torch.float32,
@@ -283,6 +283,10 @@ def _not_usable(why: str) -> Unavailable:
 
 def _deepspeed(mesh: Mesh) -> _DeepSpeed:
     """Import deepspeed and tell it of the world that is there. Raises `Unavailable`."""
+    # DeepSpeed gathers by a name that torch 2.13 calls deprecated, and every rank would print so; the warning is about its code alone
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning)
+    if mesh.device.type == "cpu":  # said before the import, or every rank warns that it found no other accelerator
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with _stdout_to_stderr():
         try:
             import deepspeed

@@ -19,7 +19,7 @@ from crossdock.runtime.optimization.copies import CopySums
 from crossdock.runtime.optimization.engines import Piece
 from crossdock.runtime.optimization.fsdp import is_part, local_part, rows_before, set_gradient_sync
 from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig
-from crossdock.runtime.optimization.reduction import GradientReducer
+from crossdock.runtime.optimization.reduction import GradientReducer, Summed
 from crossdock.runtime.transport import collectives
 from crossdock.runtime.transport.exchange import naming_lost_peers
 from crossdock.runtime.transport.mesh import Mesh
@@ -48,7 +48,14 @@ class Engine:
         experts, dense = self.mesh.expert_replica_group, self.mesh.dense_group
         self._parts = {name: parameter for name, parameter in named.items() if is_part(parameter)}
         kept = [(name, parameter) for name, parameter in named.items() if name not in self._parts]
-        self.reducer = GradientReducer([(parameter, experts if name in bank_of else dense) for name, parameter in kept])
+        self.reducer = GradientReducer(
+            [
+                Summed(parameter, experts, parameter.shape[1:].numel() * self.banks[bank_of[name]].layout.num_slots)
+                if name in bank_of
+                else Summed(parameter, dense, parameter.numel())
+                for name, parameter in kept
+            ]
+        )
         gradient_of = {name: self.reducer.gradient_of[parameter] for name, parameter in kept}
         self._part_gradients = {name: torch.zeros_like(local_part(parameter)) for name, parameter in self._parts.items()}
         for name, parameter in named.items():
@@ -63,7 +70,7 @@ class Engine:
         for name, bank in self.banks.items():
             assert plan is not None
             copies_E = (plan.slot_LRE[bank.layout.layer] != EMPTY).sum(axis=0)
-            weights = [0.0 if expert == EMPTY else 1.0 / copies_E[expert] for expert in bank.layout.local_experts]
+            weights = [1.0 / copies_E[expert] for expert in bank.layout.local_experts]
             self._weight_of[name] = torch.tensor(weights, dtype=torch.float64, device=self.mesh.device)
         self._sum_copies: CopySums | None = None
         if plan is not None and plan.has_replicas:
@@ -113,14 +120,21 @@ class Engine:
         self.optimizer.refresh()
         self.optimizer.set_num_updates(num_updates)
 
-    def replace_experts(self, plan: Plan, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over banks that now have the layout of `plan`, with the migrated state of their parameters; dense state stays."""
-        kept = {name: state for name, state in self.states().items() if name not in states}
+    def release(self) -> dict[str, dict[str, Tensor]]:
+        """Hand out the state of every parameter, as `states` has it, and let all gradients go: between two steps they are zero.
+
+        So there is room for experts that move. Until `adopt` no step is possible.
+        """
         self.reducer.close()
         if self._sum_copies is not None:
             self._sum_copies.close()
-        self.optimizer.remove([*kept, *states])
-        self._attach(plan, {**kept, **states})
+        self._sum_copies = None
+        self._dense_gradients, self._expert_gradients, self._part_gradients = [], [], {}
+        return {name: self.optimizer.take(name) for name, _ in self.model.named_parameters()}
+
+    def adopt(self, plan: Plan, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on after `release` with banks that now have the layout of `plan`, and with `states`, those of moved experts migrated."""
+        self._attach(plan, states)
 
     # ---- the step --------------------------------------------------------------------------------------------
 

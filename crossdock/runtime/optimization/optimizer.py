@@ -5,7 +5,7 @@ float64 are their own masters. Gradients arrive in master precision (`reduction.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pydantic
@@ -91,10 +91,11 @@ class MasterAdamW:
         if copies:
             torch._foreach_copy_([entry.parameter for entry in copies], [entry.weight for entry in copies])
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Let go of parameters, of an expert bank that is about to change its shape, say."""
-        for name in names:
-            del self._entry_of[name]
+    def take(self, name: str) -> dict[str, Tensor]:
+        """Let go of a parameter, of an expert bank that is about to change its shape, say: its state, which is nowhere else."""
+        state = self.state_of(name)
+        del self._entry_of[name]
+        return state
 
     def set_num_updates(self, num_updates: int) -> None:
         """Continue counting from `num_updates`; the bias correction depends on it."""

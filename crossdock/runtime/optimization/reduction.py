@@ -6,9 +6,10 @@ does what DistributedDataParallel does, written anew for two reasons: DDP sums b
 the first step of every process, so that a resumed run adds in another order and is no longer bitwise the run it continues.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,18 @@ from crossdock.runtime.transport.exchange import Pending
 from crossdock.runtime.transport.mesh import Group
 
 BUCKET_BYTES = 8 << 20
+
+
+class Summed(NamedTuple):
+    """A parameter whose gradient is summed over `group`; None where nobody shares it.
+
+    most_elements: of the rank that has most of it. Expert tensors have as many slots as a rank holds experts, and all ranks cut their
+    buckets alike.
+    """
+
+    parameter: nn.Parameter
+    group: Group | None
+    most_elements: int
 
 
 @dataclass(eq=False)
@@ -35,8 +48,8 @@ class Bucket:
 class GradientReducer:
     """Owns the gradients of a model's parameters. Order of use: backwards but the last, `arm()`, backward, `finish()`, ..., `zero()`."""
 
-    def __init__(self, parameters: Sequence[tuple[nn.Parameter, Group | None]], bucket_bytes: int = BUCKET_BYTES) -> None:
-        """`parameters`: each with the group to sum its gradient over, in the order in which forward uses them, the same on every rank."""
+    def __init__(self, parameters: Sequence[Summed], bucket_bytes: int = BUCKET_BYTES) -> None:
+        """`parameters`: in the order in which forward uses them, the same on every rank."""
         self.buckets: list[Bucket] = []
         self.gradient_of: dict[nn.Parameter, Tensor] = {}
         self._armed = False
@@ -103,22 +116,26 @@ class GradientReducer:
             bucket.flat.zero_()
 
     def close(self) -> None:
-        """Take the hooks off and give the parameters back."""
+        """Take the hooks off, give the parameters back and let the gradients go."""
         for remove in self._removers:
             remove()
         for parameter in self.gradient_of:
             parameter.grad = None
         self._removers.clear()
+        self.gradient_of.clear()
+        self.buckets.clear()
 
 
-def _chunks(parameters: Sequence[tuple[nn.Parameter, Group | None]], bucket_bytes: int) -> list[tuple[list[nn.Parameter], Group | None]]:
+def _chunks(parameters: Sequence[Summed], bucket_bytes: int) -> list[tuple[list[nn.Parameter], Group | None]]:
     """Parameters of one group, precision and device together, cut at `bucket_bytes`, in the order in which the backward pass fills them."""
     closed: list[tuple[list[nn.Parameter], Group | None]] = []
     open_chunks: dict[Any, tuple[list[nn.Parameter], Group | None]] = {}
-    for parameter, group in reversed(parameters):  # the backward pass meets them in reverse
+    num_elements: Counter[Any] = Counter()
+    for parameter, group, most_elements in reversed(parameters):  # the backward pass meets them in reverse
         kind = (id(group), master_dtype(parameter.dtype), parameter.device)
-        chunk = open_chunks.setdefault(kind, ([], group))
-        chunk[0].append(parameter)
-        if sum(member.numel() for member in chunk[0]) * master_dtype(parameter.dtype).itemsize >= bucket_bytes:
+        open_chunks.setdefault(kind, ([], group))[0].append(parameter)
+        num_elements[kind] += most_elements
+        if num_elements[kind] * master_dtype(parameter.dtype).itemsize >= bucket_bytes:
             closed.append(open_chunks.pop(kind))
+            del num_elements[kind]
     return closed + list(open_chunks.values())

@@ -23,7 +23,7 @@ def test_a_replica_is_used_by_the_rank_that_holds_it() -> None:
     first, second = (ExpertLayout.from_plan(plan, 0, mesh_of(rank, 2, 2, (0, 1))) for rank in range(2))
     assert first.slot_of_expert_E.tolist() == [0, 1, 3, 4]
     assert second.slot_of_expert_E.tolist() == [5, 1, 3, 4]
-    assert (first.local_experts, second.local_experts) == ((0, 1, -1), (2, 3, 0))
+    assert (first.local_experts, second.local_experts) == ((0, 1), (2, 3, 0))
     assert (first.num_slots, first.num_experts, first.num_ranks) == (3, 4, 2)
 
 

@@ -96,7 +96,7 @@ def step(
 
 def by_reference(tokens: tuple[int, ...], uniform: bool) -> list[tuple[Tensor, ...]]:
     """y, and the gradients of the routed strand with respect to x and the weights, on each rank."""
-    whole = ExpertBank(ExpertLayout(0, torch.arange(EXPERTS), tuple(range(EXPERTS)), 1), WIDTH, HIDDEN, dtype=torch.float64)
+    whole = ExpertBank(ExpertLayout(0, torch.arange(EXPERTS), tuple(range(EXPERTS)), EXPERTS, 1), WIDTH, HIDDEN, dtype=torch.float64)
     whole.reset_parameters(seed=1, std=0.5)
     results = []
     for rank, num_tokens in enumerate(tokens):

@@ -83,7 +83,7 @@ def run_gathered(rank: int, world_size: int, name: str, case: Case, experts: tup
 
 def alone(case: Case) -> list[Outcome]:
     """The same by the reference in one process; the parameters' gradients of all ranks stand in the first."""
-    layout = ExpertLayout(0, torch.arange(case.num_experts), tuple(range(case.num_experts)), 1)
+    layout = ExpertLayout(0, torch.arange(case.num_experts), tuple(range(case.num_experts)), case.num_experts, 1)
     bank = filled_bank(layout, case)
 
     def one_expert(expert: int, row: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from crossdock.placement.records.plan import Plan
 from crossdock.runtime.data import DataState
 from crossdock.runtime.optimization.engine import Engine
 from crossdock.runtime.optimization.optimizer import MasterAdamW, OptimizerConfig, learning_rate
-from crossdock.runtime.optimization.reduction import GradientReducer
+from crossdock.runtime.optimization.reduction import GradientReducer, Summed
 from crossdock.runtime.training.steps import TrainConfig
 from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import Pool, mesh_for
@@ -145,7 +145,7 @@ def test_bf16_parameters_follow_fp32_masters() -> None:
 
 def test_bf16_gradients_add_up_in_fp32() -> None:
     weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    reducer = GradientReducer([(weight, None)])
+    reducer = GradientReducer([Summed(weight, None, weight.numel())])
     for _ in range(1000):
         (weight * 1.0).sum().backward()  # bf16 would stop counting at 256
     assert reducer.gradient_of[weight].item() == 1000.0
@@ -168,7 +168,9 @@ def reduce_in_buckets(rank: int, world_size: int, bucket_bytes: int) -> list[np.
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(8, 8, dtype=torch.float64) for _ in range(6)))
     unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    reducer = GradientReducer([(parameter, mesh.dense_group) for parameter in [*network.parameters(), unused]], bucket_bytes)
+    reducer = GradientReducer(
+        [Summed(parameter, mesh.dense_group, parameter.numel()) for parameter in [*network.parameters(), unused]], bucket_bytes
+    )
     x = torch.full((2, 8), 1.0 + rank, dtype=torch.float64, requires_grad=True)
     reducer.arm()
     network(x).sum().backward()
@@ -194,7 +196,7 @@ def test_every_bucket_leaves_before_backward_ends(ranks: Pool) -> None:
 def launches_without_unused(rank: int, world_size: int) -> tuple[int, int]:
     mesh = mesh_for(rank, world_size, 1)
     network = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
-    reducer = GradientReducer([(parameter, mesh.dense_group) for parameter in network.parameters()], 300)
+    reducer = GradientReducer([Summed(parameter, mesh.dense_group, parameter.numel()) for parameter in network.parameters()], 300)
     reducer.arm()
     network(torch.ones(1, 8)).sum().backward()
     under_way = sum(bucket.work is not None for bucket in reducer.buckets)
