@@ -157,6 +157,8 @@ class HuggingFaceFolder:
 
 
 def _opened(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        raise BadData(f"{path} is not a regular file; download it again")
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

@@ -125,8 +125,11 @@ def checked(folder: Path, part: int = 0, num_parts: int = 1) -> tuple[str | None
     """(what is wrong with a checkpoint or None, its manifest); of the shards, every byte of each `num_parts`th is read."""
     try:
         manifest = Manifest.read(folder)
+        places: dict[str, dict[str, Place]] = {shard.file: {} for shard in manifest.shards}
+        for key, place in manifest.tensors.items():
+            places[place.shard][key] = place
         for shard in manifest.shards[part::num_parts]:
-            if problem := problem_of(folder, shard):
+            if problem := problem_of(folder, shard, places[shard.file]):
                 return problem, None
     except BadCheckpoint as error:
         return str(error), None

@@ -7,6 +7,7 @@ made of them), because hashing then costs no second pass, and because both relea
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,12 +153,31 @@ class Reader:
         return Entry(key, tuple(place.shape), DTYPE_OF_NAME[place.dtype], lambda: self.read(key))
 
 
-def problem_of(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with a file, or None; reads every byte. Raises `OSError`."""
+def problem_of(folder: Path, shard: Shard, places: Mapping[str, Place]) -> str | None:
+    """What is wrong with a file that shall hold the tensors of `places`, or None; reads every byte. Raises `OSError`."""
     path = folder / shard.file
-    if path.stat().st_size != shard.bytes:
-        return f"{path.name} has {path.stat().st_size} bytes where {shard.bytes} were written"
-    return None if sha256_of(path) == shard.sha256 else f"{path.name} does not match its checksum"
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a device has no size, and may have no end
+        return f"{path.name} is not a regular file"
+    if found.st_size != shard.bytes:
+        return f"{path.name} has {found.st_size} bytes where {shard.bytes} were written"
+    return _contradiction(path, places) if sha256_of(path) == shard.sha256 else f"{path.name} does not match its checksum"
+
+
+def _contradiction(path: Path, places: Mapping[str, Place]) -> str | None:
+    """Where a file's own header says something else than the manifest, or None."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if stray := set(file.keys()) ^ places.keys():
+                return f"{path.name} and the manifest do not agree on whether it holds {min(stray)[:200]}"
+            for key, place in places.items():
+                found = file.get_slice(key)
+                if found.get_shape() != place.shape or found.get_dtype() != CODE_OF_DTYPE[DTYPE_OF_NAME[place.dtype]]:
+                    held = f"{found.get_dtype()} {found.get_shape()}"
+                    return f"{path.name} holds {key[:200]} as {held} where {place.dtype} {place.shape} is promised"
+    except SafetensorError as error:
+        return f"{path.name} cannot be read ({error})"
+    return None
 
 
 def sha256_of(path: Path) -> str:

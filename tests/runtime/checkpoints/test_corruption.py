@@ -1,6 +1,7 @@
 """Damaged checkpoints: a seeded injector, and manifests that somebody forged. Whatever is loaded is what was saved, or nothing is."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -269,15 +270,31 @@ def test_swapped_places_and_bombs_are_noticed(bench: Bench, forge: Callable[[byt
     )
     assert "nested deeper than 64 levels" in (checked(forge(b"[" * 200_000))[0] or "")
     first, second = sorted(key for key, place in value["tensors"].items() if "norm.weight/exp_avg" in key)[:2]
-    swapped = {**value["tensors"], first: {**value["tensors"][first], "shape": [1]}}
-    changed = {**value, "tensors": swapped}
-    folder = forge(json.dumps({**changed, "sha256": digest_of(changed)}).encode())
-    problem, manifest = checked(folder)
-    assert problem is None
-    assert manifest is not None
-    with pytest.raises(BadCheckpoint, match=r"of shape \[1\]"):
-        checkpoint.restore(folder, manifest, bench.run.engine)
-    assert first != second
+    place = value["tensors"][first]
+    for name, wrong, told in (("shape", [1], "float32 [1] is promised"), ("dtype", "float16", "float16 [8] is promised")):
+        assert told in forged(tensors={**value["tensors"], first: {**place, name: wrong}})
+    other = next(shard["file"] for shard in value["shards"] if shard["file"] != place["shard"])
+    assert f"whether it holds {first}" in forged(tensors={**value["tensors"], first: {**place, "shard": other}})
+    assert f"whether it holds {second}" in forged(tensors={key: place for key, place in value["tensors"].items() if key != second})
+
+
+@pytest.mark.parametrize("kind", ["a device without end", "a pipe", "a folder"])
+def test_a_shard_is_a_regular_file(bench: Bench, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / NEWER
+    shutil.copytree(bench.root / NEWER, folder)
+    value = json.loads((folder / MANIFEST).read_bytes())
+    value.pop("sha256")
+    shard = folder / value["shards"][0]["file"]
+    shard.unlink()
+    value["shards"][0]["bytes"] = 0  # which is what the system says of the size of a device
+    (folder / MANIFEST).write_text(json.dumps({**value, "sha256": digest_of(value)}))
+    if kind == "a device without end":
+        shard.symlink_to("/dev/zero")
+    elif kind == "a pipe":
+        os.mkfifo(shard)
+    else:
+        shard.mkdir()
+    assert checkpoint.verify(folder) == f"{shard.name} is not a regular file"
 
 
 def test_the_command_says_so_in_one_line(forge: Callable[[bytes], Path], capsys: pytest.CaptureFixture[str]) -> None:
