@@ -14,8 +14,8 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "tota
 
 
 def describe(config: RunConfig, world_size: int, launcher: str | None = None) -> dict[str, Any]:
-    """`{world_size, groups, plan, memory}` of a run on `world_size` ranks that `launcher` starts (None: any); raises what its ranks would
-    raise before the first step.
+    """`{world_size, groups, plan, transport, tokens_per_micro_batch, memory}` of a run on `world_size` ranks that `launcher` starts (None:
+    any); raises what its ranks would raise before the first step.
 
     memory has an entry for each rank of an expert group; copies of the group are alike. Bytes hold where tokens spread evenly over experts.
     """
@@ -56,6 +56,7 @@ def describe(config: RunConfig, world_size: int, launcher: str | None = None) ->
         "world_size": world_size,
         "groups": _groups(world_size, num_ranks, None if inputs.topology is None else inputs.topology.node_of_R),
         "plan": None if plan is None else _plan(plan),
+        "transport": config.parallel.transport,
         "tokens_per_micro_batch": tokens,
         "memory": memory,
     }
@@ -92,22 +93,45 @@ def _visitors(plan: Plan, rank: int, gathered: list[int]) -> int:
 
 def comment(facts: dict[str, Any]) -> str:
     """The same for people, as comments below the configuration's YAML."""
-    groups, plan, memory = facts["groups"], facts["plan"], facts["memory"]
-    size = len(groups["expert_groups"][0])
-    lines = [f"{facts['world_size']} ranks in {len(groups['expert_groups'])} expert groups of {size}: {_spans(groups['expert_groups'])}"]
+    groups, plan = facts["groups"], facts["plan"]
+    size, num_groups = len(groups["expert_groups"][0]), len(groups["expert_groups"])
+    lines = [_counted(facts["world_size"], "rank")]
+    if plan is not None:
+        lines[0] += f" in {_counted(num_groups, 'expert group')} of {size}: {_spans(groups['expert_groups'])}"
     if groups["node_of_rank"] is not None:
-        lines.append(f"{len(set(groups['node_of_rank']))} nodes, as the topology declares them")
+        lines.append(f"{_counted(len(set(groups['node_of_rank'])), 'node')}, as the topology declares them")
+    if facts["transport"] == "mpi":
+        lines.append("tokens travel over MPI: start the ranks by mpirun")
+    spread = ""
     if plan is not None:
         fewest, most = (choose(held[name] for held in plan["experts_per_rank"]) for name, choose in (("fewest", min), ("most", max)))
-        held = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        lines.append(f"plan {plan['method'] or 'given'} ({plan['hash'][:12]}): {held} experts a rank in each of {plan['layers']} layers")
-    lines.append(f"memory for {facts['tokens_per_micro_batch']:,} tokens a rank and micro-batch, spread evenly over the experts:")
-    lines.append("  " + "expert rank".ljust(14) + "".join(kind.rjust(13) for kind in KINDS))
-    alike = all({**row, "expert_rank": 0} == {**memory[0], "expert_rank": 0} for row in memory)
-    for row in memory[:1] if alike else memory:
-        name = "every rank" if alike else str(row["expert_rank"])
+        held = _counted(most, "expert") if fewest == most else f"{fewest} to {most} experts"
+        layers = "the MoE layer" if plan["layers"] == 1 else f"each of {plan['layers']} MoE layers"
+        lines.append(f"plan {plan['method'] or 'given'} ({plan['hash'][:12]}): {held} a rank in {layers}")
+        spread = ", spread evenly over the experts"
+    lines.append(f"memory of a rank for {facts['tokens_per_micro_batch']:,} tokens a micro-batch{spread}:")
+    alike = _alike(facts["memory"])
+    title = "expert rank" if len(alike) > 1 else ""
+    lines.append("  " + title.ljust(14) + "".join(kind.rjust(13) for kind in KINDS))
+    for ranks, row in alike:
+        name = ranks if len(alike) > 1 else "every rank"
         lines.append("  " + name.ljust(14) + "".join(readable_bytes(row[kind]).rjust(13) for kind in KINDS))
-    return "".join(f"# {line}\n" for line in lines)
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _alike(memory: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Runs of neighbouring expert ranks that need the same, as `3-5`, each with what one of them needs."""
+    runs: list[list[dict[str, Any]]] = []
+    for row in memory:
+        if runs and all(row[kind] == runs[-1][0][kind] for kind in KINDS):
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return [(_spans([[row["expert_rank"] for row in run]]), run[0]) for run in runs]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _spans(groups: list[list[int]]) -> str:

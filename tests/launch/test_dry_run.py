@@ -76,8 +76,34 @@ def test_for_people_it_is_yaml_with_comments(capsys: pytest.CaptureFixture[str])
     assert strict_yaml.parse(out, "out").value["train"]["steps"] == 60
     lines = [line for line in out.splitlines() if line.startswith("#")]
     assert lines[0] == "# 8 ranks in 4 expert groups of 2: 0-1, 2-3, 4-5, 6-7"
-    assert "2 experts a rank in each of 1 layers" in lines[1]
+    assert "2 experts a rank in the MoE layer" in lines[1]
+    assert lines[2] == "# memory of a rank for 64 tokens a micro-batch, spread evenly over the experts:"
     assert lines[-1].startswith("#   every rank")
+
+
+def commented(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert run(["train", *arguments, "--dry-run"]) == 0
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+
+
+def test_people_read_of_what_there_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    dense = commented(capsys, "tiny", "model.block=dense", "--world-size", "4", "parallel.expert=4")
+    assert dense[:2] == ["# 4 ranks", "# memory of a rank for 128 tokens a micro-batch:"]
+    alone = commented(capsys, "tiny", "parallel.expert=1")
+    assert alone[0] == "# 1 rank in 1 expert group of 1: 0"
+    four = commented(capsys, "small", "parallel.expert=8", "--world-size", "8", "parallel.transport=mpi")
+    assert four[1] == "# tokens travel over MPI: start the ranks by mpirun"
+    assert "2 experts a rank in each of 4 MoE layers" in four[2]
+
+
+def test_ranks_that_need_the_same_share_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Plan.from_devices([[0, 0, 1, 2, 3, 3]], 4).save(tmp_path / "plan.json")
+    uneven = ("tiny", "model.num_experts=6", "parallel.expert=4", f"plan={tmp_path / 'plan.json'}", "--world-size", "4")
+    lines = commented(capsys, *uneven)
+    assert "1 to 2 experts a rank in the MoE layer" in lines[1]
+    assert lines[3].split() == ["#", "expert", "rank", "parameters", "gradients", "optimizer", "activations", "buffers", "total"]
+    assert [line.split()[1] for line in lines[4:]] == ["0", "1-2", "3"]
+    assert lines[4].split()[2:] == lines[6].split()[2:]
 
 
 @pytest.mark.parametrize(
