@@ -2,6 +2,7 @@
 
 SCRIPT names, for every rank, one act: `ok`, `wait` (until it is ended), `hang` (deaf to SIGINT and SIGTERM), `save` (exit 75 on SIGTERM),
 or a number: `-9` (kills itself so), `79` (reports that exit code), `76` (waits for another to go, then says that it lost its peer).
+With `!` behind it, it reports and does not end.
 """
 
 import os
@@ -20,6 +21,7 @@ def main(folder: Path, script: str, outcome: Path) -> int:
     assert env is not None
     assert env.launcher == "local"
     act = script.split(",")[env.rank]
+    stays, act = act.endswith("!"), act.rstrip("!")
     if act == "hang":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -35,7 +37,10 @@ def main(folder: Path, script: str, outcome: Path) -> int:
         os.kill(os.getpid(), -code)
     if code == 76:
         time.sleep(0.5)
-    return _report(outcome, code, "" if code == 0 else f"rank {env.rank} reports {code}")
+    _report(outcome, code, "" if code == 0 else f"rank {env.rank} reports {code}")
+    if stays:
+        time.sleep(60)
+    return code
 
 
 def _report(outcome: Path, code: int, message: str) -> int:

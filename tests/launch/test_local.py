@@ -44,12 +44,15 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
         (("wait", "79"), 79, "rank 1 reports 79"),
         (("hang", "-11"), 76, "rank 1 was killed by SIGSEGV"),
         (("76", "78"), 78, "rank 1 reports 78"),
+        (("74!", "74!"), 74, "rank 0 reports 74"),
+        (("ok", "ok!"), 0, ""),
     ],
 )
 def test_the_outcome_is_the_root_cause_and_nobody_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, acts: tuple[str, ...], exit_code: int, message: str
 ) -> None:
     monkeypatch.setattr(local, "_PEERS_S", 1.5)
+    monkeypatch.setattr(local, "_LEAVE_S", 0.5)
     outcome = play(tmp_path, *acts)
     assert outcome.exit_code == exit_code
     assert outcome.message.startswith(message)

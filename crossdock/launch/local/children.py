@@ -28,6 +28,7 @@ from crossdock.launch.ranks.worker_env import local_environment
 INTERRUPTED = 130
 _POLL_S = 0.05
 _PEERS_S = 5.0  # what the other ranks get to notice that one has gone, and to report it
+_LEAVE_S = 5.0  # for the end of a process that has reported
 _KILLED_S = 1.0  # the same where it was killed: their reports would say no more than its exit code
 _INTERRUPT_S = 3.0
 _TERMINATE_S = 120.0  # to write a checkpoint after SIGTERM
@@ -91,6 +92,7 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, starter: Starter | None 
                 stopped_by, first_dead = _watch(children, caught, outcome_paths)
             finally:
                 ended_by_us = _kill(children)
+        ended_by_us -= _reported(outcome_paths)
         outcomes = [_read_outcome(rank, child, outcome_paths[rank]) for rank, child in enumerate(children)]
     if stopped_by == signal.SIGINT:
         return Outcome(rank=0, exit_code=INTERRUPTED, message="interrupted by Ctrl-C; the ranks have been ended")
@@ -146,11 +148,13 @@ def _signals_caught() -> Iterator[list[int]]:
 def _watch(children: Sequence[Child], caught: list[int], outcome_paths: Sequence[Path]) -> tuple[int | None, int | None]:
     """Wait for the end of all children; returns the signal that stopped them, if one did, and the first rank that ended badly.
 
-    Ranks that others have named as hung are not waited for.
+    Ranks that others have named as hung are not waited for, and those that have reported not for long: torch's file store reads for ever
+    at the end of a process where another rank's disk was full.
     """
     deadline_s: float | None = None
     stopped_by: int | None = None
     first_dead: int | None = None
+    leave_s = time.monotonic() + _LEAVE_S
     while any(child.poll() is None for child in children):
         if caught and stopped_by != signal.SIGINT:
             stopped_by = caught.pop()
@@ -167,12 +171,21 @@ def _watch(children: Sequence[Child], caught: list[int], outcome_paths: Sequence
             break
         if first_dead is not None and _living(children) <= _named(outcome_paths):
             break
+        if not _living(children) <= _reported(outcome_paths):
+            leave_s = time.monotonic() + _LEAVE_S
+        elif time.monotonic() > leave_s:
+            break
         time.sleep(_POLL_S)
     return stopped_by, first_dead
 
 
 def _living(children: Sequence[Child]) -> set[int]:
     return {rank for rank, child in enumerate(children) if child.poll() is None}
+
+
+def _reported(outcome_paths: Sequence[Path]) -> set[int]:
+    """The ranks that have done their last act."""
+    return {rank for rank, path in enumerate(outcome_paths) if path.exists()}
 
 
 def _named(outcome_paths: Sequence[Path]) -> set[int]:
