@@ -1,15 +1,18 @@
 """The same command under every launcher, to its end, from a test."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.netlab import Lab
+from crossdock import atomic
 
 ROOT = Path(__file__).parents[2]
 MPIRUN = Path(sys.executable).with_name("mpirun")
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 TIMEOUT_S = 300.0
 
 
@@ -49,6 +52,31 @@ def torchrun_on_two_nodes(arguments: Sequence[str], num_ranks: int) -> None:
 def mpirun(arguments: Sequence[str], num_ranks: int) -> None:
     """mpirun on this host."""
     _ended_well([str(MPIRUN), "-n", str(num_ranks), sys.executable, "-m", "crossdock", *arguments])
+
+
+def deepspeed(arguments: Sequence[str], num_ranks: int, hostfile: Path) -> subprocess.CompletedProcess[str]:
+    """DeepSpeed's launcher on this host, to its end, by a hostfile that is written for it."""
+    atomic.write_text(hostfile, f"# one machine\nlocalhost slots={num_ranks}\n")
+    meeting = ["--no_ssh", "--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]  # no ssh stands on a test's machine
+    return ended([str(DEEPSPEED), f"--hostfile={hostfile}", *meeting, "--module", "crossdock", *arguments])
+
+
+def deepspeed_on_two_nodes(arguments: Sequence[str], num_ranks: int, hostfile: Path) -> None:
+    """DeepSpeed's launcher on two emulated hosts, started on each as its `--no_ssh` wants it, by one hostfile."""
+    per_node = num_ranks // 2
+    atomic.write_text(hostfile, f"node0 slots={per_node}\nnode1 slots={per_node}\n")
+    with Lab(2, 1e9) as lab:
+        common = [f"--hostfile={hostfile}", "--no_ssh", f"--master_addr={lab.address(0)}", "--master_port=29500"]
+        command = [str(DEEPSPEED), *common, "--no_local_rank", "--module", "crossdock", *arguments]
+        jobs = [(node, [*command[:1], f"--node_rank={node}", *command[1:]], {"OMP_NUM_THREADS": "1"}) for node in range(2)]
+        lab.together(jobs, TIMEOUT_S)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def printed(arguments: Sequence[str]) -> str:

@@ -79,17 +79,19 @@ def test_fifty_steps_anywhere(tmp_path: Path) -> None:
             "mpirun": lambda run: starts.mpirun(run, 4),
             "mpirun, over MPI": lambda run: starts.mpirun([*run, "parallel.transport=mpi"], 4),
             "mpirun, measured": lambda run: starts.mpirun([*run, "parallel.transport=auto"], 4),
-            "deepspeed": lambda run: starts.alone([*run, "engine=deepspeed"]),
+            "deepspeed's launcher": lambda run: starts.deepspeed_on_two_nodes(run, 4, tmp_path / "hosts"),
+            "deepspeed's launcher and engine": lambda run: starts.deepspeed_on_two_nodes([*run, "engine=deepspeed"], 4, tmp_path / "hosts"),
         },
         steps=50,
         ranks=4,
     )
     ours = curves.pop("alone")
     assert len(set(ours)) == 50, "a run that learns nothing would be equal to any other"
-    np.testing.assert_allclose(curves.pop("deepspeed"), ours, rtol=DEEPSPEED_TOLERANCE)
+    np.testing.assert_allclose(curves.pop("deepspeed's launcher and engine"), ours, rtol=DEEPSPEED_TOLERANCE)
     for name, found in curves.items():
         assert found == ours, name
-    assert env_of(tmp_path / "two nodes", "node_of_rank") == [0, 0, 1, 1]
+    for name in ("two nodes", "deepspeed's launcher", "deepspeed's launcher and engine"):
+        assert env_of(tmp_path / name, "node_of_rank") == [0, 0, 1, 1], name
     launchers = {name: env_of(tmp_path / name, "launcher") for name in curves}
     assert launchers == {
         "two nodes": "torchrun",
@@ -97,7 +99,9 @@ def test_fifty_steps_anywhere(tmp_path: Path) -> None:
         "mpirun": "mpi",
         "mpirun, over MPI": "mpi",
         "mpirun, measured": "mpi",
+        "deepspeed's launcher": "deepspeed",
     }
+    assert env_of(tmp_path / "deepspeed's launcher and engine", "launcher") == "deepspeed"
     events = [json.loads(line) for line in (tmp_path / "mpirun, measured" / "events.jsonl").read_text().splitlines()]
     (chosen,) = [event for event in events if event["event"] == "transport_chosen"]
     assert set(chosen["measured"]) == {"torch", "mpi"}

@@ -1,10 +1,7 @@
 """DeepSpeed as a launcher and as an engine: its real launcher, hostfiles and their mistakes, runs that go from one engine to the other."""
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +10,10 @@ import pytest
 from crossdock.launch import cli
 from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv, worker_env
 from crossdock.launch.scripts.hostfile import Host, read_hostfile
+from tests.launch import starts
 
 pytest.importorskip("deepspeed", reason="the extra crossdock[deepspeed] is not installed")
 
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 PDSH = (
     "#!/bin/sh\n# stands in for pdsh: every host of -w is this machine, and %n its number\n"
     + r"""
@@ -42,19 +39,12 @@ def losses(directory: Path) -> list[float]:
     return [row["loss"] for row in rows(directory)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def launched(arguments: list[str], path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """DeepSpeed's launcher with `arguments`, meeting on a free port of this machine."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    if path is not None:
-        environment["PATH"] = f"{path}:{environment['PATH']}"
-    command = [str(DEEPSPEED), f"--master_port={free_port()}", "--master_addr=127.0.0.1", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+def launched(arguments: list[str], path: Path) -> subprocess.CompletedProcess[str]:
+    """DeepSpeed's launcher with `arguments`, the programs in `path` before others, meeting on a free port of this machine."""
+    environment = starts.environment()
+    command = [str(starts.DEEPSPEED), f"--master_port={starts.free_port()}", "--master_addr=127.0.0.1", *arguments]
+    path_too = {**environment, "PATH": f"{path}:{environment['PATH']}"}
+    return subprocess.run(command, env=path_too, capture_output=True, text=True, timeout=170, check=False)
 
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------
@@ -62,11 +52,11 @@ def launched(arguments: list[str], path: Path | None = None) -> subprocess.Compl
 
 def test_its_launcher_starts_a_run_that_equals_a_local_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two ranks by the real launcher under the DeepSpeed engine; the same by local ranks under the native one."""
-    (tmp_path / "hosts").write_text("# one machine\nlocalhost slots=2\n")
-    train = ["train", "tiny", "train.steps=4"]
-    started = [f"--hostfile={tmp_path / 'hosts'}", "--no_ssh", "--node_rank=0", "--module", "crossdock"]  # passes --local_rank as well
-    ended = launched([*started, *train, "engine=deepspeed", f"run.dir={tmp_path / 'theirs'}"])
+    train = ["train", "tiny", "train.steps=4"]  # to which the launcher adds --local_rank
+    ended = starts.deepspeed([*train, "engine=deepspeed", f"run.dir={tmp_path / 'theirs'}"], 2, tmp_path / "hosts")
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "FutureWarning" not in ended.stderr  # of DeepSpeed's own calls, on every rank
+    assert "real_accelerator" not in ended.stderr
     result = json.loads((tmp_path / "theirs" / "result.json").read_text())
     assert (result["status"], result["reached_step"], result["world_size"]) == ("done", 4, 2)
     assert json.loads((tmp_path / "theirs" / "env.json").read_text())["launcher"] == "deepspeed"
