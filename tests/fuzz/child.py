@@ -58,21 +58,34 @@ def examine(kind: str, seed: int) -> dict[str, object]:
             code, _ = -1, err.write(traceback.format_exc())
     err.flush()
     said = err.buffer.getvalue().decode("utf-8", "replace")
-    return {"code": code, "problem": problem(code, said), "seconds": time.process_time() - begin_s}
+    told = _told(Path(arguments[-1])) if arguments[0] == "status" else None
+    return {"code": code, "problem": problem(code, said, told), "seconds": time.process_time() - begin_s}
 
 
-def problem(code: int, said: str) -> str:
-    """What is wrong with an ending: a traceback, an exit code that says a bug, no message or one that is unfit for a terminal."""
+def problem(code: int, said: str, told: int | None = None) -> str:
+    """What is wrong with an ending: a traceback, an exit code that says a bug, no message or one that is unfit for a terminal.
+
+    `told` is the exit code of a run that the command was asked about, and ends with: it may be any.
+    """
     lines = [line for line in said.splitlines() if line.startswith("crossdock: error: ")]
-    if "Traceback" in said or code not in GOOD_CODES:
+    if "Traceback" in said or code not in GOOD_CODES | {told}:
         return f"exit code {code}\n{said[-3000:]}"
-    if code not in (0, 67) and len(lines) != 1 and not (code in GOOD_CODES and not said):
+    if code not in (0, 67, told) and len(lines) != 1 and not (code in GOOD_CODES and not said):
         return f"exit code {code} with {len(lines)} error lines: {said[-500:]}"
     if len(said) > MAX_MESSAGE:
         return f"a message of {len(said)} characters: {said[:300]}"
     if unfit := _CONTROL.search(said):
         return f"the message holds the control character {unfit[0]!r}: {said[:300]!r}"
     return ""
+
+
+def _told(run: Path) -> int | None:
+    """The exit code that a run's result names, None where it does not."""
+    try:
+        code = json.loads((run / "result.json").read_bytes())["exit_code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return code if isinstance(code, int) else None
 
 
 def _stream(errors: str) -> io.TextIOWrapper:

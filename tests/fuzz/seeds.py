@@ -6,7 +6,7 @@ import numpy as np
 
 CONFIG: dict[str, Any] = {
     "run": {"dir": "runs/x", "resume": "auto"},
-    "train": {"steps": 3, "seed": 1, "batch_sequences": 8, "accumulate": 1, "eval_every": 2, "optimizer": {"lr": 0.001}},
+    "train": {"steps": 4, "seed": 1, "batch_sequences": 8, "accumulate": 1, "eval_every": 2, "optimizer": {"lr": 0.001}},
     "parallel": {"expert": 2, "ranks": 2, "timeout_s": 30.0},
     "model": {
         "num_layers": 4,

@@ -89,6 +89,8 @@ def test_what_counts_as_a_finding(code: int, said: str, piece: str) -> None:
 
 def test_what_does_not() -> None:
     assert problem(65, "crossdock: error: bad.npz: no trace\n") == ""
+    assert problem(1, "", told=1) == ""
+    assert problem(1, "", told=0) != ""
     assert problem(0, "-- done\n") == ""
 
 

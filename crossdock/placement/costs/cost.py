@@ -13,8 +13,7 @@ many back. In backward the gradient of the combine travels from h to d and the g
 two times: `dispatch_s` (h to d) and `combine_s` (d to h). Hierarchical dispatch takes two hops, one after the other (`placement.hops`).
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from pydantic import Field
 
 from crossdock import strict_yaml
 from crossdock.errors import BadConfig
+from crossdock.placement.records.kept import kept_with_first
 from crossdock.placement.records.topology import LINK_CLASSES, OTHER_NODE, Topology
 from crossdock.strict_yaml import Document, StrictModel
 
@@ -191,6 +191,12 @@ class BlockCost:
     def total_s(self) -> Float:
         return np.asarray(self.forward_s + self.backward_s)
 
+    @classmethod
+    def of_layers(cls, blocks: Iterable["BlockCost"]) -> "BlockCost":
+        """Fields of shape [L] from the costs of single blocks, of which one at a time needs memory for its links."""
+        costs = list(blocks)
+        return cls(*(np.array([getattr(cost, field.name) for cost in costs]) for field in fields(cls)))
+
 
 def transfer_seconds(bytes_RR: ArrayLike, topology: Topology) -> Any:
     """Seconds of one all-to-all: `bytes_RR` [..., R, R] from row to column, result [...].
@@ -203,25 +209,27 @@ def transfer_seconds(bytes_RR: ArrayLike, topology: Topology) -> Any:
     sent_RR = np.asarray(bytes_RR, dtype=np.float64)
     busiest_s = np.zeros(sent_RR.shape[:-2])
     for link in _links(topology):
-        port_s_RR = sent_RR * link.s_per_byte_RR
-        port_s = np.maximum(port_s_RR.sum(axis=-1).max(axis=-1), port_s_RR.sum(axis=-2).max(axis=-1))
-        if link.card_NR is not None:
-            port_s = np.maximum(port_s, _shared_card_seconds(sent_RR * link.card_s_per_byte_RR, link.card_NR))
+        port_s: Any = 0.0
+        if link.s_per_byte_RR is not None:
+            port_s_RR = sent_RR * link.s_per_byte_RR
+            port_s = np.maximum(port_s_RR.sum(axis=-1).max(axis=-1), port_s_RR.sum(axis=-2).max(axis=-1))
+        if link.card_s_per_byte_RR is not None:
+            port_s = np.maximum(port_s, _shared_card_seconds(sent_RR * link.card_s_per_byte_RR, topology))
         busiest_s = np.maximum(busiest_s, port_s + link.latency_s)
     return busiest_s
 
 
 @dataclass(frozen=True, eq=False)
 class _Link:
-    """One link class of a topology: seconds per byte on each of its links and 0 elsewhere; the same of network cards that nodes share."""
+    """One link class of a topology: seconds per byte on each of its links and 0 elsewhere, None where they take no time; the same of the
+    network cards that nodes share, None where there are none."""
 
-    s_per_byte_RR: Float
+    s_per_byte_RR: Float | None
     latency_s: float
-    card_s_per_byte_RR: Float
-    card_NR: NDArray[np.bool_] | None
+    card_s_per_byte_RR: Float | None
 
 
-@functools.lru_cache(maxsize=16)
+@kept_with_first
 def _links(topology: Topology) -> tuple[_Link, ...]:
     """What every transfer on a topology asks again: searches price millions of them."""
     found = []
@@ -229,13 +237,30 @@ def _links(topology: Topology) -> tuple[_Link, ...]:
         of_class_RR = topology.link_class_RR == link_class
         if not of_class_RR.any():
             continue
-        card_NR = None
-        if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
-            card_NR = np.arange(topology.num_nodes)[:, None] == np.array(topology.node_of_R)[None, :]
-        card_s_per_byte_RR = of_class_RR / (topology.node_bytes_per_s or 1.0)
-        latency_s = float(topology.latency_s_RR[of_class_RR].max())
-        found.append(_Link(np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0), latency_s, card_s_per_byte_RR, card_NR))
+        s_per_byte_RR = np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)
+        has_cards = link_class == OTHER_NODE and topology.node_bytes_per_s is not None
+        found.append(
+            _Link(
+                s_per_byte_RR if s_per_byte_RR.any() else None,
+                float(topology.latency_s_RR[of_class_RR].max()),
+                of_class_RR / (topology.node_bytes_per_s or 1.0) if has_cards else None,
+            )
+        )
     return tuple(found)
+
+
+def sum_by_node(values: Float, topology: Topology, axis: int = -1) -> Float:
+    """Sums over the devices of each node: `values` with R along `axis` become as many with N there."""
+    order_R, begin_N = _node_order(topology)
+    return np.asarray(np.add.reduceat(np.take(values, order_R, axis), begin_N, axis=axis))
+
+
+@kept_with_first
+def _node_order(topology: Topology) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Devices node after node [R], and where each node's begin among them [N]."""
+    node_R = np.array(topology.node_of_R)
+    order_R = np.argsort(node_R, kind="stable")
+    return order_R, np.searchsorted(node_R[order_R], np.arange(topology.num_nodes))
 
 
 def block_cost(
@@ -249,7 +274,9 @@ def block_cost(
     """
     hops = [np.asarray(hop_RR, dtype=np.float64) * workload.copy_bytes for hop_RR in (copies_RR, second_hop_RR) if hop_RR is not None]
     dispatch_s = np.add.reduce([transfer_seconds(bytes_RR, topology) for bytes_RR in hops])
-    combine_s = np.add.reduce([transfer_seconds(np.swapaxes(bytes_RR, -1, -2), topology) for bytes_RR in hops])
+    combine_s = dispatch_s  # where links are as fast both ways, what goes back takes as long
+    if not topology.is_symmetric:
+        combine_s = np.add.reduce([transfer_seconds(np.swapaxes(bytes_RR, -1, -2), topology) for bytes_RR in hops])
     slowest_s = (np.asarray(rows_R, dtype=np.float64) * workload.row_flop / topology.flop_per_s_R).max(axis=-1)
     expert_s = slowest_s + workload.expert_overhead_s
     forward_s, backward_s = pass_seconds(workload, dispatch_s, combine_s, slowest_s)
@@ -313,7 +340,7 @@ class _WorkloadFile(StrictModel):
     gradient_bytes: int = Field(default=Workload.gradient_bytes, ge=1)
 
 
-def _shared_card_seconds(card_s_RR: Float, card_NR: NDArray[np.bool_]) -> Float:
-    leaving_N = card_s_RR.sum(axis=-1) @ card_NR.T
-    arriving_N = card_s_RR.sum(axis=-2) @ card_NR.T
+def _shared_card_seconds(card_s_RR: Float, topology: Topology) -> Float:
+    leaving_N = sum_by_node(card_s_RR.sum(axis=-1), topology)
+    arriving_N = sum_by_node(card_s_RR.sum(axis=-2), topology)
     return np.asarray(np.maximum(leaving_N.max(axis=-1), arriving_N.max(axis=-1)))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.costs.cost import NUM_DIRECTIONS, BlockCost, Workload, block_cost, step_seconds
+from crossdock.placement.costs.cost import NUM_DIRECTIONS, BlockCost, Dispatch, Workload, block_cost, step_seconds
 from crossdock.placement.costs.hops import hops_of_copies
 from crossdock.placement.costs.replication import gradient_bytes, gradient_bytes_by_class, gradient_seconds
 from crossdock.placement.records.plan import Plan, choose_replica
@@ -86,14 +86,15 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload, t
         raise UsageError(f"plan {plan.digest} is of mode {plan.mode}, and this is about tokens that return home; give a plan of mode home")
     plan.check_model(trace.num_layers, trace.num_experts, topology.num_devices)
     _check_homes(trace, topology)
-    replay = _replay(trace, plan, topology)
-    totals = replay.totals
-    sent_LRR = replay.rows_LRR if workload.dispatch == "flat" else replay.copies_LRR
+    replay = _replay(trace, plan, topology, workload.dispatch)
+    totals, sent_LRR, rows_LR = replay.totals, replay.sent_LRR, replay.rows_LR
     hops_HLRR = hops_of_copies(sent_LRR, replay.node_copies_LRN, topology.node_of_R, workload.dispatch)
-    rows_LR = replay.rows_LRR.sum(axis=1)
-    tokens_per_trace_token = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
-    first_LRR, *then = hops_HLRR * tokens_per_trace_token
-    block = block_cost(first_LRR, rows_LR * tokens_per_trace_token, topology, workload, then[0] if then else None)
+    scale = workload.tokens_per_rank * topology.num_devices / trace.num_tokens
+    layers = zip(hops_HLRR.swapaxes(0, 1), rows_LR, strict=True)
+    block = BlockCost.of_layers(
+        block_cost(hops_HRR[0] * scale, rows_R * scale, topology, workload, *(hop_RR * scale for hop_RR in hops_HRR[1:]))
+        for hops_HRR, rows_R in layers
+    )
     exact = trace.home_T is not None
     unit_bytes = NUM_DIRECTIONS * workload.copy_bytes
     sent = [hops_HLRR[..., topology.link_class_RR == link_class].sum() * unit_bytes for link_class in range(len(LINK_CLASSES))]
@@ -132,22 +133,25 @@ class _Totals:
 
 @dataclass(frozen=True, eq=False)
 class _Replay:
-    """From each home: copies to distinct devices [L, R, R] and to distinct nodes [L, R, N], and rows to devices [L, R, R]."""
+    """From each home what the dispatch sends to devices [L, R, R], and copies to distinct nodes [L, R, N]; rows on each device [L, R].
 
-    copies_LRR: Counts
+    N is 0 where the dispatch does not ask for nodes: with as many nodes as devices these would be as large as the first.
+    """
+
+    sent_LRR: Counts
     node_copies_LRN: Counts
-    rows_LRR: Counts
+    rows_LR: Counts
     totals: _Totals
 
 
-def _replay(trace: Trace, plan: Plan, topology: Topology) -> _Replay:
+def _replay(trace: Trace, plan: Plan, topology: Topology, dispatch: Dispatch) -> _Replay:
     """What every home sends. Integers where homes are known. Otherwise the mean of R scenarios, in the r-th of which
     every token lives on device r; without replicas the scenarios send the same copies, and one stands for all.
     """
     R, N = topology.num_devices, topology.num_nodes
-    copies_LRR = np.zeros((trace.num_layers, R, R), dtype=np.int64)
-    node_copies_LRN = np.zeros((trace.num_layers, R, N), dtype=np.int64)
-    rows_LRR = np.zeros_like(copies_LRR)
+    sent_LRR = np.zeros((trace.num_layers, R, R), dtype=np.int64)
+    node_copies_LRN = np.zeros((trace.num_layers, R, N if dispatch == "hierarchical" else 0), dtype=np.int64)
+    rows_LR = np.zeros((trace.num_layers, R), dtype=np.int64)
     totals = _Totals()
     scenarios = list(_scenarios(trace, plan, R))
     route = _Route(plan, topology)
@@ -159,9 +163,10 @@ def _replay(trace: Trace, plan: Plan, topology: Topology) -> _Replay:
             device_KT = route.devices(layer, choice_KT, home_T)
             copy_KT = _distinct(device_KT, R)
             node_copy_KT = _distinct(route.node_X[device_KT], N)
-            copies_LRR[layer] += _count_pairs(home_T, copy_KT, R, R)
-            node_copies_LRN[layer] += _count_pairs(home_T, node_copy_KT, R, N)
-            rows_LRR[layer] += _count_pairs(home_T, device_KT, R, R)
+            sent_LRR[layer] += _count_pairs(home_T, device_KT if dispatch == "flat" else copy_KT, R, R)
+            if dispatch == "hierarchical":
+                node_copies_LRN[layer] += _count_pairs(home_T, node_copy_KT, R, N)
+            rows_LR[layer] += np.bincount(device_KT.reshape(-1), minlength=R + 1)[:R]
             totals.devices += np.count_nonzero(copy_KT < R)
             totals.nodes += np.count_nonzero(node_copy_KT < N)
             first_device_T = route.devices(layer, first_choice_T, home_T)
@@ -172,14 +177,13 @@ def _replay(trace: Trace, plan: Plan, topology: Topology) -> _Replay:
                 totals.node_hops += np.count_nonzero(both_T & (route.node_X[before[number]] != route.node_X[first_device_T]))
             before[number] = first_device_T
     if trace.home_T is not None:
-        return _Replay(copies_LRR, node_copies_LRN, rows_LRR, totals)
+        return _Replay(sent_LRR, node_copies_LRN, rows_LR, totals)
     totals.devices /= len(scenarios)
     totals.nodes /= len(scenarios)
-    counts: list[Counts] = [copies_LRR, node_copies_LRN, rows_LRR]
-    if not plan.has_replicas:
-        counts = [np.repeat(counts_LRX[:, :1], R, axis=1) for counts_LRX in counts]
-    copies, node_copies, rows = (counts_LRX / R for counts_LRX in counts)
-    return _Replay(copies, node_copies, rows, totals)
+    if plan.has_replicas:
+        return _Replay(sent_LRR / R, node_copies_LRN / R, rows_LR / R, totals)
+    sent, node_copies = (np.repeat(counts_LRX[:, :1] / R, R, axis=1) for counts_LRX in (sent_LRR, node_copies_LRN))
+    return _Replay(sent, node_copies, rows_LR.astype(np.float64), totals)
 
 
 def _scenarios(trace: Trace, plan: Plan, num_devices: int) -> Iterator[NDArray[np.int64]]:

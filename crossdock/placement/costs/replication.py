@@ -50,6 +50,8 @@ def gradient_bytes(plan: Plan, workload: Workload) -> NDArray[np.int64]:
 def gradient_seconds(bytes_RR: ArrayLike, topology: Topology) -> Float:
     """Seconds of both hops, for `bytes_RR` [..., R, R] of the first; 0 where nothing travels."""
     first = np.asarray(bytes_RR, dtype=np.float64)
+    if not first.any():
+        return np.zeros(first.shape[:-2])
     both = transfer_seconds(first, topology) + transfer_seconds(np.swapaxes(first, -1, -2), topology)
     return np.asarray(np.where(first.any(axis=(-2, -1)), both, 0.0))
 

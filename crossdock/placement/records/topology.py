@@ -20,6 +20,7 @@ from crossdock.strict_yaml import Document, StrictModel
 LINK_CLASSES = ("same_device", "same_node", "other_node")
 SAME_DEVICE, SAME_NODE, OTHER_NODE = range(3)
 MAX_DEVICES = 4096
+LEAST_SPEED = float(np.finfo(np.float64).tiny)  # of a link or a device: the time for a byte or an operation is a finite number
 
 # Of one CPU core, for `Topology.local` before anything is measured.
 PLACEHOLDER_FLOP_PER_S = 2.0e10
@@ -147,11 +148,19 @@ class Topology:
         return _link_class(np.array(self.node_of_R))
 
     @cached_property
+    def is_symmetric(self) -> bool:
+        """Whether every link is as fast as the one back."""
+        return bool(np.array_equal(self.bytes_per_s_RR, self.bytes_per_s_RR.T))
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of everything that a plan depends on; the name and the source do not count."""
         header = json.dumps([list(self.node_of_R), self.node_bytes_per_s])
         arrays = (self.flop_per_s_R, self.memory_bytes_R, self.bytes_per_s_RR, self.latency_s_RR)
-        return hashlib.sha256(header.encode() + b"".join(array.astype("<f8").tobytes() for array in arrays)).hexdigest()
+        found = hashlib.sha256(header.encode())
+        for array in arrays:
+            found.update(np.ascontiguousarray(array, dtype="<f8").data)
+        return found.hexdigest()
 
     @classmethod
     def load(cls, path: Path | str) -> "Topology":
@@ -353,8 +362,9 @@ def _link_class(node_R: NDArray[np.int64]) -> NDArray[np.int8]:
 
 
 def _check_range(name: str, values: NDArray[np.float64], *, positive: bool, may_be_inf: ArrayLike = False) -> None:
-    fits = (np.isfinite(values) | (np.asarray(may_be_inf) & (values == np.inf))) & (values > 0 if positive else values >= 0)
+    least = LEAST_SPEED if positive else 0.0
+    fits = (np.isfinite(values) | (np.asarray(may_be_inf) & (values == np.inf))) & (values >= least)
     if not fits.all():
         place = tuple(np.argwhere(~fits)[0].tolist())
-        wanted = "positive" if positive else "0 or more"
+        wanted = "0 or more" if not positive else f"at least {LEAST_SPEED:g}" if 0 < values[place] < LEAST_SPEED else "positive"
         raise BadData(f"{name}{list(place)} is {values[place]}; give a finite number, {wanted}")

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.errors import UsageError
-from crossdock.placement.costs.cost import block_cost, step_seconds
+from crossdock.placement.costs.cost import BlockCost, block_cost, step_seconds
 from crossdock.placement.costs.hops import two_hops
 from crossdock.placement.costs.replication import gradient_bytes, gradient_seconds
 from crossdock.placement.records.plan import EMPTY, Plan, choose_replica
@@ -112,17 +112,22 @@ def cost_of(problem: Problem, device_LE: IntArray) -> float:
         return float(copies_LR.sum() / (affinity.num_tokens * affinity.num_layers))
     rows_LR = np.stack([np.bincount(device_E, load_E, R) for device_E, load_E in zip(device_LE, affinity.load_LE, strict=True)])
     copies_LN = copies_to(problem, np.array(topology.node_of_R)[device_LE], topology.num_nodes)
-    rows_LRR, copies_LRR, copies_LRN = (np.repeat(counts[:, None, :], R, axis=1) / R for counts in (rows_LR, copies_LR, copies_LN))
+    each = (counts / R for counts in (rows_LR, copies_LR, copies_LN))
+    rows_LRR, copies_LRR, copies_LRN = (np.broadcast_to(counts[:, None, :], (len(counts), R, counts.shape[1])) for counts in each)
     return _step_s(problem, rows_LRR, copies_LRR, copies_LRN)
 
 
 def _step_s(problem: Problem, rows_LRR: FloatArray, copies_LRR: FloatArray, copies_LRN: FloatArray) -> float:
     """Seconds of a step from counts of the whole trace, home by home: rows and copies to devices, and copies to nodes."""
     topology, workload, scale = problem.topology, problem.workload, problem.tokens_per_trace_token
-    sent_LRR = rows_LRR if workload.dispatch == "flat" else copies_LRR
-    hops = list(two_hops(sent_LRR, copies_LRN, topology.node_of_R)) if has_two_hops(problem) else [sent_LRR]
-    first, second = hops[0] * scale, hops[1] * scale if len(hops) > 1 else None
-    return step_seconds(block_cost(first, rows_LRR.sum(axis=1) * scale, topology, workload, second), workload)
+
+    def block(rows_RR: FloatArray, copies_RR: FloatArray, copies_RN: FloatArray) -> BlockCost:
+        sent_RR = rows_RR if workload.dispatch == "flat" else copies_RR
+        hops = two_hops(sent_RR, copies_RN, topology.node_of_R) if has_two_hops(problem) else sent_RR[None]
+        first, *then = (hop_RR * scale for hop_RR in hops)
+        return block_cost(first, rows_RR.sum(axis=0) * scale, topology, workload, *then)
+
+    return step_seconds(BlockCost.of_layers(map(block, rows_LRR, copies_LRR, copies_LRN)), workload)
 
 
 def copies_to(problem: Problem, place_LE: IntArray, num_places: int) -> IntArray:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from crossdock.placement.commands.cli import DEFAULT_METHODS, METHODS, plan_app
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.workload_file import load_shape, load_workload
 from crossdock.placement.records.plan import Plan
+from crossdock.placement.records.topology import MAX_DEVICES, Topology
 from crossdock.placement.records.trace import Trace, in_pieces
 from crossdock.placement.solvers import SOLVERS
 from tests.placement.conftest import random_plan, random_trace
@@ -329,3 +331,16 @@ def test_what_is_shown_of_plans_and_error_bars_fits_80_columns(traces: tuple[str
     for printed in (solved.rsplit("wrote", 1)[0], barred, run("show", plan)):
         assert max(map(len, printed.splitlines()[1:])) <= 80
     assert f"digest  {Plan.load(plan).digest[:12]}\n" in run("show", plan)
+
+
+@pytest.mark.slow
+def test_as_many_devices_as_a_topology_may_have(traces: tuple[str, str], tmp_path: Path) -> None:
+    """A table of all links for every device would take 512 GiB, one of all ports several."""
+    topology = tmp_path / "many.yaml"
+    Topology.uniform(MAX_DEVICES, 1, shared_by_node=True).save(topology)
+    tracemalloc.start()
+    try:
+        run("solve", "--trace", traces[0], "--topology", str(topology), "--method", "contiguous", "--out", str(tmp_path / "p.json"))
+        assert tracemalloc.get_traced_memory()[1] < 2 * 2**30
+    finally:
+        tracemalloc.stop()

@@ -242,3 +242,18 @@ def test_values_built_in_code_are_checked_too() -> None:
         Window(dispatch_forward_s=float("nan"))
     with pytest.raises(BadConfig, match="choose from deduplicated, flat, hierarchical"):
         Workload(dispatch="both")  # type: ignore[arg-type]
+
+
+def test_answers_of_unequal_ways_are_priced_apart() -> None:
+    even = Topology.uniform(2, 2)
+    assert even.is_symmetric
+    speed_RR = even.bytes_per_s_RR.copy()
+    speed_RR[0, 3] /= 4.0
+    uneven = replace(even, bytes_per_s_RR=speed_RR)
+    assert not uneven.is_symmetric
+    sent_RR = np.random.default_rng(0).integers(0, 50, (4, 4)).astype(float)
+    there, back = block_cost(sent_RR, np.zeros(4), uneven, Workload()), block_cost(sent_RR.T, np.zeros(4), uneven, Workload())
+    assert there.combine_s == pytest.approx(float(back.dispatch_s))
+    assert there.combine_s != there.dispatch_s
+    same = block_cost(sent_RR, np.zeros(4), even, Workload())
+    assert same.combine_s == pytest.approx(float(block_cost(sent_RR.T, np.zeros(4), even, Workload()).dispatch_s))

@@ -172,6 +172,7 @@ MALFORMED: dict[str, tuple[str, str]] = {
     "null off the diagonal": (LONG.replace("[null, 1e9]", "[null, null]"), r"bytes_per_s\[0, 1\] is inf"),
     "gap in the nodes": (LONG.replace("node: 1", "node: 2"), r"nodes are numbered \[0, 2\]"),
     "negative node": (LONG.replace("node: 1", "node: -1"), "node"),
+    "so slow that no float holds its time": (SHORT.replace("1e10", "1e-320"), r"bytes_per_s.* is 1e-320; .*at least 2\.2.*e-308"),
     "zero bytes per second": (LONG.replace("2e9", "0"), r"bytes_per_s\[1, 0\] is 0"),
 }
 

@@ -20,6 +20,7 @@ from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search.price import BlockSeconds, Ports
 
 FloatArray = NDArray[np.float64]
+EXACT = 1e-8  # relative; the bound of means is the best spread's value where the even spread comes as near
 MOST_ENTRIES = 2_000_000  # of a linear program over ports; larger ones take minutes, for 2,000 devices and more
 
 
@@ -91,19 +92,20 @@ def _copies(problem: Problem, capacity: int) -> FloatArray:
 
 def _least_busiest(ports: Ports, groups: list[tuple[NDArray[np.int64], float]]) -> float:
     """The busiest port's seconds when the counts of each group, of given sum, are spread in the best way, fractions allowed."""
-    num_ports, num_counts = ports.seconds_JX.shape
+    num_counts = ports.seconds_JX.shape[1]
     even_X, sums = np.zeros(num_counts), np.zeros((len(groups), num_counts + 1))
     for number, (columns, least) in enumerate(groups):
         even_X[columns] = least / len(columns)
         sums[number, columns] = 1.0
-    if ports.seconds_JX.size > MOST_ENTRIES:
-        return _least_mean(ports, groups, even_X)
-    unit = max(float(ports.busiest(even_X[None])[0]), 1e-300)
-    size = max(max(least for _, least in groups), 1e-300)
+    least_s, even_s = _least_mean(ports, groups, even_X), float(ports.busiest(even_X[None])[0])
+    if ports.num_entries > MOST_ENTRIES or even_s - least_s <= EXACT * even_s:
+        return least_s
+    unit, size = max(even_s, 1e-300), max(max(least for _, least in groups), 1e-300)
+    seconds_JX, latency_J = ports.table()
     answer = linprog(
         np.append(np.zeros(num_counts), 1.0),
-        A_ub=np.column_stack([ports.seconds_JX * size / unit, -np.ones(num_ports)]),
-        b_ub=-ports.latency_J / unit,
+        A_ub=np.column_stack([seconds_JX * size / unit, -np.ones(len(latency_J))]),
+        b_ub=-latency_J / unit,
         A_eq=sums,
         b_eq=[least / size for _, least in groups],
         method="highs",
@@ -115,9 +117,12 @@ def _least_mean(ports: Ports, groups: list[tuple[NDArray[np.int64], float]], eve
     """A lower bound on the same without a program: the mean of the ports that are busiest under even counts, which no spread lowers below
     what the cheapest count of each group makes of it. Exact where devices and links are all alike."""
     busy_J = ports.seconds_JX @ even_X + ports.latency_J
-    busiest_J = busy_J >= busy_J.max() * (1.0 - 1e-9)
-    mean_X = ports.seconds_JX[busiest_J].mean(axis=0)
-    latency_s = float(ports.latency_J[busiest_J].mean())
+    busy_CX = ports.own_s_CX * even_X + ports.own_latency_C[:, None]
+    least_busy = max(busy_J.max(), busy_CX.max(initial=0.0)) * (1.0 - 1e-9)
+    among_J, among_CX = busy_J >= least_busy, busy_CX >= least_busy
+    number = np.count_nonzero(among_J) + np.count_nonzero(among_CX)
+    mean_X = (ports.seconds_JX[among_J].sum(axis=0) + np.where(among_CX, ports.own_s_CX, 0.0).sum(axis=0)) / number
+    latency_s = float(ports.latency_J[among_J].sum() + (among_CX.sum(axis=1) * ports.own_latency_C).sum()) / number
     return (sum(least * float(mean_X[columns].min()) for columns, least in groups) + latency_s) * (1.0 - 1e-9)
 
 

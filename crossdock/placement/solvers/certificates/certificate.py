@@ -46,8 +46,8 @@ def certified(problem: Problem, seconds: float) -> float:
 
 def _copies_to_devices(problem: Problem, deadline: Deadline) -> FloatArray:
     """[L]: copies to distinct devices, at least; layer by layer the better of the cheap bound and of the relaxation."""
-    cheap_L = copies_to_devices(problem)
-    if len(set(problem.slots_R.tolist())) > 1:
+    cheap_L, slots = copies_to_devices(problem), set(problem.slots_R.tolist())
+    if len(slots) > 1 or slots == {1}:  # of unequal devices no more is known, and where each has one expert nothing is left to know
         return cheap_L
     return np.maximum(cheap_L, _fewest_copies(problem, problem.num_devices, deadline))
 

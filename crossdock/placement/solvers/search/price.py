@@ -7,14 +7,16 @@ general, and a test holds them equal.
 """
 
 import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crossdock.placement.costs.cost import pass_seconds
+from crossdock.placement.costs.cost import pass_seconds, sum_by_node
 from crossdock.placement.costs.hops import check_nodes, two_hops
+from crossdock.placement.records.kept import kept_with_first
 from crossdock.placement.records.plan import EMPTY
 from crossdock.placement.records.topology import LINK_CLASSES, OTHER_NODE, Topology
 from crossdock.placement.records.trace import NO_EXPERT
@@ -28,75 +30,110 @@ FIXED_CHARGE = 0.02  # mean loads, for every device above the load cap, so that 
 
 @dataclass(frozen=True, eq=False)
 class Ports:
-    """Every port of one all-to-all: `seconds_JX` float [J, X] for each count of copies sent (or returned), plus `latency_J`."""
+    """Every port of one all-to-all, as a function of X counts of copies sent (or returned).
+
+    `seconds_JX` float [J, X] for each count, plus `latency_J`, are ports that many counts share; `own_s_CX` [C, X] and `own_latency_C` are
+    C ports for every count that it has to itself. A table of all would be mostly zeros, and gigabytes for thousands of devices.
+    """
 
     seconds_JX: FloatArray
     latency_J: FloatArray
+    own_s_CX: FloatArray
+    own_latency_C: FloatArray
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of `table`."""
+        J, X = self.seconds_JX.shape
+        return (J + self.own_s_CX.size) * X
 
     def busiest(self, count_PX: FloatArray) -> FloatArray:
         """Seconds of the all-to-all, [P], for counts of one micro-batch [P, X]."""
-        return np.asarray((count_PX @ self.seconds_JX.T + self.latency_J).max(axis=1))
+        shared_P = (count_PX @ self.seconds_JX.T + self.latency_J).max(axis=1)
+        for own_s_X, latency_s in zip(self.own_s_CX, self.own_latency_C, strict=True):
+            shared_P = np.maximum(shared_P, (count_PX * own_s_X).max(axis=1) + latency_s)
+        return np.asarray(shared_P)
+
+    def table(self) -> tuple[FloatArray, FloatArray]:
+        """Seconds of all ports for each count [J + C X, X] and their latencies, for linear programs."""
+        own = [np.diag(own_s_X) for own_s_X in self.own_s_CX]
+        return np.concatenate([self.seconds_JX, *own]), np.append(self.latency_J, np.repeat(self.own_latency_C, self.own_s_CX.shape[1]))
 
 
-def ports_of(topology: Topology, unit_XRR: FloatArray, *, combine: bool) -> Ports:
-    """The ports that `cost.transfer_seconds` takes the maximum over, as linear functions of X counts.
-
-    `unit_XRR` are the bytes that one of each count sends from row to column; combine returns them from column to row.
-    """
-    bytes_XRR = np.swapaxes(unit_XRR, 1, 2) if combine else unit_XRR
-    return _ports(
-        topology,
-        lambda per_byte_RR: ((bytes_XRR * per_byte_RR).sum(axis=2).T, (bytes_XRR * per_byte_RR).sum(axis=1).T),
-    )
-
-
-def direct_ports(topology: Topology, copy_bytes: float, *, combine: bool) -> Ports:
-    """The same for counts of copies to each device, which come from all homes alike: without a matrix of links for every device."""
+@kept_with_first
+def direct_ports(topology: Topology, copy_bytes: float, combine: bool) -> Ports:
+    """The ports that `cost.transfer_seconds` takes the maximum over where counts are of copies to each device, from all homes alike."""
+    if combine and topology.is_symmetric:
+        return direct_ports(topology, copy_bytes, False)
     each = copy_bytes / topology.num_devices
 
-    def by_port(per_byte_RR: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def by_port(per_byte_RR: FloatArray) -> tuple[list[FloatArray], FloatArray]:
         if combine:  # device d sends its answers to all homes; home r receives those of every d
-            return each * np.diag(per_byte_RR.sum(axis=1)), each * per_byte_RR.T
-        return each * per_byte_RR, each * np.diag(per_byte_RR.sum(axis=0))
+            return [each * per_byte_RR.T], each * per_byte_RR.sum(axis=1)
+        return [each * per_byte_RR], each * per_byte_RR.sum(axis=0)
 
     return _ports(topology, by_port)
 
 
-def _ports(topology: Topology, by_port: Callable[[FloatArray], tuple[FloatArray, FloatArray]]) -> Ports:
-    """All ports, from what each device's sending and receiving port [R, X] takes where a byte on a link takes so many seconds [R, R]."""
-    member_NR = np.arange(topology.num_nodes)[:, None] == np.array(topology.node_of_R)
-    rows, latencies = [], []
+@kept_with_first
+def hierarchical_ports(topology: Topology, copy_bytes: float, combine: bool) -> tuple[Ports, ...]:
+    """The same for each of the two hops of hierarchical dispatch: counts of copies to each device, and behind those to each node."""
+
+    def hop_ports(unit_XRR: FloatArray) -> Ports:
+        bytes_XRR = np.swapaxes(unit_XRR, 1, 2) if combine else unit_XRR
+
+        def by_port(per_byte_RR: FloatArray) -> tuple[list[FloatArray], None]:
+            return [(bytes_XRR * per_byte_RR).sum(axis=2).T, (bytes_XRR * per_byte_RR).sum(axis=1).T], None
+
+        return _ports(topology, by_port)
+
+    return tuple(hop_ports(unit_XRR) for unit_XRR in _units(topology, copy_bytes))
+
+
+def _units(topology: Topology, copy_bytes: float) -> list[FloatArray]:
+    """For each of the two hops, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind
+    those a copy to each node."""
+    R, N = topology.num_devices, topology.num_nodes
+    to_device_RRR = np.broadcast_to(np.eye(R)[:, None, :], (R, R, R)) / R
+    to_node_NRN = np.broadcast_to(np.eye(N)[:, None, :], (N, R, N)) / R
+    copies = np.concatenate([to_device_RRR, np.zeros((N, R, R))])
+    node_copies = np.concatenate([np.zeros((R, R, N)), to_node_NRN])
+    return list(two_hops(copies, node_copies, topology.node_of_R) * copy_bytes)
+
+
+def _ports(topology: Topology, by_port: Callable[[FloatArray], tuple[list[FloatArray], FloatArray | None]]) -> Ports:
+    """All ports, from what those of each device take where a byte on a link takes so many seconds [R, R]: ports [R, X] that counts share,
+    and those [X] that counts have to themselves."""
+    port_of: dict[bytes, tuple[FloatArray, float]] = {}  # equal ones once, by digest: np.unique would sort them, which takes long
+    own: list[tuple[FloatArray, float]] = []
     for link_class in range(len(LINK_CLASSES)):
         of_class_RR = topology.link_class_RR == link_class
         if not of_class_RR.any():
             continue
-        class_rows = list(by_port(np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)))
+        latency_s = float(topology.latency_s_RR[of_class_RR].max())
+        shared, own_X = by_port(np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0))
+        owns = [own_X]
         if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
-            class_rows += [member_NR @ part for part in by_port(np.where(of_class_RR, 1.0 / topology.node_bytes_per_s, 0.0))]
-        rows += class_rows
-        latencies += [np.full(len(part), topology.latency_s_RR[of_class_RR].max()) for part in class_rows]
-    table = np.column_stack([np.concatenate(rows), np.concatenate(latencies)])
-    # Equal ports once, by digest: np.unique would sort them, which takes long for 2,000 devices.
-    once = {hashlib.blake2b(port.tobytes(), digest_size=16).digest(): number for number, port in enumerate(table)}
-    table = table[list(once.values())]
-    return Ports(table[:, :-1], table[:, -1])
+            shared_by_card, card_own_X = by_port(np.where(of_class_RR, 1.0 / topology.node_bytes_per_s, 0.0))
+            shared += [sum_by_node(part, topology, axis=0) for part in shared_by_card]
+            if card_own_X is not None and topology.num_nodes < topology.num_devices:
+                of_node_NX = np.zeros((topology.num_nodes, topology.num_devices))
+                of_node_NX[topology.node_of_R, np.arange(topology.num_devices)] = card_own_X
+                shared.append(of_node_NX)
+            else:
+                owns.append(card_own_X)
+        for port_X in (port_X for part in shared for port_X in np.ascontiguousarray(part)):
+            port_of[hashlib.blake2b(port_X, digest_size=16, salt=struct.pack("d", latency_s)).digest()] = port_X, latency_s
+        own += [(own_X, latency_s) for own_X in owns if own_X is not None and own_X.any()]
+    rows, latencies = zip(*port_of.values(), strict=True)
+    own_s_CX = np.array([own_X for own_X, _ in own]).reshape(len(own), len(rows[0]))
+    return Ports(np.array(rows), np.array(latencies), own_s_CX, np.array([latency_s for _, latency_s in own]))
 
 
 def has_two_hops(problem: Problem) -> bool:
     """Whether the workload's dispatch goes over nodes: hierarchical, on nodes of several devices."""
     topology = problem.topology
     return problem.workload.dispatch == "hierarchical" and check_nodes(topology.node_of_R) not in (1, topology.num_devices)
-
-
-def units_of(problem: Problem) -> list[FloatArray]:
-    """For each of the two hops, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind
-    those a copy to each node."""
-    R, N = problem.num_devices, problem.topology.num_nodes
-    to_device_RRR = np.broadcast_to(np.eye(R)[:, None, :], (R, R, R)) / R
-    to_node_NRN = np.broadcast_to(np.eye(N)[:, None, :], (N, R, N)) / R
-    copies = np.concatenate([to_device_RRR, np.zeros((N, R, R))])
-    node_copies = np.concatenate([np.zeros((R, R, N)), to_node_NRN])
-    return list(two_hops(copies, node_copies, problem.topology.node_of_R) * problem.workload.copy_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,11 +236,10 @@ class BlockSeconds:
 
     @classmethod
     def of(cls, problem: Problem) -> "BlockSeconds":
-        topology, both = problem.topology, (False, True)
-        if not has_two_hops(problem):
-            return cls(problem, *((direct_ports(topology, problem.workload.copy_bytes, combine=combine),) for combine in both))
-        units = units_of(problem)
-        return cls(problem, *(tuple(ports_of(topology, unit_XRR, combine=combine) for unit_XRR in units) for combine in both))
+        topology, copy_bytes = problem.topology, problem.workload.copy_bytes
+        if has_two_hops(problem):
+            return cls(problem, hierarchical_ports(topology, copy_bytes, False), hierarchical_ports(topology, copy_bytes, True))
+        return cls(problem, (direct_ports(topology, copy_bytes, False),), (direct_ports(topology, copy_bytes, True),))
 
     def __call__(self, copies_PR: FloatArray, nodes_PN: FloatArray, load_PR: FloatArray) -> FloatArray:
         problem, workload = self.problem, self.problem.workload

@@ -15,6 +15,7 @@ from tests.placement.conftest import random_trace
 @pytest.mark.parametrize("dispatch", ["deduplicated", "flat"])
 def test_without_a_program_the_bound_is_no_higher_and_near(nodes: int, dispatch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(Affinity.from_trace(random_trace()), Topology.uniform(nodes, 8 // nodes), Workload(dispatch=dispatch))  # type: ignore[arg-type]
+    monkeypatch.setattr(bounds, "EXACT", -1.0)
     program_L = bounds.layer_seconds(problem)
     monkeypatch.setattr(bounds, "MOST_ENTRIES", 0)
     mean_L = bounds.layer_seconds(problem)
@@ -38,3 +39,12 @@ def test_unequal_links_lower_the_bound_without_a_program(monkeypatch: pytest.Mon
     program_L = bounds.layer_seconds(problem)
     monkeypatch.setattr(bounds, "MOST_ENTRIES", 0)
     assert (bounds.layer_seconds(problem) <= program_L * (1 + 1e-9)).all()
+
+
+def test_where_all_devices_are_alike_no_program_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(*arguments: object, **named: object) -> None:
+        raise AssertionError("the even spread is the best one, and its value is known")
+
+    monkeypatch.setattr(bounds, "linprog", program)
+    problem = Problem(Affinity.from_trace(random_trace()), Topology.uniform(4, 2, shared_by_node=True), Workload())
+    assert (bounds.layer_seconds(problem) > 0).all()
