@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import on_ranks
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell
-from crossdock.errors import CrossdockError
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.records.plan import Plan
@@ -248,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.lab:
@@ -257,12 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.rates, options.repeats = [500e6], 3
         options.tokens, options.model_width, options.mlp_width, options.expert_width = 256, 64, 128, 64
     shape = Shape(options.tokens, Shape.sequence, options.model_width, options.mlp_width, options.expert_width)
-    try:
-        with Lab(NODES, options.rates[0]) as lab:
-            rows = started("benchmarks.adapt", lab, RANKS_PER_NODE, shape, options)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    with Lab(NODES, options.rates[0]) as lab:
+        rows = started("benchmarks.adapt", lab, RANKS_PER_NODE, shape, options)
     publish(rows, f"adaptive choice on {NODES} nodes x {RANKS_PER_NODE} ranks, {shape}", options.out, options.json, COLUMNS)
     return 0
 

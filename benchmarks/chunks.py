@@ -7,14 +7,13 @@ either kind of recomputation. Every call of the experts then has fewer rows, and
 is what the makespan of chunked schedules calls the overhead of a chunk. Ratios are to one piece that keeps everything, medians of rounds.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 import torch
 
+from benchmarks import command_line
 from benchmarks.measure import Spread, interleaved, paired_ratio, publish
 from crossdock.models.moe import MoELayer
 from crossdock.runtime.dispatch.assignment import Assignment
@@ -59,12 +58,8 @@ def _degrees(text: str) -> list[tuple[int, int]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, 15, "small sizes and 3 rounds")
     parser.add_argument("--degrees", type=_degrees, default="1:1,2:2,4:4,8:8,4:1,1:4", help="forward:backward, ... (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON document here")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--short", action="store_true", help="small sizes and 3 rounds: shows that it runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape = Shape(tokens=256, model_width=64, expert_width=64) if options.short else Shape()

@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import on_ranks
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
-from crossdock.errors import CrossdockError
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.costs.coherent import CoherentEvaluation, Context, evaluate_coherent
@@ -210,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.lab:
@@ -222,12 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.short:
         options.rates, options.repeats = [500e6], 3
         shape = Shape(num_layers=2, model_width=64, expert_width=64, sequences=4, positions=32)
-    try:
-        with Lab(NODES, options.rates[0]) as lab:
-            rows = started("benchmarks.coherent", lab, RANKS // NODES, shape, options, "--cases", ",".join(options.cases))
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    with Lab(NODES, options.rates[0]) as lab:
+        rows = started("benchmarks.coherent", lab, RANKS // NODES, shape, options, "--cases", ",".join(options.cases))
     publish(rows, f"{NODES} nodes x {RANKS // NODES} ranks, {shape}", options.out, options.json, COLUMNS)
     return 0
 

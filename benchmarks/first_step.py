@@ -27,10 +27,11 @@ from typing import Any
 import psutil
 
 from benchmarks.first_step_rank import RANKS
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, in_turns, markdown_table, publish
 from benchmarks.ray_head import Head, ray_head
 from crossdock.atomic import write_text
-from crossdock.errors import CrossdockError, PeerLost
+from crossdock.errors import PeerLost
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -203,6 +204,7 @@ like the run.
 {markdown_table(document["rows"], COLUMNS)}"""
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_step", description=__doc__.splitlines()[0])
@@ -220,11 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.short:
         names = [name for name in names if name in PLAIN]
     load_at_start = round(os.getloadavg()[0], 2)
-    try:
-        rows = measure(names, 1 if options.short else options.repeats, 0 if options.short else options.warmup)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    rows = measure(names, 1 if options.short else options.repeats, 0 if options.short else options.warmup)
     extra = {"load_at_start": load_at_start, "warmup": options.warmup}
     document = publish(rows, "seconds from command to first step", options.out, options.json, COLUMNS, extra)
     if options.page is not None:

@@ -34,9 +34,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import markdown_table, publish, timed
 from crossdock.atomic import write_text
-from crossdock.errors import CrossdockError, PeerLost
+from crossdock.errors import PeerLost
 from crossdock.placement.analysis.homing_score import HomingRow, Setting, solve_with_homes
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.homing.forecast import COST_STEPS, Forecast, TokenCosts
@@ -184,6 +185,7 @@ def command(options: argparse.Namespace) -> str:
     return " ".join([*words, *(["--short"] if options.short else [])])
 
 
+@one_line_errors
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,11 +207,7 @@ def main() -> int:
     if options.trace and options.eval_trace:
         instances.append(Instance(options.trace.stem, Trace.load(options.trace), Trace.load(options.eval_trace), None, 32))
     if options.only in "tiny model":
-        try:
-            instances.append(trained_model(steps, 4 if options.short else 32))
-        except CrossdockError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
+        instances.append(trained_model(steps, 4 if options.short else 32))
     rows = [row for instance in instances for devices in (2, 4, 8) for row in rows_of(instance, devices, seconds, seeds)]
     if not rows:
         parser.error(

@@ -15,7 +15,6 @@ CPU-seconds are those of a rank's process, the mean over ranks; wall seconds tho
 ratios to the floor are medians of paired ratios. No optimizer, no gradient reduction in any row.
 """
 
-import argparse
 import multiprocessing
 import os
 import tempfile
@@ -30,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import command_line
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, publish
 from crossdock.models.moe import MoELayer
 from crossdock.runtime.training.context import StepContext
@@ -225,12 +225,8 @@ def rows_of(samples: list[dict[str, dict[str, list[Sample]]]], dtypes: list[str]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, 9, "small sizes and 3 rounds")
     parser.add_argument("--dtypes", default="fp32,bf16", help="of fp32, bf16 (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON document here")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--short", action="store_true", help="small sizes and 3 rounds: shows that it runs")
     options = parser.parse_args()
     dtypes = options.dtypes.split(",")
     if unknown := set(dtypes) - set(DTYPES):

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.command_line import one_line_errors
 from benchmarks.curves import Curve, figure
 from benchmarks.measure import publish
 from benchmarks.netlab import Lab
 from crossdock import atomic
-from crossdock.errors import CrossdockError, PeerLost
+from crossdock.errors import PeerLost
 
 NODES, RANKS_PER_NODE = 2, 2
 WORLD_SIZE = NODES * RANKS_PER_NODE
@@ -196,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.short:
@@ -204,9 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _laboratory(options) as lab:
             runs = train_all(options, lab)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     except subprocess.CalledProcessError as error:
         print(f"a training run ended with code {error.returncode}", file=sys.stderr)
         return error.returncode

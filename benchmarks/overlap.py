@@ -45,6 +45,7 @@ from typing import Any
 
 from benchmarks import on_ranks
 from benchmarks.block_pair import VARIANTS, Pair, Shape
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, paired_ratio, publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, started, tell
@@ -54,7 +55,7 @@ from benchmarks.overlap_sweep import COLUMNS as SWEEP_COLUMNS
 from benchmarks.overlap_sweep import SHARES, sweep
 from benchmarks.timeline import Recorded, draw
 from crossdock.atomic import write_json, write_text
-from crossdock.errors import CrossdockError, UsageError
+from crossdock.errors import UsageError
 from crossdock.runtime.experts.overlap import Overlapped, Sequential, choose_expert_slot
 from crossdock.runtime.transport.collectives import broadcast_object
 from crossdock.runtime.transport.mesh import Mesh
@@ -194,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.lab:
@@ -212,14 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.merge:
         return _merge(options.merge, options.out, options.timeline)
     ranks_per_node = options.ranks_per_node or (1 if options.sweep else 2)
-    try:
-        with Lab(NODES, options.rates[0]) as lab:
-            more = ["--share", str(options.share), "--shares", ",".join(map(str, options.shares))] + ["--sweep"] * options.sweep
-            more += ["--timeline", str(options.timeline)] if options.timeline else []
-            measured = started("benchmarks.overlap", lab, ranks_per_node, shape, options, *more)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    with Lab(NODES, options.rates[0]) as lab:
+        more = ["--share", str(options.share), "--shares", ",".join(map(str, options.shares))] + ["--sweep"] * options.sweep
+        more += ["--timeline", str(options.timeline)] if options.timeline else []
+        measured = started("benchmarks.overlap", lab, ranks_per_node, shape, options, *more)
     rows = measured.pop("rows")
     recorded = measured.pop("timeline", None)
     what = f"{NODES} nodes x {ranks_per_node} ranks, shape {measured['shape']}"
@@ -236,13 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _merge(parts: Sequence[Path], out: Path | None, timeline: Path | None) -> int:
-    try:
-        if out is None:
-            raise UsageError("--merge writes a page; say where with --out FILE.md")
-        document = merged(parts)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if out is None:
+        raise UsageError("--merge writes a page; say where with --out FILE.md")
+    document = merged(parts)
     write_json(out.with_suffix(".json"), document)
     write_page(out, document, timeline)
     return 0

@@ -16,7 +16,6 @@ and by how much. Where the quartiles of the paired ratios overlapped / sequentia
 (`even`) and no verdict is wrong. Seconds are those of the slower rank, medians over repeats.
 """
 
-import argparse
 import math
 import multiprocessing
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import command_line
 from benchmarks.measure import Sample, Spread, interleaved, paired_ratio, print_table, publish, timed
 from crossdock.placement.strategies.overlap_rule import Interference, beside_s
 from crossdock.runtime.transport.all_to_all import Route, all_to_all_start
@@ -196,12 +196,8 @@ def summary_of(threads: int, found: Interference, rows: list[dict[str, Any]]) ->
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, 15, "3 rounds with one thread")
     parser.add_argument("--threads", default="1,2", help="threads of each rank (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="also write the JSON document here")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    parser.add_argument("--short", action="store_true", help="3 rounds with one thread: shows that it runs")
     options = parser.parse_args()
     threads = (1,) if options.short else tuple(int(text) for text in options.threads.split(","))
     points = [Point(mib, ratio) for mib in MIB_PER_RANK for ratio in RATIOS]

@@ -38,13 +38,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import on_ranks
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import started
 from benchmarks.prediction_model import Shape, add_options, shape_of, trained
 from benchmarks.prediction_page import write_page
 from benchmarks.prediction_ranks import METHODS, told, worker
-from crossdock.errors import CrossdockError, UsageError
+from crossdock.errors import UsageError
 
 NODES, RANKS_PER_NODE = 2, 2
 COLUMNS = ["case", "link_bit_per_s", "method", "step_s", "predicted_s", "error_percent", "speedup", "speedup_low", "speedup_high"]
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.lab:
@@ -85,19 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = shape_of(options)
     document: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    try:
-        directory = trained(options.work, shape)
-        for case in options.cases:
-            for rate in options.rates:
-                with Lab(NODES, rate) as lab:
-                    asked = argparse.Namespace(rates=[rate], repeats=options.repeats)
-                    rows += started("benchmarks.prediction", lab, RANKS_PER_NODE, shape, asked, *told(options, directory.path, case))
-                last = case == options.cases[-1] and rate == options.rates[-1]
-                if last or not options.json:
-                    document = publish(rows, title(shape), options.out, options.json, COLUMNS, {"command": command(options)})
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    directory = trained(options.work, shape)
+    for case in options.cases:
+        for rate in options.rates:
+            with Lab(NODES, rate) as lab:
+                asked = argparse.Namespace(rates=[rate], repeats=options.repeats)
+                rows += started("benchmarks.prediction", lab, RANKS_PER_NODE, shape, asked, *told(options, directory.path, case))
+            last = case == options.cases[-1] and rate == options.rates[-1]
+            if last or not options.json:
+                document = publish(rows, title(shape), options.out, options.json, COLUMNS, {"command": command(options)})
     if options.page is not None:
         write_page(options.page, document)
     return 0

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from benchmarks import on_ranks
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, in_turns, publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
 from benchmarks.scaling_report import write_report
 from benchmarks.simulate_layer import Layer
 from crossdock.atomic import write_json
-from crossdock.errors import CrossdockError, UsageError
+from crossdock.errors import UsageError
 from crossdock.models.moe import MoELayer
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS
@@ -167,20 +168,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        if options.command == "report":
-            write_report(options.measured, options.out, options.json)
-        elif options.lab:
-            worker(options)
-        else:
-            if options.repeats < 3:
-                raise UsageError(f"{options.repeats} repeats; choose 3 or more")
-            measure(options)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if options.command == "report":
+        write_report(options.measured, options.out, options.json)
+    elif options.lab:
+        worker(options)
+    else:
+        if options.repeats < 3:
+            raise UsageError(f"{options.repeats} repeats; choose 3 or more")
+        measure(options)
     return 0
 
 

@@ -37,10 +37,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import on_ranks
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, in_turns, paired_ratio, publish
 from benchmarks.netlab import Lab
 from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell, timed
-from crossdock.errors import CrossdockError
 from crossdock.placement.costs.cost import NUM_DIRECTIONS, Workload
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
@@ -257,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.lab:
@@ -267,15 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.tokens, options.model_width, options.expert_width = 512, 64, 64
     shape = Shape(options.tokens, options.model_width, options.expert_width)
     rows: list[dict[str, Any]] = []
-    try:
-        for nodes, rates in ((1, [r for r in options.rates if r is None]), (2, [r for r in options.rates if r is not None])):
-            if not rates:
-                continue
-            with Lab(nodes, rates[0]) as lab:
-                rows += started("benchmarks.skew", lab, RANKS // nodes, shape, argparse.Namespace(rates=rates, repeats=options.repeats))
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    for nodes, rates in ((1, [r for r in options.rates if r is None]), (2, [r for r in options.rates if r is not None])):
+        if not rates:
+            continue
+        with Lab(nodes, rates[0]) as lab:
+            rows += started("benchmarks.skew", lab, RANKS // nodes, shape, argparse.Namespace(rates=rates, repeats=options.repeats))
     publish(rows, f"one skewed layer on {RANKS} ranks, {shape}", options.out, options.json, COLUMNS)
     return 0
 

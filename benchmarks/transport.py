@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import Spread, markdown_table, paired_ratio, publish
 from crossdock.atomic import write_text
-from crossdock.errors import Unavailable
 from crossdock.launch.ranks import mpi
 from crossdock.runtime.transport.carrier import CarrierName
 from crossdock.runtime.transport.carrier_choice import CarrierSamples, sample, slowest_s
@@ -96,6 +96,7 @@ smaller sum of the two medians wins. Here MPI wins {wins} of {len(rows)} sizes. 
 {markdown_table([shown(row) for row in rows], COLUMNS)}"""
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; every rank runs it."""
     parser = argparse.ArgumentParser(prog="mpirun -n R python -m benchmarks.transport", description=__doc__.splitlines()[0])
@@ -106,11 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     load_at_start = round(os.getloadavg()[0], 2)
-    try:
-        place = mpi.world()
-    except Unavailable as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    place = mpi.world()
     with tempfile.TemporaryDirectory(prefix="crossdock-transport-") as folder:
         store = mpi.broadcast(f"file://{folder}/store")  # rank 0's, which outlives the others' use of it
         initialise(place.rank, place.world_size, init_method=store, timeout_s=TIMEOUT_S)

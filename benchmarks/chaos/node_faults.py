@@ -16,12 +16,11 @@ from benchmarks.chaos.runs import (
     STEPS,
     Aftermath,
     Row,
-    Trial,
     Workshop,
+    end_session,
     ended,
-    errors_of,
+    judged,
     lines,
-    result_of,
     script_of,
     wait_for_steps,
 )
@@ -56,7 +55,7 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for agent in self.agents:
-            _end(agent)
+            end_session(agent)
 
     def kill(self, node: int) -> None:
         """SIGKILL for every process of a node at once, its agent included."""
@@ -98,13 +97,6 @@ class Nodes:
         return self.workshop.start(self.directory, *self.overrides, command=self.lab.command(node, inside), environment=interface)
 
 
-def _end(agent: "subprocess.Popen[str]") -> None:
-    """Leave nothing of its session, however the trial went."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(agent.pid, signal.SIGKILL)
-    agent.wait()
-
-
 def _pause(step: int, seconds: float) -> Fault:
     """Time for a blow from outside to strike while this step is made."""
     return Fault("sleep", 0, "backward", step, seconds=seconds)
@@ -128,7 +120,7 @@ def node_losses(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Ro
                 is_done = nodes.ended(supervises=True)
             after = Aftermath.of(directory, blow_s)
             named = f"ranks {2 * node}, {2 * node + 1} (all of node{node})" in after.blame
-            row.trials.append(_judged(workshop, directory, is_done, named, after, *FOUR_RANKS))
+            row.trials.append(judged(workshop, directory, is_done, named, after, *FOUR_RANKS))
         rows.append(row)
     return rows
 
@@ -149,7 +141,7 @@ def partitions(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row
             back_s = time.monotonic()
             is_done = nodes.ended()
         after = Aftermath.of(directory, blow_s, back_s)
-        row.trials.append(_judged(workshop, directory, is_done, "rank 1 (" in after.blame, after))
+        row.trials.append(judged(workshop, directory, is_done, "rank 1 (" in after.blame, after))
     return [row]
 
 
@@ -165,7 +157,7 @@ def slow_links(workshop: Workshop, lab: Lab, trials: int, seed: int) -> list[Row
             lab.set_rate(None)
             is_done = nodes.ended()
         told = [event for event in lines(directory / "events.jsonl") if event["event"] in ("rank_lost", "resumed")]
-        row.trials.append(_judged(workshop, directory, is_done, not told, Aftermath(str(told or ""))))
+        row.trials.append(judged(workshop, directory, is_done, not told, Aftermath(str(told or ""))))
     return [row]
 
 
@@ -185,16 +177,9 @@ def kills_under_torchrun(workshop: Workshop, trials: int, seed: int) -> list[Row
             try:
                 code = ended(process)
             finally:
-                _end(process)
+                end_session(process)
             blows = struck(log_of(script_of(directory)))
             after = Aftermath.of(directory, blows[0]["monotonic_s"]) if blows else Aftermath("it never struck")
-            row.trials.append(_judged(workshop, directory, code == 0, f"rank {fault.rank} (" in after.blame, after))
+            row.trials.append(judged(workshop, directory, code == 0, f"rank {fault.rank} (" in after.blame, after))
         rows.append(row)
     return rows
-
-
-def _judged(workshop: Workshop, directory: Path, is_done: bool, named: bool, after: Aftermath, *overrides: str) -> Trial:
-    survived = is_done and result_of(directory).get("status") == "done"
-    note = "" if survived and named else f"blamed: {after.blame[:300] or 'nobody'} {'' if survived else errors_of(directory)}"
-    bitwise = survived and workshop.is_undisturbed(directory, *overrides)
-    return Trial(survived, named, bitwise, after.detection_s, after.recovery_s, note)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -21,10 +20,10 @@ from benchmarks.chaos.runs import (
     Row,
     Trial,
     Workshop,
+    end_session,
     ended,
-    errors_of,
+    judged,
     lines,
-    result_of,
     wait_for_steps,
 )
 from crossdock.launch.ranks.faults import Fault
@@ -105,18 +104,9 @@ def _trial(workshop: Workshop, rank: int, step: int) -> Trial:
             _kill_tree(raylet)
             code = ended(process)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_session(process)
     after = Aftermath.of(directory, blow_s)
-    survived = code == 0 and result_of(directory).get("status") == "done"
-    named = re.search(rf"rank {rank}\b", after.blame) is not None
-    note = (
-        ""
-        if survived and named
-        else f"exit code {code}; blamed: {after.blame[:300] or 'nobody'} {'' if survived else errors_of(directory)}"
-    )
-    return Trial(survived, named, survived and workshop.is_undisturbed(directory), after.detection_s, after.recovery_s, note)
+    return judged(workshop, directory, code == 0, re.search(rf"rank {rank}\b", after.blame) is not None, after)
 
 
 def _kill_tree(root: psutil.Process) -> None:

@@ -1,10 +1,12 @@
 """One small run, many times: started in the background, disturbed, read afterwards and held against the undisturbed one."""
 
+import contextlib
 import itertools
 import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -274,3 +276,18 @@ def answers(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | 
         sign = "resumed" if events[number]["step"] else "rank_started"
         going = next((event["time"] - blow["monotonic_s"] - to_wall_s for event in events[number:] if event["event"] == sign), None)
         yield blow, events[number], going
+
+
+def judged(workshop: Workshop, directory: Path, is_done: bool, named: bool, after: Aftermath, *overrides: str) -> Trial:
+    """A blow that a run was to survive: it reached its target, the right rank was named, and all is as in a run that nobody disturbed."""
+    survived = is_done and result_of(directory).get("status") == "done"
+    note = "" if survived and named else f"blamed: {after.blame[:300] or 'nobody'} {'' if survived else errors_of(directory)}"
+    bitwise = survived and workshop.is_undisturbed(directory, *overrides)
+    return Trial(survived, named, bitwise, after.detection_s, after.recovery_s, note)
+
+
+def end_session(process: "subprocess.Popen[str]") -> None:
+    """Leave nothing of its session, however the trial went."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from benchmarks.command_line import one_line_errors
 from benchmarks.netlab.lab import Lab, attached_or_new, check_available
 from benchmarks.netlab.owners import standing
-from crossdock.errors import BadData, CrossdockError
+from crossdock.errors import BadData
 
 
 def _rates(text: str) -> float | list[float | None] | None:
@@ -91,12 +92,9 @@ def _use(lab: Lab, options: argparse.Namespace, arguments: Sequence[str]) -> Non
         os.execvp(command[0], command)
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        _perform(_parser().parse_args(arguments))
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    _perform(_parser().parse_args(arguments))
     return 0
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import commit, machine, print_table
 from benchmarks.netlab import Lab
 from benchmarks.peers.case import DTYPES, Case, Sizes, make_case
@@ -32,7 +33,6 @@ from benchmarks.peers.scmoe import COLUMNS as SCMOE_COLUMNS
 from benchmarks.peers.scmoe import run_overlap, scmoe_rows
 from benchmarks.peers.table import COLUMNS, Place, bound_of, rows_of, verdict
 from crossdock.atomic import write_json
-from crossdock.errors import CrossdockError
 
 NODES = 2
 LAYER = Sizes()
@@ -141,6 +141,7 @@ def install_all(options: argparse.Namespace) -> dict[str, str]:
     return found
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.hosts = ["one", "2x2"] if options.hosts == "all" else [options.hosts]
@@ -152,19 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {text or 'runs in this environment'}")
         return int(any(text.startswith("not installed") for text in versions.values()))
     document = begun(options, versions)
-    try:
-        if {"layer", "model"} & set(options.kinds):
-            for rows in measure(options):
-                document["rows"] += rows
-                save(document, options)
-        if "scmoe" in options.kinds and "2x2" in options.hosts:
-            document["scmoe"] = scmoe_rows(run_overlap(options.rates, options.short))
-            if not options.json:
-                print_table(document["scmoe"], "ScMoE beside top-2 and a shared expert of equal FLOPs: changed mathematics", SCMOE_COLUMNS)
+    if {"layer", "model"} & set(options.kinds):
+        for rows in measure(options):
+            document["rows"] += rows
             save(document, options)
-    except CrossdockError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if "scmoe" in options.kinds and "2x2" in options.hosts:
+        document["scmoe"] = scmoe_rows(run_overlap(options.rates, options.short))
+        if not options.json:
+            print_table(document["scmoe"], "ScMoE beside top-2 and a shared expert of equal FLOPs: changed mathematics", SCMOE_COLUMNS)
+        save(document, options)
     if options.json:
         print(json.dumps(document, indent=2, allow_nan=False))
     return 0
