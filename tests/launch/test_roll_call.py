@@ -176,6 +176,9 @@ def test_stacks_are_judged_by_the_thread_that_runs_the_program() -> None:
     assert waits(f"Thread 0x3 (most recent call first):\n{transport}\n{threads}{program}"), (
         "autograd's threads on devices, which are not Python's"
     )
+    elsewhere = '  File "/x/crossdock/launch/ranks/faults.py", line 5 in _hang\n'
+    assert not waits(threads + elsewhere + transport + program)
+    assert waits(threads + '  File "/x/torch/distributed/c10d.py", line 5 in wait\n' + transport + program)
     assert not waits("")
 
 

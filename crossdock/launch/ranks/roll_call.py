@@ -280,8 +280,14 @@ class Crew:
 def waits(stacks: str) -> bool:
     """Whether a process with these stacks, as faulthandler writes them, waits in a collective.
 
-    Threads that Python started are passed over: those of the transports wait there always, whatever the program does.
+    Threads that Python started are passed over: those of the transports wait there always, whatever the program does. So is a collective
+    from which the program has gone on to other code of Crossdock, which hangs there.
     """
     threads = ("\n" + stacks).split("\nThread ")
     own = [text for part in threads for text in part.split("\nCurrent thread ") if "in _bootstrap\n" not in f"{text}\n"]
-    return any(file in text for text in own for file in _WAITING)
+    return any(map(_is_in_a_collective, own))
+
+
+def _is_in_a_collective(stack: str) -> bool:
+    ours = [line for line in stack.splitlines() if "/crossdock/" in line or "/transport/" in line]  # the innermost first
+    return bool(ours) and any(file in ours[0] for file in _WAITING)
