@@ -54,6 +54,10 @@ class Unavailable(CrossdockError):
     exit_code = 69
 
 
+class Occupied(Unavailable):
+    """Another run works in the same run directory: nothing there may be touched, `result.json` neither."""
+
+
 class IoFailure(CrossdockError):
     """Writing failed: disk full, no permission, short write."""
 

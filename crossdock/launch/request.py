@@ -12,6 +12,7 @@ from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, Miss
 from crossdock.launch.config import RunConfig, resolved
 from crossdock.launch.ending import Result, read_result
 from crossdock.launch.transport import check_transport
+from crossdock.occupancy import occupied
 from crossdock.runtime.data import sequences_per_rank, vocabulary
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.training.result import TrainResult
@@ -167,8 +168,13 @@ def prepare_directory(config: RunConfig) -> bool:
 
     `run.resume` auto: an unfinished run goes on where it has a checkpoint and begins again where it has none; a finished one is moved
     aside to `<dir>.1`, `<dir>.2`, ... never: any earlier run is moved aside. always: there must be a checkpoint.
-    Raises `MissingInput`, `IoFailure`.
+    Raises `MissingInput`, `IoFailure`, and `Occupied` where another run works there.
     """
+    with occupied(run_directory(config)):
+        return _prepared(config)
+
+
+def _prepared(config: RunConfig) -> bool:
     path, resume = run_directory(config), config.run.resume
     has_checkpoint = any((path / "checkpoints").glob("step-*/manifest.json"))
     if resume == "always" and not has_checkpoint:

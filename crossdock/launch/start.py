@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crossdock import atomic, strict_yaml
-from crossdock.errors import BadData, IoFailure
+from crossdock.errors import BadData, IoFailure, Occupied
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome, Starter, run_ranks
@@ -118,7 +118,7 @@ def _ending_recorded(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except BaseException as failure:
-        if not is_finished(config):
+        if not isinstance(failure, Occupied) and not is_finished(config):
             record_failure(config, *explain(failure), 0, config.parallel.local_ranks)
         raise
 

@@ -19,6 +19,11 @@ SECRET = "s3cr3t-0123456789abcdef"
         "RAY_AUTH_TOKEN",
         "SLURM_PASSWORD",
         "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "SLURM_DB_PASS",
+        "RAY_PWD",
+        "SENTRY_DSN",
+        "CROSSDOCK_jwt",
         "GOOGLE_APPLICATION_CREDENTIALS",
         "api_key",
         "Cookie",
@@ -35,6 +40,32 @@ def test_users_in_urls() -> None:
     for password in ("p@ss", "p/ss", "a@b/c@d/e", "p://q@r", "@", "/@/"):
         assert hidden("X", f"https://me:{password}@host:1/x and http://h") == f"https://{HIDDEN}@host:1/x and http://h"
     assert hidden("RAY_AUTH_MODE", "token") == "token"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--password={} -x",
+        "run --hf-token {} --steps 3",
+        "https://host/x?a=1&X-Amz-Signature={}&b=2",
+        "Authorization: Bearer {}",
+        '{{"api_key": "{}", "n": 1}}',
+        "user=me;password={};db=x",
+        "-e AWS_SECRET_ACCESS_KEY={}",
+    ],
+)
+def test_secrets_inside_of_values(text: str) -> None:
+    assert hidden("NCCL_NOTE", text.format(SECRET)) == text.format(HIDDEN)
+
+
+def test_tokens_that_tell_what_they_are() -> None:
+    for token in ("hf_abcdefghijKLMNOP", "ghp_0123456789abcdef", "AKIA0123456789ABCDEF", "sk-proj-0123456789abcd"):
+        assert hidden("OMP_NOTE", f"see {token}.") == f"see {HIDDEN}."
+
+
+def test_ordinary_values_are_told() -> None:
+    for value in ("tokens 5", "compass=north", "NCCL_P2P_LEVEL=SYS", "mlx5_0:1,mlx5_1:1", "a pass through", "bypass=1", "^lo,docker0"):
+        assert hidden("NCCL_X", value) == value
 
 
 def test_only_what_a_run_depends_on_is_recorded() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crossdock import atomic
-from crossdock.errors import BadConfig, CrossdockError, OutOfMemory, PeerLost, Unavailable
+from crossdock.errors import BadConfig, CrossdockError, Occupied, OutOfMemory, PeerLost, Unavailable
 from crossdock.launch.config import RunConfig
 from crossdock.launch.doctor.ranks import doctor
 from crossdock.launch.ending import Result
@@ -34,6 +34,7 @@ from crossdock.launch.request import (
     record_failure,
     run_directory,
 )
+from crossdock.occupancy import occupied
 from crossdock.runtime.training.metrics import RunDirectory
 from crossdock.runtime.transport.mesh import SHUTDOWN_S, Mesh, initialise, shutdown
 
@@ -59,22 +60,24 @@ def run_job(request: Request, env: WorkerEnv, store: "Store | None" = None) -> R
 
     Of a training run rank 0 makes the directory ready, unless the launcher has, and leaves `result.json` in it however it ends.
     """
-    with sigterm_restored():
-        return _done(request, env, store)
+    with sigterm_restored(), contextlib.ExitStack() as held:
+        return _done(request, env, store, held)
 
 
-def _done(request: Request, env: WorkerEnv, store: "Store | None") -> Result:
+def _done(request: Request, env: WorkerEnv, store: "Store | None", held: contextlib.ExitStack) -> Result:
     trains = request.job == "train"
     is_ours = "resume" in request.arguments
     """Whether the run directory is this run's: until it is ready it may be that of an earlier one."""
     try:
-        if trains and env.rank == 0 and not is_ours:
+        if trains and env.rank == 0:
             try:
-                resume = prepare_directory(request.config)
+                if not is_ours:
+                    resume = prepare_directory(request.config)
+                    request, is_ours = Request(request.job, request.config, {**request.arguments, "resume": resume}), True
+                held.enter_context(occupied(run_directory(request.config)))
             except BaseException:  # the others have no part in this, and would wait
                 stay_away(env)
                 raise
-            request, is_ours = Request(request.job, request.config, {**request.arguments, "resume": resume}), True
         if request.job in MEETING_JOBS:
             return Result(0, MEETING_JOBS[request.job](request, env, store))
         with joined(request.config, env, trains=trains, store=store) as mesh:
@@ -90,6 +93,8 @@ def _done(request: Request, env: WorkerEnv, store: "Store | None") -> Result:
         details = {"message": message, "rank": rank}
         if code == 1:
             details["traceback"] = "".join(traceback.format_exception(failure))
+        if isinstance(failure, Occupied):
+            return Result(code, details)  # nothing there is ours
         if trains and (env.rank == 0 if lost is None else lost.is_mine_to_tell):
             if lost is not None:
                 _record_loss(request.config, env, lost)

@@ -1,0 +1,62 @@
+"""One run at a time in a run directory: a lock that the system takes back however its holder ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from crossdock.errors import IoFailure, Occupied
+
+LOCK = ".lock"
+PATIENCE_S = 5.0
+"""How long a start waits for the end of the one before: what a lost rank 0 leaves may take a moment to go."""
+_POLL_S = 0.05
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def occupied(directory: Path) -> Iterator[None]:
+    """Within the block no other process of this host can occupy `directory`. On a file system without locks it is not held.
+
+    The lock of another host does not hold for long: that host may have died, and a network's file system gives its locks back much later
+    than the run goes on elsewhere. Raises `Occupied` where another one works there, and `IoFailure` where the folder cannot be written.
+    """
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as failure:
+        raise IoFailure(f"cannot write {path}: {failure.strerror}; set run.dir to a place that is writable") from failure
+    try:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not _is_taken(descriptor):
+            if time.monotonic() > deadline_s:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
+                if holder.endswith(f" on {platform.node()}"):
+                    raise Occupied(f"{directory} is in use by {holder}; wait for its end, or choose another run.dir")
+                print(f"crossdock: warning: {directory} is locked by {holder or 'another run'}, which is taken for lost", file=sys.stderr)
+                break
+            time.sleep(_POLL_S)
+        with contextlib.suppress(OSError):  # the disk is full: then the holder has no name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_taken(descriptor: int) -> bool:
+    """Whether the lock is ours now, or cannot be had on this file system at all."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as failure:
+        if failure.errno not in _NO_LOCKS:
+            raise IoFailure(f"cannot lock the run directory: {failure.strerror}; choose another run.dir") from failure
+    return True
