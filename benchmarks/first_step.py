@@ -134,6 +134,23 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextlib.contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """Within the block SIGTERM and Ctrl-C end what was started, a Ray head as well, and then this process; further ones are not heard."""
+
+    def stop(number: int, frame: object) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def launchers(names: Sequence[str]) -> Iterator[dict[str, tuple[Start, Mapping[str, str]]]]:
     """How each launcher starts things, and in which environment."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -158,7 +175,7 @@ def available() -> list[str]:
 
 def measure(names: Sequence[str], repeats: int, warmup: int) -> list[dict[str, Any]]:
     """A row for each launcher."""
-    with launchers(names) as starts:
+    with stopped_in_order(), launchers(names) as starts:
         calls = {
             f"{name}/{kind}": functools.partial(seconds, start, kind, environment)
             for name, (start, environment) in starts.items()

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from crossdock.errors import Unavailable
 
 RAY = Path(sys.executable).with_name("ray")
@@ -57,19 +59,30 @@ def ray_head(cores: int, *, with_token: bool) -> Iterator[Head]:
         command = [str(RAY), "start", "--head", "--block", f"--num-cpus={cores}", f"--port={gcs}", "--dashboard-host=127.0.0.1"]
         command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--temp-dir={folder / 'r'}", "--object-store-memory=100000000", "--disable-usage-stats"]
-        with (folder / "head.log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = None
         try:
+            with (folder / "head.log").open("wb") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
             address = f"http://127.0.0.1:{dashboard}"
             _wait_for(f"{address}/api/version", process, folder / "head.log")
             yield Head(address, f"127.0.0.1:{gcs}", folder / "r", environment)
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=END_S)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # the session is its own
+            if process is not None:
+                _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """The head and all that it started: in order where it obeys, by force what is left; its processes lead sessions of their own."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=END_S)
+    finally:
+        for left in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the session is its own
 
 
 def _environment(folder: Path, with_token: bool) -> dict[str, str]:

@@ -1,6 +1,11 @@
 """Time to the first step: the short form from a shell, and what its page says."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +56,54 @@ def test_a_driver_on_a_running_cluster(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["--launchers", "launch ray", "--repeats", "1", "--warmup", "0", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 < row["empty"] < row["first_step"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    """In the middle of a start that has led away a session of its own."""
+    script, told = tmp_path / "stopped.py", tmp_path / "told"
+    script.write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": str(first_step.ROOT)}
+    process = subprocess.Popen([sys.executable, str(script), str(told)], env=environment)
+    while not told.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) == 2
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+
+
+STOPPED = """
+import sys
+from benchmarks import first_step
+
+first_step.PLAIN["alone"] = lambda kind, folder: ["sh", "-c", f"setsid sleep 600 & sleep 0.2; echo > {sys.argv[1]}; wait"]
+sys.exit(first_step.main(["--launchers", "alone"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_signal_ends_the_ray_head() -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    command = [sys.executable, "-m", "benchmarks.first_step", "--launchers", "launch ray", "--repeats", "9"]
+    process = subprocess.Popen(command, cwd=first_step.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def started() -> list[psutil.Process]:
+        return psutil.Process(process.pid).children(recursive=True)
+
+    while not any(child.name() == "raylet" for child in started()):
+        assert process.poll() is None
+        time.sleep(0.2)
+    before = started()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(before, timeout=30)
+    assert alive == []
 
 
 def test_rows_are_medians_over_turns(monkeypatch: pytest.MonkeyPatch) -> None:

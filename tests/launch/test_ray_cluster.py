@@ -1,6 +1,8 @@
 """How a run is laid out on a Ray cluster: pure decisions on facts about nodes."""
 
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ import pytest
 from crossdock.errors import BadConfig, Unavailable
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
+from crossdock.launch.ray import connection
 from crossdock.launch.ray.ahead import Ahead
-from crossdock.launch.ray.cluster import Node, able, chosen, shape_of, shrunk, too_small
+from crossdock.launch.ray.cluster import Node, Place, able, check_places, chosen, shape_of, shrunk, too_small
+from crossdock.launch.ray.connection import open_to_strangers
 from crossdock.launch.ray.launcher import Policy, launch
 from crossdock.launch.ray.metrics import GAUGES, last_row
 from crossdock.launch.scripts.allocation import Shape
@@ -90,6 +94,58 @@ def test_a_relative_directory_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BadConfig, match="absolute path that every node reaches"):
         launch(tiny(), None, Policy(), Ahead(None, None))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_astray_are_named() -> None:
+    nodes, shape = [node(1), node(2)], Shape(2, 2, False, 1)
+    there = [Place("id1", "10.0.0.1"), Place("id1", "10.0.0.1"), Place("id2", "10.0.0.2"), Place("id2", "10.0.0.2")]
+    check_places(there, nodes, shape)
+    with pytest.raises(
+        Unavailable, match=r"1 of 4 ranks run on other nodes .*: rank 1 on 10\.0\.0\.2 instead of 10\.0\.0\.1 \(nodes id2 and id1"
+    ):
+        check_places([there[0], there[2], there[2], there[3]], nodes, shape)
+
+
+def test_a_gpu_serves_one_rank() -> None:
+    nodes, shape = [node(1, gpus=2)], Shape(1, 2, True, 1)
+    check_places([Place("id1", "10.0.0.1", ("0",)), Place("id1", "10.0.0.1", ("1",))], nodes, shape)
+    with pytest.raises(Unavailable, match=r"2 of 2 ranks have not one GPU .*: rank 0 on 10\.0\.0\.1 has 0, rank 1 on 10\.0\.0\.1 has 0;"):
+        check_places([Place("id1", "10.0.0.1", ("0",))] * 2, nodes, shape)
+    with pytest.raises(Unavailable, match=r"1 of 2 ranks have not one GPU .*: rank 1 on 10\.0\.0\.1 has none;"):
+        check_places([Place("id1", "10.0.0.1", ("0",)), Place("id1", "10.0.0.1")], nodes, shape)
+
+
+class _Dashboard(http.server.BaseHTTPRequestHandler):
+    """Answers like Ray's: everybody, or those with a token alone."""
+
+    wants_token = False
+
+    def do_GET(self) -> None:
+        self.send_response(401 if self.wants_token else 200)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing: stderr is the tests'."""
+
+
+@pytest.mark.parametrize("wants_token", [False, True])
+def test_a_dashboard_that_strangers_can_use_is_named(monkeypatch: pytest.MonkeyPatch, wants_token: bool) -> None:
+    monkeypatch.setattr(_Dashboard, "wants_token", wants_token)
+    monkeypatch.setattr(connection, "_is_loopback", lambda host: host == "localhost")  # 127.0.0.1 stands for an address of the network
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        found = open_to_strangers(f"127.0.0.1:{port}")
+        if wants_token:
+            assert found is None
+        else:
+            assert found is not None
+            assert f"listens on 127.0.0.1:{port} and asks for no token" in found
+            assert "--dashboard-host 127.0.0.1" in found
+        assert open_to_strangers(f"localhost:{port}") is None
+        server.shutdown()
+    assert open_to_strangers(f"127.0.0.1:{port}") is None  # nobody answers
+    assert open_to_strangers(None) is None
 
 
 def test_last_row(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import ipaddress
+import os
+import socket
 import sys
 import urllib.error
 import urllib.parse
@@ -11,7 +13,7 @@ from typing import Any
 
 from crossdock.errors import PeerLost, Unavailable
 
-_DASHBOARD_S = 2.0
+_DASHBOARD_S, _CONNECT_S = 2.0, 5.0
 
 
 @contextlib.contextmanager
@@ -25,6 +27,7 @@ def connected(address: str | None) -> Iterator[Any]:
         import ray
     except ImportError as failure:
         raise Unavailable("Ray is not installed; run: pip install 'crossdock[ray]'") from failure
+    _check_answers(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         context = ray.init(address=address or "auto", log_to_driver=True, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as failure:
@@ -41,6 +44,17 @@ def connected(address: str | None) -> Iterator[Any]:
         raise PeerLost(f"the Ray cluster failed ({first_line(failure)}); see `ray status`, then start the run again") from failure
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise `Unavailable` where nothing listens at `host:port`, which Ray would try for minutes; other forms are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as failure:
+        raise Unavailable(f"no Ray cluster answers at {address} ({failure}); see `ray status` there, or use --address") from failure
 
 
 def open_to_strangers(dashboard: str | None) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from crossdock.errors import BadConfig, PeerLost, Preempted, Unavailable
 from crossdock.launch.config import RunConfig, resolved
-from crossdock.launch.ending import Result, read_result
+from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome
 from crossdock.launch.ranks.worker import explain, nodes_of_ranks
 from crossdock.launch.ranks.worker_env import in_ray_job
@@ -28,7 +28,7 @@ from crossdock.launch.ray.incarnation import POLL_S, Incarnation
 from crossdock.launch.ray.metrics import told_to_ray
 from crossdock.launch.ray.nodes import living_nodes
 from crossdock.launch.ray.watch import Ending, Loss, Watch
-from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_world, is_finished, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, newest_checkpoint, resuming
 from crossdock.launch.scripts.allocation import Shape
 from crossdock.launch.transport import check_transport
@@ -64,7 +64,7 @@ def launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead)
     try:
         return _launch(config, shape, policy, ahead)
     except BaseException as failure:
-        if read_result(run_directory(config)).get("status") != "done":  # interrupted after its end
+        if not is_finished(config):  # interrupted after its end
             record_failure(config, *explain(failure), 0, config.parallel.local_ranks if shape is None else shape.world_size)
         raise
 
