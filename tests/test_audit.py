@@ -27,6 +27,21 @@ def test_pins(audit: ModuleType, tmp_path: Path) -> None:
     assert audit.pins(path) == [f"numpy {metadata.version('numpy')} is installed, and constraints.txt pins 0.0.1"]
 
 
+def test_a_version_that_is_known_to_be_bad_fails_the_audit(
+    audit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = metadata.version
+    monkeypatch.setattr(audit, "vulnerabilities", lambda constraints: ([], "NOT CHECKED"))
+    monkeypatch.setattr(audit, "checksums", lambda names: [])
+    assert audit.main() == 0
+    monkeypatch.setattr(metadata, "version", lambda name: "3.1.5" if name == "jinja2" else installed(name))
+    assert audit.known_bad(["jinja2", "numpy"]) == ["jinja2 3.1.5 has CVE-2025-27516, mended in 3.1.6"]
+    assert audit.main() == 1
+    assert "FOUND: jinja2 3.1.5 has CVE-2025-27516" in capsys.readouterr().out
+    monkeypatch.setattr(metadata, "version", lambda name: "3.1.10" if name == "jinja2" else installed(name))
+    assert audit.known_bad(["jinja2"]) == []
+
+
 def test_what_is_reachable(audit: ModuleType) -> None:
     names = audit.reachable("crossdock")
     assert {"torch", "numpy", "pydantic", "pydantic-core"} <= set(names)
