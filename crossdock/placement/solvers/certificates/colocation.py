@@ -218,17 +218,3 @@ def _clipped_to_sum(value: FloatArray, cap: float, total: float) -> FloatArray:
         else:
             high = middle
     return np.clip(value - high, 0.0, cap)
-
-
-def _clipped_to_load(target_II: FloatArray, load_I: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The nearest matrix with entries in [0, 1] whose rows times `load_I` are at most 1, and the price of load that each row paid."""
-    low_I, high_I = np.zeros(len(target_II)), np.full(len(target_II), 1.0)
-    while ((np.clip(target_II - high_I[:, None] * load_I, 0.0, 1.0) @ load_I) > 1.0).any() and high_I.max() < 1e12:
-        high_I *= 4.0
-    for _ in range(40):
-        middle_I = (low_I + high_I) / 2.0
-        heavy_I = np.clip(target_II - middle_I[:, None] * load_I, 0.0, 1.0) @ load_I > 1.0
-        low_I, high_I = np.where(heavy_I, middle_I, low_I), np.where(heavy_I, high_I, middle_I)
-    light_I = np.clip(target_II, 0.0, 1.0) @ load_I <= 1.0
-    price_I = np.where(light_I, 0.0, high_I)
-    return np.clip(target_II - price_I[:, None] * load_I, 0.0, 1.0), price_I

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from crossdock.placement.records.trace import NO_EXPERT
 from crossdock.placement.solvers.certificates.blas_threads import single_threaded_blas
-from crossdock.placement.solvers.certificates.colocation import _clipped_to_load, _clipped_to_sum, _without_constant
+from crossdock.placement.solvers.certificates.colocation import _clipped_to_sum, _without_constant
 from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search.layer_search import Deadline
 
@@ -154,3 +154,17 @@ class _Layer:
         tangent_II = np.zeros_like(box_II)
         tangent_II[: self.num_experts, : self.num_experts] = tangent_EE + tangent_EE.T
         return float((weight_KU * 2.0 / (whole_KU + 2.0)).sum()), tangent_II
+
+
+def _clipped_to_load(target_II: FloatArray, load_I: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The nearest matrix with entries in [0, 1] whose rows times `load_I` are at most 1, and the price of load that each row paid."""
+    low_I, high_I = np.zeros(len(target_II)), np.full(len(target_II), 1.0)
+    while ((np.clip(target_II - high_I[:, None] * load_I, 0.0, 1.0) @ load_I) > 1.0).any() and high_I.max() < 1e12:
+        high_I *= 4.0
+    for _ in range(40):
+        middle_I = (low_I + high_I) / 2.0
+        heavy_I = np.clip(target_II - middle_I[:, None] * load_I, 0.0, 1.0) @ load_I > 1.0
+        low_I, high_I = np.where(heavy_I, middle_I, low_I), np.where(heavy_I, high_I, middle_I)
+    light_I = np.clip(target_II, 0.0, 1.0) @ load_I <= 1.0
+    price_I = np.where(light_I, 0.0, high_I)
+    return np.clip(target_II - price_I[:, None] * load_I, 0.0, 1.0), price_I

@@ -86,18 +86,12 @@ def test_inequalities_tighten_the_bound(monkeypatch: pytest.MonkeyPatch) -> None
     assert with_claws < 0.99 * without
 
 
-def test_projections_are_the_nearest_points() -> None:
+def test_the_projection_onto_a_sum_is_the_nearest_point() -> None:
     value = np.random.default_rng(4).normal(size=12)
     clipped = colocation._clipped_to_sum(value, 2.0, 6.0)
     assert clipped.sum() == pytest.approx(6.0)
     inside = (clipped > 1e-9) & (clipped < 2.0 - 1e-9)
     assert np.ptp((value - clipped)[inside]) < 1e-9  # all free entries were moved alike
-    rng = np.random.default_rng(4)
-    target_II, load_I = rng.normal(0.5, 0.5, (6, 6)), rng.random(6)
-    box, price_I = colocation._clipped_to_load(target_II, load_I)
-    assert (box @ load_I <= 1 + 1e-9).all()
-    np.testing.assert_allclose(box, np.clip(target_II - price_I[:, None] * load_I, 0, 1))
-    assert all(price == 0 or row @ load_I == pytest.approx(1.0) for price, row in zip(price_I, box, strict=True))
 
 
 def test_blas_has_one_thread_inside_and_as_many_as_before_outside() -> None:

@@ -11,7 +11,7 @@ from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
 from crossdock.placement.solvers.certificates.bounds import copies_to_devices
 from crossdock.placement.solvers.certificates.certificate import certified
-from crossdock.placement.solvers.certificates.together import _Layer, fewest_copies
+from crossdock.placement.solvers.certificates.together import _clipped_to_load, _Layer, fewest_copies
 from crossdock.placement.solvers.problem import Objective
 from crossdock.placement.solvers.search.layer_search import Deadline
 from crossdock.placement.solvers.solution import copies_to
@@ -93,3 +93,12 @@ def test_it_says_nothing_where_it_knows_nothing():
     problem = problem_of(random_trace(top_k=1), Topology.uniform(1, 4), "devices")
     assert fewest_copies(problem, 4, Deadline(1.0), capped=True).tolist() == [0.0] * 3
     assert fewest_copies(problem_of(random_trace(), Topology.uniform(1, 4), "devices"), 3, Deadline(1.0), capped=True).tolist() == [0.0] * 3
+
+
+def test_the_projection_onto_the_load_is_the_nearest_point() -> None:
+    rng = np.random.default_rng(4)
+    target_II, load_I = rng.normal(0.5, 0.5, (6, 6)), rng.random(6)
+    box, price_I = _clipped_to_load(target_II, load_I)
+    assert (box @ load_I <= 1 + 1e-9).all()
+    np.testing.assert_allclose(box, np.clip(target_II - price_I[:, None] * load_I, 0, 1))
+    assert all(price == 0 or row @ load_I == pytest.approx(1.0) for price, row in zip(price_I, box, strict=True))
