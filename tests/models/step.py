@@ -16,6 +16,7 @@ from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.collectives import all_reduce
 from crossdock.runtime.transport.mesh import Mesh
 from tests.pool import mesh_for
+from tests.runtime.tiny import lopsided_plan
 
 TOLERANCE = 1e-10
 
@@ -65,9 +66,11 @@ class Outcome:
 
 
 def make_plan(kind: str, config: ModelConfig, devices: int, seed: int = 5) -> Plan | None:
-    """None, or a plan drawn at random: a permutation; uneven with empty slots; or with copies of some experts."""
+    """None, or a plan drawn at random: a permutation; uneven with empty slots; with copies of some experts; or `tiny.lopsided_plan`."""
     if kind == "contiguous" or not config.num_moe_layers:
         return None
+    if kind.startswith("lopsided"):
+        return lopsided_plan(devices, kind == "lopsided_copies", config.num_moe_layers, config.num_experts) if devices > 1 else None
     rng = np.random.default_rng(seed)
     layers, experts = config.num_moe_layers, config.num_experts
     spare = {"random": 0, "uneven": 2, "copies": 1}[kind]

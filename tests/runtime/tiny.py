@@ -41,6 +41,24 @@ def random_plan(num_devices: int, seed: int, extra_slots: int = 0, num_layers: i
     return Plan(np.array(layers), NUM_EXPERTS, method="random")
 
 
+def lopsided_plan(num_devices: int, copies: bool = False, num_layers: int = MODEL.num_moe_layers, num_experts: int = NUM_EXPERTS) -> Plan:
+    """Experts anywhere, very different numbers of them on each device and none on one, another one in each layer.
+
+    copies: of two experts, on the device with fewest, or of two devices on the one with none.
+    """
+    rng = np.random.default_rng(num_devices)
+    slots_LRS = np.full((num_layers, num_devices, num_experts), -1)
+    for layer in range(num_layers):
+        empty, *others = np.roll(np.arange(num_devices), layer).tolist()
+        ends = [num_experts * (2**place - 1) // (2 ** len(others) - 1) for place in range(1, len(others) + 1)]  # 1 : 2 : 4 : ...
+        for device, held in zip(others, np.split(rng.permutation(num_experts), ends[:-1]), strict=True):
+            slots_LRS[layer, device, : len(held)] = held
+        if copies:
+            smallest = others[0] if len(others) > 1 else empty
+            slots_LRS[layer, smallest, -2:] = slots_LRS[layer, others[-1], :2]
+    return Plan(slots_LRS, num_experts, method="lopsided")
+
+
 def text(num_bytes: int = 6000) -> bytes:
     """Words of a small vocabulary, so that there is something to learn."""
     rng = np.random.default_rng(7)

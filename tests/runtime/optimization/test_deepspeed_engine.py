@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,19 @@ def test_micro_batches_add_up(ranks: Pool, folder: str, stage: int) -> None:
     wanted = ranks.run(2, train_some, folder, 1, 0, config)
     found = ranks.run(2, train_some, folder, 1, stage, config)
     np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=FP32_TOLERANCE)
+
+
+def train_lopsided(rank: int, world_size: int, folder: str, expert_parallel: int, stage: int) -> tuple[list[Any], dict[str, np.ndarray]]:
+    with mock.patch.object(tiny, "random_plan", lambda num_devices, seed: tiny.lopsided_plan(num_devices)):
+        return train_some(rank, world_size, folder, expert_parallel, stage, tiny.TRAIN)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("world_size", "expert_parallel"), [(4, 2), (4, 4)])
+def test_ranks_with_different_numbers_of_experts(ranks: Pool, folder: str, world_size: int, expert_parallel: int, stage: int) -> None:
+    wanted, found = (ranks.run(world_size, train_lopsided, folder, expert_parallel, kind) for kind in (0, stage))
+    np.testing.assert_allclose(found[0][0], wanted[0][0], rtol=FP32_TOLERANCE)
+    tiny.assert_close(tiny.merged([census for _, census in found]), tiny.merged([census for _, census in wanted]), 2e-4)
 
 
 def train_in_bf16(rank: int, world_size: int, folder: str, stage: int) -> tuple[list[Any], set[torch.dtype], set[torch.dtype], bool]:
