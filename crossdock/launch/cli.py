@@ -43,7 +43,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 Config = Annotated[Path, typer.Argument(help="A run's YAML file, or the name of a shipped one (tiny, small, demo).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set, after YAML's rules.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", callback=lambda value: _checked_device(value))]
 OnRay = Annotated[bool, typer.Option("--ray", help="On --ranks actors of a Ray cluster; in a Ray job this is so by itself.")]
 
 
@@ -189,7 +189,9 @@ def doctor(
 @app.command()
 def status(
     directory: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    otherwise: Annotated[int | None, typer.Option("--otherwise", help="Exit code to give where the run has left no result.")] = None,
+    otherwise: Annotated[
+        int | None, typer.Option("--otherwise", min=0, max=255, help="Exit code to give where the run has left no result.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how a run ended, and end with its exit code: launchers lose it, its result.json does not.
@@ -244,6 +246,12 @@ def config_schema() -> None:
     from crossdock.launch.config import schema
 
     print_json(schema(), indent=2)
+
+
+def _checked_device(value: str) -> str:
+    if value not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device is {value!r}; choose auto, cpu or cuda")
+    return value
 
 
 def _asked(explain: bool, profile_steps: str | None) -> list[str]:

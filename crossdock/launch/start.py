@@ -206,7 +206,8 @@ def ask_all(job: str, arguments: Mapping[str, Any], num_ranks: int, device: str,
     """A job for all ranks that a launcher has started, else for `num_ranks` of them, here or on a Ray cluster."""
     env = worker_env()
     world_size = num_ranks if env is None else env.world_size
-    document = Document({"parallel": {"expert": world_size}, "model": {"num_experts": world_size}, "device": device}, job, {})
+    model = {"num_experts": world_size, "top_k": 1}  # one expert a rank, so that a group holds all ranks, be it one alone
+    document = Document({"parallel": {"expert": world_size}, "model": model, "device": device}, job, {})
     request = Request(job, strict_yaml.validated(RunConfig, document), arguments)
     if env is None and (on_ray or in_ray_job()):
         from crossdock.launch.ray.launcher import ask
@@ -237,5 +238,6 @@ def answer(result: Result, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result.as_json()), flush=True)
     elif result.exit_code == 0:
-        print("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in result.fields.items()))
+        values = {name: f"{value:,.0f}" if isinstance(value, float) and value >= 1e6 else value for name, value in result.fields.items()}
+        print("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in values.items()))
     return result.exit_code

@@ -222,7 +222,7 @@ def vocabulary(config: DataConfig) -> int:
 
 def _load_documents(config: DataConfig) -> Corpus:
     documents = dict(_documents(config, config.path))
-    source = "standard library" if config.kind == "stdlib" else str(config.path)
+    source = "standard library" if config.path is None else str(config.path)
     if config.held_out_path is not None:
         train, held_out = list(documents), []
         held = dict(_documents(config, config.held_out_path))

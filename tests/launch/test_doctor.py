@@ -107,6 +107,14 @@ def test_disk_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, the folder that nobody can write to")
+def test_a_run_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        [found] = disk(place)
+        assert found.level == "bad"
+        assert found.finding.startswith(f"{tmp_path / 'file'} is a file")
+
+
 def test_a_disk_that_cannot_be_written() -> None:
     [found] = disk(Path("/proc/self"))
     assert found.level == "bad"
@@ -264,6 +272,17 @@ def test_the_probe_measures_the_ranks_of_a_launcher(launcher: Any, tmp_path: Pat
     assert (topology.num_devices, topology.measured, topology.digest) == (2, True, facts["digest"])
     assert facts["same_node_bytes_per_s"] > 0
     assert facts["path"] == str(tmp_path / "topology.yaml")
+
+
+def test_one_rank_alone_is_enough_for_the_probe(tmp_path: Path) -> None:
+    assert run(["probe", "--ranks", "1", "--json", "--out", str(tmp_path / "topology.yaml")]) == 0
+    assert Topology.load(tmp_path / "topology.yaml").num_devices == 1
+
+
+@pytest.mark.parametrize("command", ["doctor", "probe"])
+def test_a_device_that_is_none(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--device", "gpu"]) == 2
+    assert "choose auto, cpu or cuda" in capfd.readouterr().err
 
 
 def test_ranks_that_the_doctor_starts_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,7 @@ def test_out_writes_the_same(tmp_path: Path) -> None:
         (["mpi", "tiny", "run.dir=/runs/tiny", "--nodes", "2", "--hosts", "one"], 2, "1 hosts and --nodes 2"),
         (["slurm", "tiny", "--ranks-per-node", "3"], 78, "3 ranks"),
         (["slurm", "tiny", "--ranks-per-node", "2", "--sbatch", "partition=long"], 2, "--partition=long"),
+        (["slurm", "tiny", "--ranks-per-node", "2", "--time", "5minutes"], 2, "24:00:00"),
         (["kubernetes", "tiny", "--ranks-per-node", "2"], 2, "run.dir=/runs/tiny"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--kind", "pod"], 2, "jobset or rayjob"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", ""], 2, "--claim"),
@@ -141,7 +142,10 @@ def test_manifests_are_plain_yaml() -> None:
 
 def test_status_gives_the_exit_code_of_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["status", str(tmp_path)]) == 66
+    assert cli.run(["status", str(tmp_path / "nothing")]) == 66
+    assert "is not a folder" in capfd.readouterr().err
     assert cli.run(["status", str(tmp_path), "--otherwise", "76"]) == 76
+    assert cli.run(["status", str(tmp_path), "--otherwise", "300"]) == 2
     (tmp_path / "result.json").write_text(
         '{"status": "preempted", "exit_code": 75, "reached_step": 3, "target_step": 9, "message": "asked to stop"}'
     )

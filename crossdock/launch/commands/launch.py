@@ -257,6 +257,8 @@ def status(directory: Path, otherwise: int | None) -> tuple[str, dict[str, Any]]
     """
     from crossdock.launch.ending import read_result
 
+    if otherwise is None and not directory.is_dir():
+        raise MissingInput(f"{directory} is not a folder; give the run.dir of a run")
     result = read_result(directory)
     if not isinstance(code := result.get("exit_code"), int) or not 0 <= code <= 255:
         missing = f"{directory} holds no result.json: the run has not ended, or rank 0 was killed before it could write one"

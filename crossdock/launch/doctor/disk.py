@@ -18,6 +18,9 @@ def disk(run_dir: Path) -> list[Check]:
     """Writes 32 MiB into the folder, or the nearest one above it that exists, and removes them again."""
     existing = next(parent for parent in (run_dir.absolute(), *run_dir.absolute().parents) if parent.is_dir())
     choose = "choose another place with run.dir=PATH"
+    blocked = next((path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists() and not path.is_dir()), None)
+    if blocked is not None:
+        return [Check("disk", "bad", f"{blocked} is a file, and no run can write into it", choose)]
     try:
         free = shutil.disk_usage(existing).free
         if free < 4 * PROBE_BYTES:

@@ -1,10 +1,12 @@
 """The batch script of a run under Slurm: one task per rank, started by srun, which `worker_env` reads."""
 
+import re
 import signal
 
 from crossdock.errors import UsageError
 from crossdock.launch.scripts.allocation import RETRY_CODES, Run, Shape, shell
 
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.ASCII)
 _SCRIPT = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -38,8 +40,10 @@ exit "$code"
 def batch_script(shape: Shape, run: Run, time_limit: str, grace_s: int, restarts: int, options: tuple[str, ...]) -> str:
     """The script for sbatch. `time_limit` in Slurm's form; `options` are further ones of sbatch, such as `--partition=long`.
 
-    Raises `UsageError` for an option that is not one.
+    Raises `UsageError` for a time that is none and for an option that is not one.
     """
+    if not _TIME.fullmatch(time_limit):
+        raise UsageError(f"--time {time_limit!r} is no time of Slurm's; write minutes, hours:minutes:seconds or days-hours, as in 24:00:00")
     for option in options:
         if not option.startswith("--") or "\n" in option:
             raise UsageError(f"{option!r} is not an option of sbatch; write it like --partition=long")

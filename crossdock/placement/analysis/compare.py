@@ -14,7 +14,7 @@ from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.solvers import SOLVERS, auto, check_mode
+from crossdock.placement.solvers import SOLVERS, auto, check_mode, check_seconds
 from crossdock.placement.solvers.certificates.bounds import copies_to_devices, lower_bound
 from crossdock.placement.solvers.certificates.certificate import certified
 from crossdock.placement.solvers.problem import Constraints, Problem, Solution
@@ -70,6 +70,7 @@ class Candidate:
 def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) -> list[Candidate]:
     """Each method's plan, in this order; auto starts from those before it. A load cap and pins bind the searches; the baselines and the
     published methods are shown for what they are."""
+    check_seconds(seconds)
     candidates: list[Candidate] = []
     for method in methods:
         check_mode(problem, method)

@@ -3,6 +3,7 @@
 Tokens of one text resemble one another, so whole blocks are drawn: sequences where the trace knows them, else runs of BLOCK tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -121,7 +122,7 @@ def chance_drift(first: Trace, second: Trace, repeats: int = 20, seed: int = 0) 
 
 
 def _total_variation(mine: NDArray[np.int64], theirs: NDArray[np.int64]) -> FloatArray:
-    flat = [counts.reshape(len(counts), -1) for counts in (mine, theirs)]
+    flat = [counts.reshape(len(counts), math.prod(counts.shape[1:])) for counts in (mine, theirs)]  # also of no layers: one has no pairs
     shares = [counts_LX / np.maximum(counts_LX.sum(axis=1, keepdims=True), 1) for counts_LX in flat]
     return np.asarray(np.abs(shares[0] - shares[1]).sum(axis=1) / 2.0)
 

@@ -73,6 +73,12 @@ def check_mode(problem: Problem, method: str) -> None:
         raise UsageError(f"method {method} prices the seconds of tokens that return home; in mode coherent use auto, or objective hops")
 
 
+def check_seconds(seconds: float) -> None:
+    """Raise `UsageError` for a cap on the search that leaves it no time."""
+    if not seconds > 0:
+        raise UsageError(f"seconds is {seconds}; give more than 0")
+
+
 def solve(problem: Problem, method: str, seconds: float = 10.0, seed: int = 0) -> Solution:
     """Solve `problem` with a method of the table. `seconds` caps the search; the same seed and the same iterations give the same plan.
 
@@ -80,8 +86,7 @@ def solve(problem: Problem, method: str, seconds: float = 10.0, seed: int = 0) -
     """
     if method not in SOLVERS:
         raise UsageError(f"method is {method!r}; choose from {', '.join(SOLVERS)}")
-    if not seconds > 0:
-        raise UsageError(f"seconds is {seconds}; give more than 0")
+    check_seconds(seconds)
     check_mode(problem, method)
     solution = SOLVERS[method](problem, seconds, seed)
     check_constraints(problem, solution)

@@ -203,7 +203,10 @@ def check_expert_parallel(expert_parallel: int, world_size: int) -> None:
     """Raise `BadConfig` unless `expert_parallel` ranks per expert group divide `world_size` ranks."""
     if world_size < 1 or expert_parallel < 1 or world_size % expert_parallel:
         divisors = ", ".join(str(n) for n in range(1, max(world_size, 1) + 1) if max(world_size, 1) % n == 0)
-        raise BadConfig(f"expert_parallel {expert_parallel} does not divide the {world_size} ranks of the world; choose it from {divisors}")
+        raise BadConfig(
+            f"parallel.expert {expert_parallel} (ranks of a group) does not divide {world_size} ranks; choose it from {divisors}, or "
+            f"start a multiple of {max(expert_parallel, 1)} ranks"
+        )
 
 
 def ranks_of(group: Group, rank: int) -> list[int]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crossdock.errors import UsageError
-from crossdock.placement.analysis.statistics import SCORES, drift, enough_tokens, error_bars
+from crossdock.placement.analysis.statistics import SCORES, chance_drift, drift, enough_tokens, error_bars
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import evaluate
 from crossdock.placement.records.affinity import Affinity
@@ -57,6 +57,13 @@ def test_more_tokens_fit_other_text_better() -> None:
     assert abs(points[-1].fit - points[-1].held_out) < abs(points[0].fit - points[0].held_out)
     with pytest.raises(UsageError, match="from 1 to 6000"):
         enough_tokens(problem, trace, Affinity.from_trace(other), [7000], "dp", 5.0)
+
+
+def test_drift_of_one_layer_has_no_steps_between_layers() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (Trace(rng.integers(0, 4, (4096, 1, 1)).astype(np.uint16), 4) for _ in range(2))
+    apart, chance = drift(Affinity.from_trace(first), Affinity.from_trace(second)), chance_drift(first, second, repeats=5)
+    assert (len(apart.load_L), len(apart.transitions_L), len(chance.transitions_L)) == (1, 0, 0)
 
 
 def test_drift_is_nothing_for_the_same_text_and_all_for_disjoint_experts() -> None:

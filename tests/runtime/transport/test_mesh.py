@@ -85,7 +85,7 @@ def test_no_expert_parallelism_is_replicas_only(ranks: Pool) -> None:
 
 @pytest.mark.parametrize(("expert_parallel", "world_size", "choices"), [(3, 4, "1, 2, 4"), (8, 6, "1, 2, 3, 6"), (0, 2, "1, 2")])
 def test_expert_parallel_must_divide_the_world(expert_parallel: int, world_size: int, choices: str) -> None:
-    message = f"expert_parallel {expert_parallel} does not divide the {world_size} ranks of the world; choose it from {choices}$"
+    message = rf"parallel.expert {expert_parallel} .* does not divide {world_size} ranks; choose it from {choices}, or start a multiple of"
     with pytest.raises(BadConfig, match=message):
         check_expert_parallel(expert_parallel, world_size)
 
