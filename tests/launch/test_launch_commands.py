@@ -128,6 +128,22 @@ def test_a_pod_ends_with_the_code_of_the_run(stand_ins: Callable[..., subprocess
     assert stand_ins(pod_script(), {"torchrun": "exit 1", "crossdock": "exit $4"}).returncode == 76
 
 
+@pytest.mark.parametrize(("began", "slurm_code", "pod_code"), [("", 74, 1), ("rm {0}; echo {{}} > {0};", 79, 79), ("rm {0};", 79, 79)])
+def test_the_result_of_an_earlier_run_says_nothing_of_this_one(
+    stand_ins: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, began: str, slurm_code: int, pod_code: int
+) -> None:
+    """Rank 0 that cannot move a finished run aside leaves its result there; one that has begun takes it away."""
+    result = tmp_path / "small" / "result.json"
+    result.parent.mkdir()
+    result.write_text('{"status": "done", "exit_code": 0}')
+    start = f"{began.format(result)} exit 74"
+    bodies = {"srun": start, "torchrun": start, "scontrol": "", "crossdock": "exit 79"}
+    slurm = (GOLDEN / "slurm.sh").read_text().replace("/runs/small/result.json", str(result))
+    assert stand_ins(slurm, bodies).returncode == slurm_code
+    result.write_text('{"status": "done", "exit_code": 0}')
+    assert stand_ins(pod_script().replace("/runs/small/result.json", str(result)), bodies).returncode == pod_code
+
+
 def test_a_pod_passes_sigterm_on_and_waits(stand_ins: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     saving = "trap 'sleep 0.3; echo saved; exit 1' TERM; kill -TERM $PPID; for i in $(seq 100); do sleep 0.1; done"
     ended = stand_ins(pod_script(), {"torchrun": saving, "crossdock": "echo asked; exit 75"})

@@ -51,6 +51,11 @@ class Run:
         return ("train", self.config, *self.overrides)
 
     @property
+    def result(self) -> Path:
+        """How the run ended, once it has."""
+        return self.directory / "result.json"
+
+    @property
     def secret_file(self) -> Path:
         """Where the ranks of several hosts find the job's secret: beside the run directory, which all of them reach."""
         return self.directory.with_name(f"{self.directory.name}.secret")

@@ -11,11 +11,14 @@ MOUNT = "/runs"
 """Where pods find the shared volume."""
 _GRACE_S = 120
 
-# sh is process 1 of the pod and passes SIGTERM on; torchrun ends with 1 whatever happened, so the run's own code is asked for
+# sh is process 1 of the pod and passes SIGTERM on; torchrun ends with 1 whatever happened, so the run's own code is asked for, unless what
+# stands there is an earlier run's: rank 0 could not begin
 _POD_SCRIPT = """\
 trap 'kill -TERM "$child"' TERM
+earlier=$(stat -c %i.%y {result} 2> /dev/null)
 {command} & child=$!
-wait "$child" || {{ wait "$child"; exec crossdock status {directory} --otherwise 76; }}
+wait "$child" || {{ wait "$child"; test -n "$earlier" -a "$(stat -c %i.%y {result} 2> /dev/null)" = "$earlier" && exit 1
+exec crossdock status {directory} --otherwise 76; }}
 """
 
 
@@ -26,7 +29,11 @@ def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> di
     the newest checkpoint.
     """
     head = f"{run.name}-workers-0-0.{run.name}"
-    script = _POD_SCRIPT.format(command=shell(torchrun(shape, run, head, _PORT, restarts=0)), directory=shell((str(run.directory),)))
+    script = _POD_SCRIPT.format(
+        command=shell(torchrun(shape, run, head, _PORT, restarts=0)),
+        directory=shell((str(run.directory),)),
+        result=shell((str(run.result),)),
+    )
     container = _container(shape, image, claim) | {
         "command": ["sh", "-c", script],
         "ports": [{"containerPort": _PORT}],

@@ -24,11 +24,15 @@ _SCRIPT = """\
 CROSSDOCK_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
 export CROSSDOCK_SECRET
 
+earlier=$(stat -c %i.%y {result} 2> /dev/null)
 # a rank's death is noticed by the others, which report it; srun ends what is left after a minute
 srun --wait=60 --kill-on-bad-exit=0 {command}
 code=$?
-# srun gives the highest exit code of all ranks; the run's own is in its result.json, unless rank 0 was killed (137)
-if [ "$code" -ne 0 ]; then crossdock status {directory} --otherwise "$code"; code=$?; fi
+# srun gives the highest exit code of all ranks; the run's own is in its result.json, unless rank 0 was killed (137), or could not begin
+# and has left an earlier run's there
+if [ "$code" -ne 0 ] && {{ [ -z "$earlier" ] || [ "$(stat -c %i.%y {result} 2> /dev/null)" != "$earlier" ]; }}; then
+  crossdock status {directory} --otherwise "$code"; code=$?
+fi
 case "$code" in
   {retry})
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
@@ -58,6 +62,7 @@ def batch_script(shape: Shape, run: Run, time_limit: str, grace_s: int, restarts
         grace_s=grace_s,
         command=shell(("crossdock", *run.train)),
         directory=shell((str(run.directory),)),
+        result=shell((str(run.result),)),
         retry=" | ".join(str(code) for code in (*RETRY_CODES, 128 + signal.SIGKILL)),
         restarts=restarts,
     )

@@ -17,11 +17,15 @@
 CROSSDOCK_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
 export CROSSDOCK_SECRET
 
+earlier=$(stat -c %i.%y /runs/small/result.json 2> /dev/null)
 # a rank's death is noticed by the others, which report it; srun ends what is left after a minute
 srun --wait=60 --kill-on-bad-exit=0 crossdock train configs/small.yaml run.dir=/runs/small parallel.expert=16 train.batch_sequences=32
 code=$?
-# srun gives the highest exit code of all ranks; the run's own is in its result.json, unless rank 0 was killed (137)
-if [ "$code" -ne 0 ]; then crossdock status /runs/small --otherwise "$code"; code=$?; fi
+# srun gives the highest exit code of all ranks; the run's own is in its result.json, unless rank 0 was killed (137), or could not begin
+# and has left an earlier run's there
+if [ "$code" -ne 0 ] && { [ -z "$earlier" ] || [ "$(stat -c %i.%y /runs/small/result.json 2> /dev/null)" != "$earlier" ]; }; then
+  crossdock status /runs/small --otherwise "$code"; code=$?
+fi
 case "$code" in
   75 | 76 | 137)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
