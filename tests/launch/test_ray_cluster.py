@@ -4,13 +4,14 @@ import http.server
 import json
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from crossdock.errors import BadConfig, Unavailable
+from crossdock.errors import BadConfig, CrossdockError, PeerLost, Preempted, Unavailable
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
-from crossdock.launch.ray import connection
+from crossdock.launch.ray import connection, incarnation
 from crossdock.launch.ray.ahead import Ahead
 from crossdock.launch.ray.cluster import Node, Place, able, check_places, chosen, shape_of, shrunk, too_small
 from crossdock.launch.ray.connection import open_to_strangers
@@ -113,6 +114,55 @@ def test_a_gpu_serves_one_rank() -> None:
         check_places([Place("id1", "10.0.0.1", ("0",))] * 2, nodes, shape)
     with pytest.raises(Unavailable, match=r"1 of 2 ranks have not one GPU .*: rank 1 on 10\.0\.0\.1 has none;"):
         check_places([Place("id1", "10.0.0.1", ("0",)), Place("id1", "10.0.0.1")], nodes, shape)
+
+
+class _Empty:
+    """A Ray on which no actor ever comes."""
+
+    def wait(self, references: list[object], num_returns: int, timeout: float) -> tuple[list[object], list[object]]:
+        return [], references
+
+
+@pytest.mark.parametrize(
+    ("there", "is_stopping", "kind", "told"),
+    [
+        ((1,), False, PeerLost, r"^10\.0\.0\.2 was lost before its ranks could start$"),
+        ((1, 2), False, Unavailable, r"1 of 2 nodes are busy \(10\.0\.0\.2\): 2 ranks found no room there within 0 s"),
+        ((1, 2), True, Preempted, "asked to stop before the ranks had started"),
+    ],
+    ids=["a node is lost in the start", "busy", "stopped"],
+)
+def test_a_start_that_does_not_come_about(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[int, ...], is_stopping: bool, kind: type[CrossdockError], told: str
+) -> None:
+    monkeypatch.setattr(incarnation, "living_nodes", lambda ray: [node(number) for number in there])
+    start = incarnation.Incarnation(_Empty(), 1, CPU, [node(1), node(2)])
+    monkeypatch.setattr(start, "_without_room", lambda: ["10.0.0.2"])
+    monkeypatch.setattr(start, "_asked", [object()] * 4)
+    with pytest.raises(kind, match=told):
+        start.settle(60.0 if is_stopping else 0.0, lambda: is_stopping)
+
+
+def test_a_rank_goes_on_beating_while_its_monitor_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would fall silent when Ray starts the monitor again, and be taken for lost."""
+    exceptions = pytest.importorskip("ray", reason="ray is not installed").exceptions
+    from crossdock.launch.ray import rank as actors
+
+    away = [exceptions.GetTimeoutError(), exceptions.ActorUnavailableError("starting again", None), False, exceptions.ActorDiedError()]
+    answers = iter(away)
+
+    def get(reference: object, timeout: float) -> object:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(actors.ray, "get", get)
+    monkeypatch.setattr(actors, "BEAT_S", 0.0)
+    rank = actors.Rank.__new__(actors.Rank)  # its heartbeats would begin in a thread
+    rank.incarnation, rank.rank, rank.monitor, rank.running = 1, 0, mock.MagicMock(), False
+    rank._beat()
+    assert next(answers, "all were heard") == "all were heard"
 
 
 class _Dashboard(http.server.BaseHTTPRequestHandler):

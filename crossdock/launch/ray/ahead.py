@@ -40,7 +40,11 @@ class Driver:
                 return ahead
             ahead.end()
         found = Incarnation(self.ray, number, shape, nodes)
-        found.request(self.monitor)
+        try:
+            found.request(self.monitor)
+        except BaseException:
+            found.end()  # of what it has asked for nothing is left in the way of the next
+            raise
         return found
 
 

@@ -136,12 +136,13 @@ class _Supervisor:
         try:
             try:
                 self._start(incarnation, config)
-            except self.ray.exceptions.RayActorError as failure:
-                if failure.actor_init_failed:  # no node and no time would help
-                    raise Unavailable(
-                        f"the ranks cannot be started ({first_line(failure)}); every node needs this environment"
-                    ) from failure
-                return Loss(Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({first_line(failure)})"), False, self.suspects)
+            except self.ray.exceptions.RayTaskError:  # it holds an exception of our own code
+                raise
+            except self.ray.exceptions.RayError as failure:
+                why = first_line(failure)
+                if getattr(failure, "actor_init_failed", False):  # no node and no time would help
+                    raise Unavailable(f"the ranks cannot be started ({why}); every node needs this environment") from failure
+                return Loss(Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({why})"), False, self.suspects)
             except PeerLost as failure:
                 return Loss(Outcome(0, PeerLost.exit_code, str(failure)), False, self.suspects)
             return Watch(self.ray, self.driver.monitor, incarnation, self.policy.silence_s).until_it_ends(lambda: self.stopping)
