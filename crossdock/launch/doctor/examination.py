@@ -6,13 +6,13 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from crossdock.cores import available_cores
 from crossdock.launch.doctor.access import access
 from crossdock.launch.doctor.clock import clock
 from crossdock.launch.doctor.devices import devices
 from crossdock.launch.doctor.disk import disk
 from crossdock.launch.doctor.network import network
 from crossdock.launch.doctor.report import Check
-from crossdock.launch.local.children import available_cores
 
 PACKAGES = ("torch", "numpy", "scipy", "pyyaml", "pydantic", "typer", "rich", "jinja2", "safetensors", "psutil")
 OPTIONAL_PACKAGES = ("ray", "mpi4py", "deepspeed", "transformers", "tokenizers", "datasets", "tensorboard", "matplotlib")

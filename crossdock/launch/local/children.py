@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from crossdock import atomic
 from crossdock.authentication import Secret
+from crossdock.cores import available_cores
 from crossdock.errors import PeerLost, Preempted, Unavailable
 from crossdock.launch.ranks.worker_env import local_environment
 
@@ -60,16 +61,6 @@ class Child(Protocol):
 
 Starter = Callable[[Sequence[str], Mapping[str, str]], Child]
 """Starts `python ARGUMENTS...` in an environment, as the leader of a session of its own; raises `Unavailable`."""
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its affinity mask, less what the control group (version 2) allows."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such control group, or "max"
-        return max(1, cores)
 
 
 def run_ranks(arguments: Sequence[str], num_ranks: int, starter: Starter | None = None) -> Outcome:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from crossdock import atomic, strict_yaml
+from crossdock.cores import available_cores
 from crossdock.errors import BadData, MissingInput
 from crossdock.strict_yaml import Document, StrictModel
 
@@ -119,7 +120,7 @@ class Topology:
         are placeholders until `crossdock probe` measures them (`measured` is False)."""
         if nodes < 1 or num_devices % nodes:
             raise BadData(f"{num_devices} devices do not divide over {nodes} nodes; choose a number of nodes that divides it")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return cls.uniform(
             nodes,

@@ -17,13 +17,13 @@ the first being a sum of eigenvalues of M, the second a sum of positive entries.
 Inequalities are added when the iteration has come near its end without them (Wiegele and Zhao 2022 do so for partitions of graphs).
 """
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.cores import available_cores
 from crossdock.placement.solvers.certificates.blas_threads import single_threaded_blas
 from crossdock.placement.solvers.certificates.claws import Claws
 from crossdock.placement.solvers.search.layer_search import Deadline
@@ -57,7 +57,7 @@ def most_kept(
     if not total or num_groups == 1 or flow_PII.shape[1] > MOST_ITEMS:
         return total
     unit = total / (flow_PII.shape[0] * flow_PII.shape[1])  # the mean row's tokens
-    with single_threaded_blas(), ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as threads:
+    with single_threaded_blas(), ThreadPoolExecutor(max(1, available_cores() - 1)) as threads:
         relaxation = _Relaxation(flow_PII / unit, num_groups, load_LI, cap_L, threads)
         best = _lowest(relaxation, deadline)
     return min(best * unit + SAFETY * total, total)

@@ -11,7 +11,6 @@ has missed. Prices that are not the best cost sharpness, never validity. Load ca
 with them as well.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linprog
 
+from crossdock.cores import available_cores
 from crossdock.placement.solvers.certificates.blas_threads import single_threaded_blas
 from crossdock.placement.solvers.certificates.pricing import LEAST_SIZE, Pricing
 from crossdock.placement.solvers.problem import Problem
@@ -50,7 +50,7 @@ def fewest_copies(problem: Problem, num_groups: int, deadline: Deadline) -> tupl
     """[L]: copies of the whole trace to distinct groups of equal capacity, at least; and the layers whose first proof was not finished."""
     group_LI = _begun(problem, num_groups)
     layers = [Generation(layer_of(problem, number), group_I, num_groups, deadline) for number, group_I in enumerate(group_LI)]
-    with single_threaded_blas(), ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as threads:
+    with single_threaded_blas(), ThreadPoolExecutor(min(MOST_THREADS, available_cores())) as threads:
         for slack in SLACKS:
             list(threads.map(Generation.prove, layers, [slack] * len(layers)))
     return np.array([layer.bound for layer in layers]), np.array([not layer.is_proven for layer in layers])

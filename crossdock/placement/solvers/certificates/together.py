@@ -16,12 +16,12 @@ For any multipliers M
 The alternating direction method finds M, the tangents at its iterates, averaged, find W and a; every iteration has its own valid bound.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crossdock.cores import available_cores
 from crossdock.placement.records.trace import NO_EXPERT
 from crossdock.placement.solvers.certificates.blas_threads import single_threaded_blas
 from crossdock.placement.solvers.certificates.colocation import _clipped_to_sum, _without_constant
@@ -53,7 +53,7 @@ def fewest_copies(
     cap = problem.constraints.load_cap if capped else None
     numbers = np.arange(problem.num_layers) if asked_L is None else np.flatnonzero(asked_L)
     waiting = layers = [_Layer(problem, int(number), num_groups, cap) for number in numbers]
-    with single_threaded_blas(), ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as threads:
+    with single_threaded_blas(), ThreadPoolExecutor(available_cores()) as threads:
         while waiting and not deadline.passed:
             list(threads.map(lambda layer: layer.round(deadline), waiting))
             waiting = [layer for layer in waiting if not layer.is_done]
