@@ -4,7 +4,6 @@ Everything heavy is imported inside the commands: `crossdock --help` and `crossd
 """
 
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -19,6 +18,7 @@ from crossdock.launch.commands.checkpoint import checkpoint_app
 from crossdock.launch.commands.launch import launch_app
 from crossdock.launch.commands.maps import plan_app
 from crossdock.launch.commands.trace import trace_app
+from crossdock.placement.commands.output import AsJson, print_json
 
 INTERRUPTED = 130
 # typer has brought its own copy of click since 0.26; before, this class was click's
@@ -42,7 +42,6 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 Config = Annotated[Path, typer.Argument(help="A run's YAML file, or the name of a shipped one (tiny, small, demo).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set, after YAML's rules.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", callback=lambda value: _checked_device(value))]
 OnRay = Annotated[bool, typer.Option("--ray", help="On --ranks actors of a Ray cluster; in a Ray job this is so by itself.")]
 
@@ -263,11 +262,6 @@ def _asked(explain: bool, profile_steps: str | None) -> list[str]:
             raise UsageError(f"--profile-steps {profile_steps!r} is not of the form A:B, as in --profile-steps 10:12, or A alone")
         overrides += [f"profile.first={int(first)}", f"profile.last={int(last or first)}"]
     return overrides
-
-
-def print_json(value: Any, indent: int | None = None) -> None:
-    """One JSON value on stdout; NaN and infinities are our own bug."""
-    sys.stdout.write(json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def _print_config(run_config: Any, as_json: bool) -> None:

@@ -1,6 +1,5 @@
 """`crossdock checkpoint`: look after the checkpoints of a run, and exchange models with Hugging Face transformers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crossdock.errors import BadCheckpoint, MissingInput, UsageError
+from crossdock.placement.commands.output import AsJson, print_facts, print_json
 
 if TYPE_CHECKING:
     from crossdock.runtime.checkpoints.manifest import Manifest
@@ -18,7 +18,6 @@ checkpoint_app = typer.Typer(
 
 Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run directory: its newest.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="A folder that does not exist yet.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
 @checkpoint_app.command("verify")
@@ -35,7 +34,7 @@ def verify(
     problems = [(folder, checkpoint.verify(folder)) for folder in folders_in(path)]
     found = [{"path": str(folder), "ok": problem is None, "finding": problem or "every checksum holds"} for folder, problem in problems]
     if as_json:
-        _print_json({"ok": any(row["ok"] for row in found), "checkpoints": found})
+        print_json({"ok": any(row["ok"] for row in found), "checkpoints": found})
     else:
         for row in found:
             print(f"{row['path']}: {'ok, ' if row['ok'] else 'BAD: '}{row['finding']}")
@@ -54,7 +53,7 @@ def ls(
     """
     rows = [_described(folder) for folder in folders_in(path)]
     if as_json:
-        _print_json({"checkpoints": rows})
+        print_json({"checkpoints": rows})
         return
     for row in rows:
         facts = "" if row["problem"] else "{bytes:,} bytes in {shards} shards, by {world_size} ranks, plan {plan}".format(**row)
@@ -188,11 +187,4 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _say(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(facts)
-    else:
-        print("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()))
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    print_facts(facts, "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()), as_json)

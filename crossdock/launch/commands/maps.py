@@ -1,14 +1,13 @@
 """`crossdock plan import` and `export`: plans as placement maps of serving systems. They stand here because .pt files need torch."""
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.commands.cli import AsJson, PlanArgument
+from crossdock.placement.commands.cli import PlanArgument
+from crossdock.placement.commands.output import AsJson, print_facts
 from crossdock.placement.commands.whatif_cli import plan_app
 
 if TYPE_CHECKING:
@@ -118,7 +117,5 @@ def _say_written(out: Path, plan: "Plan", as_json: bool) -> None:
         "devices": plan.num_devices,
         "replicas": plan.has_replicas,
     }
-    if as_json:
-        sys.stdout.write(json.dumps(facts) + "\n")
-    else:
-        print(f"{out}: {plan.num_layers} layers x {plan.num_experts} experts in {plan.num_devices} x {plan.slots_per_device} slots")
+    sentence = f"{out}: {plan.num_layers} layers x {plan.num_experts} experts in {plan.num_devices} x {plan.slots_per_device} slots"
+    print_facts(facts, sentence, as_json)

@@ -1,13 +1,12 @@
 """`crossdock trace`: record routing, look at it, and exchange it with other systems' files."""
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crossdock.errors import BadData, UsageError
+from crossdock.placement.commands.output import AsJson, print_facts, print_json
 
 if TYPE_CHECKING:
     from crossdock.placement.records.trace import Trace
@@ -20,7 +19,6 @@ TracePath = Annotated[
 MAX_BYTES = 1 << 30
 """The most that is read of another system's text."""
 NumExperts = Annotated[int | None, typer.Option("--num-experts", min=1, help="Experts per layer, where the file does not say.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
 @trace_app.command("capture")
@@ -92,7 +90,7 @@ def show(trace: TracePath, num_experts: NumExperts = None, as_json: AsJson = Fal
 
     facts = describe(Trace.load(trace, num_experts))
     if as_json:
-        sys.stdout.write(json.dumps(facts) + "\n")
+        print_json(facts)
         return
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):>28}  {_readable(value) if name != 'digest' else value[:12]}")
@@ -205,7 +203,5 @@ def _readable(value: Any) -> str:
 def _say_written(out: Path, trace: "Trace", as_json: bool, top_k: int | None = None) -> None:
     choices = top_k or trace.top_k
     facts = {"path": str(out), "tokens": trace.num_tokens, "layers": trace.num_layers, "choices_per_token": choices}
-    if as_json:
-        sys.stdout.write(json.dumps(facts) + "\n")
-    else:
-        print(f"{out}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, {choices} choice{'' if choices == 1 else 's'} per token")
+    per_token = f"{choices} choice{'' if choices == 1 else 's'} per token"
+    print_facts(facts, f"{out}: {trace.num_tokens:,} tokens, {trace.num_layers} layers, {per_token}", as_json)

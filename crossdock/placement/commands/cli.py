@@ -1,6 +1,5 @@
 """`crossdock plan`: solve, compare, show, diff, check and report. Everything heavy is imported inside the commands."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from crossdock.errors import UsageError
+from crossdock.placement.commands.output import AsJson, print_json
 
 plan_app = typer.Typer(
     name="plan", help="Decide where experts live, and say what a plan is worth.", no_args_is_help=True, rich_markup_mode=None
@@ -57,7 +57,6 @@ BatchSequencesOption = Annotated[
     int | None,
     typer.Option("--batch-sequences", min=1, help="Homing: sequences that are given homes together; the workload's if left out."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.", show_default=False)]
 
 
@@ -139,7 +138,7 @@ def solve_command(
     solution.plan.save(out)
     value = asked.score(candidates, bound_seconds) | (homes.as_json() if homing else {})
     if as_json:
-        _print_json(value | {"out": str(out)} | moves | ({"forecast_out": str(written[1])} if homing else {}))
+        print_json(value | {"out": str(out)} | moves | ({"forecast_out": str(written[1])} if homing else {}))
         return
     _print_tables(value)
     names = " and ".join(map(str, written))
@@ -214,7 +213,7 @@ def compare_command(
         homes = asked.with_homes(candidates, sequence_tokens, batch_sequences, seconds, seed)
         candidates, about_homes = homes.candidates, homes.as_json()
     value = asked.score(candidates, bound_seconds, with_error_bars=error_bars) | about_homes
-    _print_json(value) if as_json else _print_tables(value)
+    print_json(value) if as_json else _print_tables(value)
 
 
 @plan_app.command("show")
@@ -229,7 +228,7 @@ def show_command(plan: PlanArgument, as_json: AsJson = False) -> None:
     shown = Plan.load(plan)
     facts = plan_facts(shown)
     if as_json:
-        _print_json(facts | {"slots": shown.slots_LRS.tolist()})
+        print_json(facts | {"slots": shown.slots_LRS.tolist()})
         return
     for name, value in facts.items():
         shown_value = "-" if value is None else value[:12] if name in ("digest", "topology_hash", "trace_hash") else value
@@ -269,7 +268,7 @@ def diff_command(
         value |= payback(before, after, trace, topology, workload, num_experts)
     if as_json:
         listed = [{"layer": move.layer, "expert": move.expert, "source": move.source, "target": move.target} for move in moves]
-        _print_json(value | {"moves": listed})
+        print_json(value | {"moves": listed})
         return
     size = f"{value['state_bytes'] / 2**20:,.1f} MiB of weights and moments"
     print(f"{len(moves)} moves of {before.num_layers * before.num_experts} experts, {size}")
@@ -305,7 +304,7 @@ def check_command(
     checked = Plan.load(plan)
     notes = check_plan(checked, config, trace, topology, load_cap, num_experts)
     if as_json:
-        _print_json({"ok": True, **plan_facts(checked), "notes": notes})
+        print_json({"ok": True, **plan_facts(checked), "notes": notes})
         return
     print(f"{plan}: ok; {checked.num_layers} layers x {checked.num_experts} experts on {checked.num_devices} devices")
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
@@ -352,7 +351,7 @@ def report_command(
     else:
         raise UsageError("nothing to report on; give a run directory, or --trace, --topology and --plan")
     atomic.write_text(target, page)
-    _print_json({"out": str(target), "bytes": len(page)}) if as_json else print(f"{target}: {len(page) / 1024:,.0f} KiB")
+    print_json({"out": str(target), "bytes": len(page)}) if as_json else print(f"{target}: {len(page) / 1024:,.0f} KiB")
 
 
 def _say(lines: Sequence[str], as_json: bool) -> None:
@@ -381,7 +380,3 @@ def _print_tables(value: dict[str, Any]) -> None:
         "mean. hops: first choices that change device between layers. gap: proven\n"
         "distance to the best plan, per cent of the objective, of moved and of kept."
     )
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")

@@ -8,7 +8,6 @@ import typer
 from crossdock.errors import BadData, UsageError
 from crossdock.placement.commands.cli import (
     METHODS,
-    AsJson,
     EvalTraceOption,
     LoadCapOption,
     MemoryOption,
@@ -24,10 +23,10 @@ from crossdock.placement.commands.cli import (
     TopologyOption,
     TraceOption,
     WorkloadOption,
-    _print_json,
     _say,
     plan_app,
 )
+from crossdock.placement.commands.output import AsJson, print_json
 
 if TYPE_CHECKING:
     from crossdock.placement.analysis.statistics import CurvePoint, Drift
@@ -96,7 +95,7 @@ def tokens_command(
     enough = _enough(points)
     if as_json:
         rows = [{"num_tokens": point.num_tokens, "fit": point.fit, "held_out": point.held_out} for point in points]
-        _print_json({"objective": objective, "rows": rows, "contiguous": reference, "enough": enough, "held_out_tokens": other.num_tokens})
+        print_json({"objective": objective, "rows": rows, "contiguous": reference, "enough": enough, "held_out_tokens": other.num_tokens})
         return
     print("\n" + "\n".join(curve_table(points, reference, objective)))
     where = "other text" if asked.eval_trace is not None else "held-out blocks of the same text"
@@ -132,7 +131,7 @@ def drift_command(
     chance = chance_drift(first, second, repeats)
     if as_json:
         values = {"load": apart.load_L, "load_chance": chance.load_L, "steps": apart.transitions_L, "steps_chance": chance.transitions_L}
-        _print_json({name: value.tolist() for name, value in values.items()})
+        print_json({name: value.tolist() for name, value in values.items()})
         return
     print("\n".join(drift_table(apart, chance)))
     print(

@@ -7,15 +7,14 @@ import typer
 from crossdock.errors import UsageError
 from crossdock.placement.commands.cli import (
     METHODS,
-    AsJson,
     LoadCapOption,
     NumExpertsOption,
     SeedOption,
     TraceOption,
     WorkloadOption,
-    _print_json,
     _say,
 )
+from crossdock.placement.commands.output import AsJson, print_json
 from crossdock.placement.commands.statistics_cli import plan_app
 
 __all__ = ["plan_app"]
@@ -64,7 +63,7 @@ def whatif_command(
     rows = [answer(question, routing, sizes, load_cap, seconds, seed) for question in questions]
     if as_json:
         found = {"path": str(trace), "digest": routing.digest, "tokens": routing.num_tokens, "experts": routing.num_experts}
-        _print_json({"trace": found, "workload": sizes.to_mapping(), "rows": [row.as_json() for row in rows]})
+        print_json({"trace": found, "workload": sizes.to_mapping(), "rows": [row.as_json() for row in rows]})
         return
     print("\n" + "\n".join([*table(rows), *refusals(rows)]))
     print(
