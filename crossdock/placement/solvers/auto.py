@@ -67,7 +67,7 @@ def _with_copies(problem: Problem, deadline: Deadline, seed: int, given: list[So
     except InfeasiblePlan:
         pass  # copies may keep to a load cap that single experts cannot keep to, and are tried on the other plan
     begin.append(replicas.base(quick, seed, deadline.share(1.0 / BASE_SHARE)))
-    return replicas.best_of(problem, [starts.with_pinned_copies(problem, slots_LRS) for slots_LRS in begin], seed, deadline, "auto")
+    return replicas.best_of(problem, begin, seed, deadline, "auto")
 
 
 def _of_single_copies(problem: Problem, deadline: Deadline, seed: int, given: list[Solution]) -> Solution:

@@ -56,13 +56,13 @@ def solve(problem: Problem, seconds: float, seed: int) -> Solution:
 
 
 def best_of(problem: Problem, bases: list[IntArray], seed: int, deadline: Deadline, method: str) -> Solution:
-    """Copies added to each of the plans `bases`, slots [L, R, S] each; the best that came out."""
+    """Copies, those that pins ask for first, added to each of the plans `bases`, slots [L, R, S] each; the best that came out."""
     solutions: list[Solution] = []
     broken: list[InfeasiblePlan] = []
     for turn, slots_LRS in enumerate(bases):
         share = deadline.share(len(bases) - turn)
         try:
-            found_LRE, stopped_by = add_copies(problem, _holds(problem, slots_LRS), share)
+            found_LRE, stopped_by = add_copies(problem, _holds(problem, starts.with_pinned_copies(problem, slots_LRS)), share)
         except InfeasiblePlan as error:
             broken.append(error)
             continue

@@ -230,22 +230,25 @@ def test_memory_that_holds_no_copy_is_named() -> None:
     seed=st.integers(0, 999),
     objective=st.sampled_from(["seconds", "devices", "nodes"]),
     room=st.sampled_from([{"spare_slots": 1}, {"slots": 3}, {"replicas": 3}]),
+    method=st.sampled_from(["auto", "replicas"]),
 )
 @settings(max_examples=30, deadline=None)
-def test_an_expert_may_be_pinned_to_several_devices(seed: int, objective: Objective, room: dict[str, int]) -> None:
+def test_an_expert_may_be_pinned_to_several_devices(seed: int, objective: Objective, room: dict[str, int], method: str) -> None:
     rng = np.random.default_rng(seed)
     pins = tuple(Pin(layer, int(expert), int(device)) for layer in (0, 1) for expert in rng.permutation(8)[:2]
                  for device in rng.permutation(4)[: 1 + int(rng.integers(2))])  # fmt: skip
     problem = problem_of(hot_trace(seed), objective=objective, pins=pins, **room)
-    solution = solve(problem, "auto", seconds=0.3, seed=seed)
+    solution = solve(problem, method, seconds=0.3, seed=seed)
     assert all(solution.plan.slot_LRE[pin.layer, pin.device, pin.expert] >= 0 for pin in pins)
 
 
-@pytest.mark.parametrize("room", [{"slots": 2}, {"slots": 4, "replicas": 1}])
-def test_more_pinned_copies_than_there_may_be_are_named(room: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("method", "room"), [("auto", {"slots": 2}), ("auto", {"slots": 4, "replicas": 1}), ("replicas", {"slots": 4, "replicas": 1})]
+)
+def test_more_pinned_copies_than_there_may_be_are_named(method: str, room: dict[str, int]) -> None:
     pins = (Pin(1, 5, 0), Pin(1, 5, 1), Pin(1, 5, 2))
     with pytest.raises(InfeasiblePlan, match=r"pin"):
-        solve(problem_of(random_trace(), pins=pins, **room), "auto", seconds=0.3)
+        solve(problem_of(random_trace(), pins=pins, **room), method, seconds=0.3)
 
 
 def test_what_makes_no_sense_is_a_usage_error() -> None:
