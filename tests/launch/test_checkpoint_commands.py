@@ -63,6 +63,11 @@ def test_the_life_of_a_checkpoint(run_dir: Path, said: Said) -> None:
     assert facts["largest_bytes"] < 1.5 * facts["smallest_bytes"]
     assert said("checkpoint", "verify", str(run_dir.parent / "four"), "--json")[1]["ok"]
 
+    code, facts, _ = said("checkpoint", "reshard", str(run_dir.parent / "four"), str(run_dir.parent / "one"), "--shards", "1", "--json")
+    assert (code, facts["shards"]) == (0, 1)
+    first = run_dir / "checkpoints" / "step-00000004" / "shard-00000.safetensors"
+    assert (run_dir.parent / "one" / first.name).read_bytes() == first.read_bytes(), "there and back is the same file"
+
     exported, back = run_dir.parent / "hf", run_dir.parent / "imported"
     code, facts, _ = said("checkpoint", "export-hf", str(run_dir), str(exported), "--json")
     assert (code, facts["architecture"], facts["step"]) == (0, "Mixtral", 4)
