@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from crossdock.errors import InfeasiblePlan
+from crossdock.errors import CrossdockError, InfeasiblePlan, UsageError
 from crossdock.placement.costs.coherent import CoherentEvaluation, evaluate_coherent
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.evaluate import Evaluation, evaluate
@@ -67,18 +67,34 @@ class Candidate:
     solve_s: float | None = None
 
 
-def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) -> list[Candidate]:
-    """Each method's plan, in this order; auto starts from those before it. A load cap and pins bind the searches; the baselines and the
-    published methods are shown for what they are."""
+@dataclass(frozen=True, eq=False)
+class Refusal:
+    """A method that gave no plan, and why: it is not for problems of this size or kind, or found none that keeps to the constraints."""
+
+    method: str
+    error: CrossdockError
+
+    def as_json(self) -> dict[str, object]:
+        return {"method": self.method, "exit_code": self.error.exit_code, "reason": str(self.error)}
+
+
+def solved(problem: Problem, methods: Sequence[str], seconds: float, seed: int) -> tuple[list[Candidate], list[Refusal]]:
+    """Each method's plan, in this order, and the methods that gave none; auto starts from those before it. A load cap and pins bind the
+    searches; the baselines and the published methods are shown for what they are."""
     check_seconds(seconds)
     candidates: list[Candidate] = []
+    refusals: list[Refusal] = []
     for method in methods:
-        check_mode(problem, method)
         started_s = time.perf_counter()
         others = [candidate.solution for candidate in candidates if candidate.solution is not None]
-        solution = auto.improved(problem, seconds, seed, others) if method == "auto" else SOLVERS[method](problem, seconds, seed)
+        try:
+            check_mode(problem, method)
+            solution = auto.improved(problem, seconds, seed, others) if method == "auto" else SOLVERS[method](problem, seconds, seed)
+        except (UsageError, InfeasiblePlan) as error:
+            refusals.append(Refusal(method, error))
+            continue
         candidates.append(Candidate(method, solution.plan, solution, time.perf_counter() - started_s))
-    return candidates
+    return candidates, refusals
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,9 @@ def compare_command(
 ) -> None:
     """Score several methods, and plans from files, on the same trace with the same evaluator.
 
+    A method that gives no plan leaves the others their rows; the command then ends with that method's exit code: 2 where it is not for a
+    problem of this size or kind, 3 where it found no feasible plan.
+
     Example: crossdock plan compare --trace trace.npz --topology 2x4-nvlink-ib --methods contiguous,anneal --eval-trace held-out.npz
     """
     from crossdock.placement.analysis.compare import Candidate, solved
@@ -207,13 +210,20 @@ def compare_command(
     for candidate in from_files:
         candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)
     _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
-    candidates = solved(asked.problem, names, seconds, seed) + from_files
+    candidates, refusals = solved(asked.problem, names, seconds, seed)
+    candidates += from_files
+    if not candidates:
+        raise refusals[0].error
     about_homes = {}
     if homing:
         homes = asked.with_homes(candidates, sequence_tokens, batch_sequences, seconds, seed)
         candidates, about_homes = homes.candidates, homes.as_json()
     value = asked.score(candidates, bound_seconds, with_error_bars=error_bars) | about_homes
+    value["refused"] = [refusal.as_json() for refusal in refusals]
     print_json(value) if as_json else _print_tables(value)
+    if refusals:
+        told = "; ".join(f"method {refusal.method} gave no plan: {refusal.error}" for refusal in refusals)
+        raise type(refusals[0].error)(told)
 
 
 @plan_app.command("show")

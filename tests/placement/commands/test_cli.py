@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import MAX_DEVICES, Topology
 from crossdock.placement.records.trace import Trace, in_pieces
 from crossdock.placement.solvers import SOLVERS
+from crossdock.placement.solvers.problem import Problem, Solution
 from tests.placement.conftest import random_plan, random_trace
 
 ROW_KEYS = {
@@ -331,6 +333,30 @@ def test_what_is_shown_of_plans_and_error_bars_fits_80_columns(traces: tuple[str
     for printed in (solved.rsplit("wrote", 1)[0], barred, run("show", plan)):
         assert max(map(len, printed.splitlines()[1:])) <= 80
     assert f"digest  {Plan.load(plan).digest[:12]}\n" in run("show", plan)
+
+
+def test_a_method_that_gives_no_plan_leaves_the_others_their_rows(traces: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["compare", "--trace", traces[0], "--topology", "2x2-local", "--seconds", "0.2", "--bound-seconds", "0", "--json"]
+
+    def refuses(error: CrossdockError) -> Callable[[Problem, float, int], Solution]:
+        def solver(problem: Problem, seconds: float, seed: int) -> Solution:
+            raise error
+
+        return solver
+
+    monkeypatch.setitem(SOLVERS, "ilp", refuses(UsageError("ilp takes 9 experts; use columns")))
+    monkeypatch.setitem(SOLVERS, "dp", refuses(InfeasiblePlan("no plan; give a higher cap")))
+    result = CliRunner().invoke(plan_app, [*arguments, "--methods", "contiguous,dp,ilp,balance"])
+    assert isinstance(result.exception, InfeasiblePlan)
+    assert str(result.exception) == (
+        "method dp gave no plan: no plan; give a higher cap; method ilp gave no plan: ilp takes 9 experts; use columns"
+    )
+    value = json.loads(result.stdout)
+    assert [row["method"] for row in value["rows"]] == ["contiguous", "balance"]
+    assert [(refused["method"], refused["exit_code"]) for refused in value["refused"]] == [("dp", 3), ("ilp", 2)]
+    alone = CliRunner().invoke(plan_app, [*arguments, "--methods", "ilp,dp"])
+    assert isinstance(alone.exception, UsageError)
+    assert not alone.stdout
 
 
 @pytest.mark.slow
