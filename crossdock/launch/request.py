@@ -85,6 +85,11 @@ def read_inputs(config: RunConfig) -> Inputs:
                 f"plan {config.plan} holds several copies of an expert, whose gradients engine deepspeed cannot sum inside a group; "
                 "solve a plan without spare slots, or set engine: native"
             )
+        if config.engine == "deepspeed" and not (held_R := plan.held_LR.sum(axis=0)).all():
+            raise BadConfig(
+                f"plan {config.plan} gives expert rank {held_R.argmin()} no expert in any layer, and engine deepspeed cannot update such a "
+                "rank; solve another plan, or set engine: native"
+            )
     if config.replan.at_step is not None and config.replan.method != "auto":
         _check_replan_method(config, topology)
     forecast = None if config.data.homing is None else Forecast.load(config.data.homing)

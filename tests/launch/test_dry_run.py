@@ -48,6 +48,14 @@ def test_memory_falls_with_ranks_and_grows_with_slots_and_tokens(capsys: pytest.
     assert all(row["total"] == sum(size for kind, size in row.items() if kind not in ("total", "expert_rank")) for row in memory)
 
 
+def test_deepspeed_refuses_a_rank_without_experts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Plan.from_devices([[0, 0, 0, 0]], 2).save(tmp_path / "plan.json")
+    options = ["train", "tiny", f"plan={tmp_path / 'plan.json'}", "--dry-run"]
+    assert run([*options, "engine=deepspeed"]) == 78
+    assert "gives expert rank 1 no expert in any layer" in capsys.readouterr().err
+    assert run(options) == 0
+
+
 def test_zero_divides_the_state(capsys: pytest.CaptureFixture[str]) -> None:
     run_of_8 = ("tiny", "parallel.expert=2", "--world-size", "8", "deepspeed.bucket_elements=1024")
     native, first, second = (

@@ -142,7 +142,7 @@ class Problem:
 
     @property
     def plan_slots(self) -> int | None:
-        """Slots that a plan is written with; None for as many as it fills. A rank keeps memory for them, so no more than memory allows."""
+        """Slots that a plan is written with; None for as many as it fills. A rank keeps memory for those alone that it fills."""
         if self.constraints.slots is not None and self.constraints.memory_fraction is None:
             return self.constraints.slots
         return int(self.slots_R.max()) if self.wants_replicas else None

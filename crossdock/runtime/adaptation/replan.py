@@ -63,7 +63,7 @@ class ReplanConfig(StrictModel):
     load_cap: float | None = pydantic.Field(default=None, ge=1.0)
     """The busiest device of a layer gets at most this multiple of the mean load."""
     spare_slots: int = pydantic.Field(default=0, ge=0)
-    """Slots of each device and layer beyond one copy of each expert, for copies of hot ones; they take memory, filled or not."""
+    """Slots of each device and layer beyond one copy of each expert, for copies of hot ones; those that are filled take memory."""
     pays_back_within: int | None = pydantic.Field(default=None, ge=0)
     """Experts move only where the predicted gain makes up for the move within so many steps; those left in the run where left out. 0 moves
     them whatever it costs."""

@@ -67,10 +67,15 @@ class DeepSpeedEngine:
     """ZeRO 1 or 2 over the mesh's groups: see `engines.AnyEngine`. Experts stay where they are for the whole run, one copy in a group."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, plan: Plan | None, config: OptimizerConfig, zero: DeepSpeedConfig) -> None:
-        """Raises `Unavailable` where deepspeed is not installed, `BadConfig` for a plan with copies and for float64."""
+        """Raises `Unavailable` where deepspeed is not installed, `BadConfig` for float64, copies and ranks without experts."""
         if plan is not None and plan.has_replicas:
             raise BadConfig(
                 "engine deepspeed cannot sum gradients of copies of an expert inside a group; use engine: native, or another plan"
+            )
+        if plan is not None and not (held_R := plan.held_LR.sum(axis=0)).all():
+            raise BadConfig(
+                f"engine deepspeed cannot update a rank without experts, and the plan gives expert rank {held_R.argmin()} none in any of "
+                f"{plan.num_layers} layers; use engine: native, or another plan"
             )
         self.model, self.mesh, self.plan, self.config, self.zero_config = model, mesh, plan, config, zero
         self.banks: dict[str, ExpertBank] = {name: module for name, module in model.named_modules() if isinstance(module, ExpertBank)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from crossdock.errors import BadConfig, NonFiniteLoss, Unavailable
+from crossdock.placement.records.plan import Plan
 from crossdock.runtime.checkpoints import checkpoint
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState, pieces
 from crossdock.runtime.checkpoints.saver import Saver
@@ -168,17 +169,23 @@ def test_a_gradient_that_is_not_finite_stops_all_before_the_update(ranks: Pool, 
 def refusals(rank: int, world_size: int) -> list[str]:
     mesh = mesh_for(rank, world_size, 2)
     said = []
-    for plan, dtype in ((tiny.random_plan(2, 0, extra_slots=2), torch.float32), (tiny.random_plan(2, 0), torch.float64)):
+    idle = Plan(np.array([[range(8), [-1] * 8]] * 2), 8)
+    for plan, dtype in (
+        (tiny.random_plan(2, 0, extra_slots=2), torch.float32),
+        (tiny.random_plan(2, 0), torch.float64),
+        (idle, torch.float32),
+    ):
         with pytest.raises(BadConfig) as caught:
             DeepSpeedEngine(tiny.build(mesh, plan, dtype), mesh, plan, tiny.OPTIMIZER, DeepSpeedConfig())
         said.append(str(caught.value))
     return said
 
 
-def test_copies_and_float64_are_refused(ranks: Pool) -> None:
-    for copies, wide in ranks.run(2, refusals):
+def test_copies_float64_and_ranks_without_experts_are_refused(ranks: Pool) -> None:
+    for copies, wide, without in ranks.run(2, refusals):
         assert "copies of an expert" in copies
         assert "float64" in wide
+        assert "gives expert rank 1 none in any of 2 layers" in without
 
 
 def without_the_package(rank: int, world_size: int) -> str:
