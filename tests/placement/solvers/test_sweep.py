@@ -139,6 +139,34 @@ def test_arriving_counts_what_an_item_brings_to_an_emptied_place() -> None:
             assert arriving[x, y] == counted
 
 
+class Ticks(Deadline):
+    """Time that passes by one with every question for it, so that a search ends at every place where it may."""
+
+    def __init__(self, left: float) -> None:
+        self.left = left
+
+    @property
+    def left_s(self) -> float:
+        self.left = max(0.0, self.left - 1.0)
+        return self.left
+
+    @property
+    def passed(self) -> bool:
+        return self.left <= 0.0
+
+    def share(self, parts: float) -> "Ticks":
+        return Ticks(self.left / parts)
+
+
+@pytest.mark.parametrize("load_cap", [None, 1.3])
+def test_more_time_never_gives_a_worse_nested_start(load_cap: float | None) -> None:
+    problem = problem_of(random_trace(3, num_tokens=600, num_layers=6, num_experts=16), node_weight=4.0, load_cap=load_cap)
+    least = nested.start(problem, 0, Ticks(0)).key()
+    keys = [nested.start(problem, 0, Ticks(left)).key() for left in range(1, 30)]
+    assert max(keys) <= least
+    assert min(keys) < least  # time is used
+
+
 @pytest.mark.parametrize("load_cap", [None, 1.3])
 def test_a_nested_start_is_whole_and_close_to_its_polished_self(load_cap: float | None) -> None:
     """Every device holds its slots, and fewer tokens leave their node than under a random plan."""
