@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.commands.cli import PlanArgument
+from crossdock.placement.commands.options import PlanArgument
 from crossdock.placement.commands.output import AsJson, print_facts
 from crossdock.placement.commands.whatif_cli import plan_app
 

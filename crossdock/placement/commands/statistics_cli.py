@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.commands.cli import (
+from crossdock.placement.commands.cli import _say, plan_app
+from crossdock.placement.commands.options import (
     METHODS,
     EvalTraceOption,
     LoadCapOption,
@@ -23,8 +24,6 @@ from crossdock.placement.commands.cli import (
     TopologyOption,
     TraceOption,
     WorkloadOption,
-    _say,
-    plan_app,
 )
 from crossdock.placement.commands.output import AsJson, print_json
 

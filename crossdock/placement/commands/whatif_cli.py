@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from crossdock.errors import UsageError
-from crossdock.placement.commands.cli import (
+from crossdock.placement.commands.cli import _say
+from crossdock.placement.commands.options import (
     METHODS,
     LoadCapOption,
     NumExpertsOption,
     SeedOption,
     TraceOption,
     WorkloadOption,
-    _say,
 )
 from crossdock.placement.commands.output import AsJson, print_json
 from crossdock.placement.commands.statistics_cli import plan_app

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from crossdock.errors import BadConfig, BadData, CrossdockError, InfeasiblePlan, MissingInput, UsageError
 from crossdock.launch.config import RunConfig
-from crossdock.placement.commands.cli import DEFAULT_METHODS, METHODS, plan_app
+from crossdock.placement.commands.cli import plan_app
+from crossdock.placement.commands.options import DEFAULT_METHODS, METHODS
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.workload_file import load_shape, load_workload
 from crossdock.placement.records.plan import Plan
