@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import netlab
-from benchmarks.chaos import local_faults, node_faults, ray_faults
-from benchmarks.chaos.runs import Row, Workshop
+from benchmarks.chaos import local_faults, node_faults, ray_faults, saving_faults
+from benchmarks.chaos.__main__ import impossible
+from benchmarks.chaos.runs import Row, Workshop, answers, result_of
 from benchmarks.netlab import Lab
 from crossdock.errors import BadData
 from crossdock.launch.local.children import Outcome
@@ -15,7 +16,7 @@ from crossdock.launch.restarts import Endurance, is_worth_another
 from crossdock.runtime import phases
 from crossdock.runtime.phases import PHASES, reached
 
-OTHERS = ("stops", "hangs", "crashes", "terminations", "poisons", "exhaustions", "writes", "crash_loops", "plans")
+OTHERS = ("stops", "hangs", "crashes", "terminations", "poisons", "exhaustions", "writes", "full_disks", "crash_loops", "clocks", "plans")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,61 @@ def test_twenty_kills_in_all_phases_are_named_and_cost_no_bit(workshop: Workshop
     assert sum(len(row.trials) for row in rows) == 20
 
 
+@pytest.mark.timeout(300)
+def test_ranks_that_stop_hang_and_crash_in_one_run_are_named_with_the_stacks_of_all(workshop: Workshop) -> None:
+    faults = [Fault("stop", 1, "dispatch", 6), Fault("hang", 0, "backward", 14, seconds=100.0), Fault("crash", 1, "optimizer", 19)]
+    directory, code = workshop.suffer(faults, "fault.max_restarts=3", "parallel.timeout_s=2")
+    assert code == 0
+    assert workshop.is_undisturbed(directory)
+    found = [(blow["act"], blow["rank"], restart and restart["rank"]) for blow, restart, _ in answers(directory)]
+    assert found == [("stop", 1, 1), ("hang", 0, 0), ("crash", 1, 1)]
+    causes = [str(restart and restart["cause"]) for _, restart, _ in answers(directory)]
+    assert "is stopped, by SIGSTOP" in causes[0]
+    assert "is alive and hangs" in causes[1]
+    assert "SIGSEGV" in causes[2]
+    assert local_faults.has_all_stacks(directory)
+    stacks = directory / "stacks"
+    assert "kernel at" in (stacks / "rank-00001.system.txt").read_text(), "of the stopped rank"
+    assert "in _hang" in (stacks / "rank-00000.txt").read_text(), "of the one that hung, by itself"
+    assert "PeerLost" in (stacks / "rank-00001.txt").read_text(), "of the one that waited for it"
+
+
+@pytest.mark.timeout(300)
+def test_one_run_through_everything_that_ends_a_run_says_so_each_time_and_loses_no_bit(workshop: Workshop) -> None:
+    disasters = [
+        (Fault("poison", 1, "loss", 6), 79, "not finite on rank 1"),
+        (Fault("exhaust_device", 0, "backward", 10), 80, "rank 0"),
+        (Fault("fill_disk", 1, "checkpoint_write", 12), 74, "the checkpoint was not written"),
+        (Fault("terminate", 0, "backward", 14), 75, "the state is saved"),
+        (Fault("kill", 1, "optimizer", 19, times=3), 76, "rank 1"),
+    ]
+    directory = workshop.directory()
+    script = workshop.script(directory, [fault for fault, _, _ in disasters])
+    for fault, exit_code, words in disasters:
+        code, result = workshop.run(directory, script, "fault.max_restarts=1"), result_of(directory)
+        assert (code, result["exit_code"]) == (exit_code, exit_code), (fault, result)
+        assert result["status"] == ("preempted" if exit_code == 75 else "failed")
+        assert words in result["message"] or f"rank {result['rank']}" == words, (fault, result)
+        assert result["reached_step"] in (fault.step, fault.step + 1) if exit_code == 75 else result["reached_step"] <= fault.step
+    assert "given up after 1 restarts" in result["message"]
+    assert workshop.run(directory, script) == 0
+    assert workshop.is_undisturbed(directory)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("suffer", OTHERS)
 def test_every_other_fault_keeps_its_promise(workshop: Workshop, suffer: str) -> None:
+    if (reason := impossible({"full_disks": "disk", "clocks": "clock"}.get(suffer, ""))) is not None:
+        pytest.skip(reason)
     check(getattr(local_faults, suffer)(workshop, 2, seed=1))
+
+
+@pytest.mark.timeout(300)
+def test_kills_while_a_checkpoint_is_written_behind_training_leave_whole_ones(workshop: Workshop) -> None:
+    rows = saving_faults.kills_while_saving(workshop, 4, seed=1)
+    check(rows)
+    assert sum(len(row.trials) for row in rows) == 4
 
 
 @pytest.mark.slow
