@@ -47,7 +47,7 @@ class Head:
 
 
 @contextlib.contextmanager
-def ray_head(cores: int, *, with_token: bool) -> Iterator[Head]:
+def ray_head(cores: int, *, with_token: bool, dashboard_host: str = "127.0.0.1") -> Iterator[Head]:
     """A fresh head on `cores` cores; with authentication by token, or with none. Its temporary folder is short: sockets lie in it.
 
     Raises `Unavailable` where it does not come up.
@@ -56,7 +56,7 @@ def ray_head(cores: int, *, with_token: bool) -> Iterator[Head]:
         folder = Path(text)
         environment = _environment(folder, with_token)
         gcs, dashboard, client, agent = _free_ports(4)
-        command = [str(RAY), "start", "--head", "--block", f"--num-cpus={cores}", f"--port={gcs}", "--dashboard-host=127.0.0.1"]
+        command = [str(RAY), "start", "--head", "--block", f"--num-cpus={cores}", f"--port={gcs}", f"--dashboard-host={dashboard_host}"]
         command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
         command += [f"--temp-dir={folder / 'r'}", "--object-store-memory=100000000", "--disable-usage-stats"]
         process = None

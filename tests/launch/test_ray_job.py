@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.ray_head import ray_head
+from benchmarks.ray_head import Head, ray_head
 from crossdock.launch import cli
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -46,6 +48,38 @@ def test_a_job_on_an_open_cluster(project: Path, tmp_path: Path, capfd: pytest.C
         assert json.loads((tmp_path / "job" / "env.json").read_text())["launcher"] == "ray"
         assert head.uploaded() >= {"configs"}
         assert head.uploaded() <= {"configs", ".gitignore", ".rayignore"}, "environments, runs and traces stay at home"
+
+
+def launch(head: Head, directory: Path, **changed: str | None) -> subprocess.CompletedProcess[str]:
+    """`crossdock launch ray` for more ranks than there are cores, with variables of the head's environment changed, or left out."""
+    environment = {name: value for name, value in {**head.environment, **changed}.items() if value is not None}
+    command = [
+        sys.executable,
+        "-m",
+        "crossdock",
+        "launch",
+        "ray",
+        "tiny",
+        "parallel.ranks=8",
+        f"run.dir={directory}",
+        "--address",
+        head.cluster,
+    ]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("with_token", [False, True], ids=["open to all", "with a token"])
+def test_a_dashboard_on_all_addresses(tmp_path: Path, with_token: bool) -> None:
+    """It is named to every driver, unless it asks for a token; and a driver without one is told so."""
+    with ray_head(4, with_token=with_token, dashboard_host="0.0.0.0") as head:
+        ended = launch(head, tmp_path / "run")
+        assert "8 ranks each need 8 cores a node" in ended.stderr
+        assert ("asks for no token: whoever reaches it can run code as you" in ended.stderr) == (not with_token)
+        if with_token:
+            stranger = launch(head, tmp_path / "stranger", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN_PATH=None)
+            assert stranger.returncode == 69
+            assert "Traceback" not in stranger.stderr
+            assert "RAY_AUTH_MODE" in stranger.stderr
 
 
 def test_who_may_submit_and_what_is_refused(project: Path, tmp_path: Path) -> None:

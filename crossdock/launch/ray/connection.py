@@ -31,9 +31,10 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         context = ray.init(address=address or "auto", log_to_driver=True, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as failure:
-        raise Unavailable(
-            f"no Ray cluster answers ({first_line(failure)}); start one by `ray start --head`, or name it by --address"
-        ) from None
+        sends_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        remedy = "start one by `ray start --head`, or name it by --address"
+        remedy += "" if sends_token else "; where it wants a token, set RAY_AUTH_MODE=token"
+        raise Unavailable(f"no Ray cluster answers ({first_line(failure)}); {remedy}") from failure
     try:
         if (warning := open_to_strangers(context.dashboard_url)) is not None:
             say(f"warning: {warning}")
