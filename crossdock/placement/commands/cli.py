@@ -14,27 +14,17 @@ from crossdock.placement.commands.options import (
     AlsoTraceOption,
     BatchSequencesOption,
     BoundSecondsOption,
-    EvalTraceOption,
     HomingOption,
     LoadCapOption,
     LoadPiecesOption,
-    MemoryOption,
-    ModeOption,
-    NodeWeightOption,
     NumExpertsOption,
-    ObjectiveOption,
-    PinOption,
     PlanArgument,
-    ReplicasOption,
+    ProblemOptions,
     SecondsOption,
     SeedOption,
     SequenceTokensOption,
-    SlotsOption,
-    SpareBytesOption,
-    SpareSlotsOption,
-    TopologyOption,
-    TraceOption,
     WorkloadOption,
+    with_problem_options,
 )
 from crossdock.placement.commands.output import AsJson, print_json
 
@@ -44,28 +34,15 @@ plan_app = typer.Typer(
 
 
 @plan_app.command("solve")
+@with_problem_options
 def solve_command(
-    trace: TraceOption,
-    topology: TopologyOption,
+    problem: ProblemOptions,
     method: Annotated[str, typer.Option("--method", help=f"{METHODS}.")] = "auto",
-    mode: ModeOption = "home",
-    objective: ObjectiveOption = "seconds",
-    workload: WorkloadOption = None,
-    load_cap: LoadCapOption = None,
-    slots: SlotsOption = None,
-    spare_slots: SpareSlotsOption = None,
-    spare_bytes: SpareBytesOption = None,
-    replicas: ReplicasOption = None,
-    memory_fraction: MemoryOption = None,
-    pin: PinOption = None,
-    node_weight: NodeWeightOption = 1.0,
     also_trace: AlsoTraceOption = None,
     load_pieces: LoadPiecesOption = 1,
-    num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
     bound_seconds: BoundSecondsOption = 10.0,
-    eval_trace: EvalTraceOption = None,
     homing: HomingOption = False,
     sequence_tokens: SequenceTokensOption = None,
     batch_sequences: BatchSequencesOption = None,
@@ -84,27 +61,12 @@ def solve_command(
     """
     from crossdock.placement.analysis.compare import Candidate
     from crossdock.placement.analysis.homing_score import check_tokens_known
-    from crossdock.placement.commands.planning import Asked, constraints_of
     from crossdock.placement.records.plan import Plan
     from crossdock.placement.solvers import solve
 
     if homing and old is not None:
         raise UsageError("--homing plans devices and homes together, and --from renames devices; give one of them")
-    asked = Asked.read(
-        trace,
-        topology,
-        mode=mode,
-        objective=objective,
-        workload_path=workload,
-        constraints=constraints_of(
-            load_cap, slots, memory_fraction, pin or (), spare_slots=spare_slots, spare_bytes=spare_bytes, replicas=replicas
-        ),
-        node_weight=node_weight,
-        also_paths=also_trace or (),
-        load_pieces=load_pieces,
-        num_experts=num_experts,
-        eval_path=eval_trace,
-    )
+    asked = problem.read(also_trace, load_pieces)
     if homing:
         check_tokens_known(asked.trace)  # before the search, for the forecast afterwards
     _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
@@ -131,30 +93,17 @@ def solve_command(
 
 
 @plan_app.command("compare")
+@with_problem_options
 def compare_command(
-    trace: TraceOption,
-    topology: TopologyOption,
+    problem: ProblemOptions,
     methods: Annotated[
         str | None, typer.Option("--methods", help=f"Comma-separated, of {METHODS}; {DEFAULT_METHODS} if left out, as far as they suit.")
     ] = None,
-    mode: ModeOption = "home",
-    objective: ObjectiveOption = "seconds",
-    workload: WorkloadOption = None,
-    load_cap: LoadCapOption = None,
-    slots: SlotsOption = None,
-    spare_slots: SpareSlotsOption = None,
-    spare_bytes: SpareBytesOption = None,
-    replicas: ReplicasOption = None,
-    memory_fraction: MemoryOption = None,
-    pin: PinOption = None,
-    node_weight: NodeWeightOption = 1.0,
     also_trace: AlsoTraceOption = None,
     load_pieces: LoadPiecesOption = 1,
-    num_experts: NumExpertsOption = None,
     seconds: SecondsOption = 10.0,
     seed: SeedOption = 0,
     bound_seconds: BoundSecondsOption = 10.0,
-    eval_trace: EvalTraceOption = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan.json to compare as well; may be repeated.")] = None,
     error_bars: Annotated[bool, typer.Option("--error-bars", help="Bootstrap intervals, on the held-out routing if given.")] = False,
     homing: HomingOption = False,
@@ -170,25 +119,11 @@ def compare_command(
     Example: crossdock plan compare --trace trace.npz --topology 2x4-nvlink-ib --methods contiguous,anneal --eval-trace held-out.npz
     """
     from crossdock.placement.analysis.compare import Candidate, solved
-    from crossdock.placement.commands.planning import Asked, constraints_of, default_methods, method_names
+    from crossdock.placement.commands.planning import default_methods, method_names
     from crossdock.placement.records.plan import Plan
 
-    names = method_names(methods or "") if methods is not None else default_methods(DEFAULT_METHODS, mode, objective)
-    asked = Asked.read(
-        trace,
-        topology,
-        mode=mode,
-        objective=objective,
-        workload_path=workload,
-        constraints=constraints_of(
-            load_cap, slots, memory_fraction, pin or (), spare_slots=spare_slots, spare_bytes=spare_bytes, replicas=replicas
-        ),
-        node_weight=node_weight,
-        also_paths=also_trace or (),
-        load_pieces=load_pieces,
-        num_experts=num_experts,
-        eval_path=eval_trace,
-    )
+    names = method_names(methods or "") if methods is not None else default_methods(DEFAULT_METHODS, problem.mode, problem.objective)
+    asked = problem.read(also_trace, load_pieces)
     from_files = [Candidate(path.name, Plan.load(path)) for path in plan or ()]
     for candidate in from_files:
         candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)

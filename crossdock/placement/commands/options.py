@@ -1,9 +1,16 @@
 """Options that several `crossdock plan` commands share, each declared once with its help."""
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from crossdock.placement.commands.planning import Asked
 
 METHODS = "contiguous, random, balance, eplb, eplb_global, exflow, moetuner, dp, sweep, anneal, columns, ilp, replicas, auto"
 DEFAULT_METHODS = "contiguous,random,balance,eplb,anneal,auto"
@@ -49,3 +56,58 @@ BatchSequencesOption = Annotated[
     typer.Option("--batch-sequences", min=1, help="Homing: sequences that are given homes together; the workload's if left out."),
 ]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """The options that say what is planned for; every field is one."""
+
+    trace: TraceOption
+    topology: TopologyOption
+    mode: ModeOption = "home"
+    objective: ObjectiveOption = "seconds"
+    workload: WorkloadOption = None
+    load_cap: LoadCapOption = None
+    slots: SlotsOption = None
+    spare_slots: SpareSlotsOption = None
+    spare_bytes: SpareBytesOption = None
+    replicas: ReplicasOption = None
+    memory_fraction: MemoryOption = None
+    pin: PinOption = None
+    node_weight: NodeWeightOption = 1.0
+    num_experts: NumExpertsOption = None
+    eval_trace: EvalTraceOption = None
+
+    def read(self, also_trace: Sequence[Path] | None = None, load_pieces: int = 1) -> "Asked":
+        """Load the files that the options name, and hold them against one another. Raises the errors of its parts."""
+        from crossdock.placement.commands.planning import Asked, constraints_of
+
+        room = {"spare_slots": self.spare_slots, "spare_bytes": self.spare_bytes, "replicas": self.replicas}
+        return Asked.read(
+            self.trace,
+            self.topology,
+            mode=self.mode,
+            objective=self.objective,
+            workload_path=self.workload,
+            constraints=constraints_of(self.load_cap, self.slots, self.memory_fraction, self.pin or (), **room),  # type: ignore[arg-type]
+            node_weight=self.node_weight,
+            also_paths=also_trace or (),
+            load_pieces=load_pieces,
+            num_experts=self.num_experts,
+            eval_path=self.eval_trace,
+        )
+
+
+def with_problem_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of `ProblemOptions` and options of its own, all of them with defaults, as one that the command line can call."""
+    names = [field.name for field in fields(ProblemOptions)]
+    shared = list(inspect.signature(ProblemOptions).parameters.values())
+    own = list(inspect.signature(command).parameters.values())[1:]
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        command(ProblemOptions(**{name: given.pop(name) for name in names}), **given)
+
+    called.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*shared, *own)} | {"return": None}
+    return called

@@ -9,21 +9,9 @@ from crossdock.errors import BadData, UsageError
 from crossdock.placement.commands.cli import _say, plan_app
 from crossdock.placement.commands.options import (
     METHODS,
-    EvalTraceOption,
-    LoadCapOption,
-    MemoryOption,
-    ModeOption,
-    NodeWeightOption,
     NumExpertsOption,
-    ObjectiveOption,
-    PinOption,
-    ReplicasOption,
-    SlotsOption,
-    SpareBytesOption,
-    SpareSlotsOption,
-    TopologyOption,
-    TraceOption,
-    WorkloadOption,
+    ProblemOptions,
+    with_problem_options,
 )
 from crossdock.placement.commands.output import AsJson, print_json
 
@@ -39,25 +27,12 @@ HELD_OUT_EVERY = 4  # without other text, every fourth block is held out
 
 
 @plan_app.command("tokens")
+@with_problem_options
 def tokens_command(
-    trace: TraceOption,
-    topology: TopologyOption,
+    problem: ProblemOptions,
     method: Annotated[str, typer.Option("--method", help=f"{METHODS}.")] = "auto",
-    mode: ModeOption = "home",
-    objective: ObjectiveOption = "seconds",
-    workload: WorkloadOption = None,
-    load_cap: LoadCapOption = None,
-    slots: SlotsOption = None,
-    spare_slots: SpareSlotsOption = None,
-    spare_bytes: SpareBytesOption = None,
-    replicas: ReplicasOption = None,
-    memory_fraction: MemoryOption = None,
-    pin: PinOption = None,
-    node_weight: NodeWeightOption = 1.0,
-    num_experts: NumExpertsOption = None,
     sizes: Annotated[str, typer.Option("--sizes", help="Numbers of tokens, comma-separated; halvings of all if left out.")] = "",
     seconds: Annotated[float, typer.Option("--seconds", help="Cap on each search.")] = 3.0,
-    eval_trace: EvalTraceOption = None,
     as_json: AsJson = False,
 ) -> None:
     """How many tokens are enough: plans made from ever more of the trace, scored on other text, or on a held-out part.
@@ -66,24 +41,11 @@ def tokens_command(
     """
     from crossdock.placement.analysis.compare import problem_for
     from crossdock.placement.analysis.statistics import enough_tokens
-    from crossdock.placement.commands.planning import Asked, constraints_of
     from crossdock.placement.records.affinity import Affinity
     from crossdock.placement.records.plan import Plan
     from crossdock.placement.solvers.solution import cost_of_plan
 
-    asked = Asked.read(
-        trace,
-        topology,
-        mode=mode,
-        objective=objective,
-        workload_path=workload,
-        constraints=constraints_of(
-            load_cap, slots, memory_fraction, pin or (), spare_slots=spare_slots, spare_bytes=spare_bytes, replicas=replicas
-        ),
-        node_weight=node_weight,
-        num_experts=num_experts,
-        eval_path=eval_trace,
-    )
+    asked = problem.read()
     fit, other = (asked.trace, asked.eval_trace) if asked.eval_trace is not None else _split(asked.trace)
     counts = _sizes(sizes, fit.num_tokens)
     _say(asked.heading(f"method {method}, at most {seconds:g} s for each of {len(counts)} sizes"), as_json)
@@ -94,9 +56,11 @@ def tokens_command(
     enough = _enough(points)
     if as_json:
         rows = [{"num_tokens": point.num_tokens, "fit": point.fit, "held_out": point.held_out} for point in points]
-        print_json({"objective": objective, "rows": rows, "contiguous": reference, "enough": enough, "held_out_tokens": other.num_tokens})
+        print_json(
+            {"objective": problem.objective, "rows": rows, "contiguous": reference, "enough": enough, "held_out_tokens": other.num_tokens}
+        )
         return
-    print("\n" + "\n".join(curve_table(points, reference, objective)))
+    print("\n" + "\n".join(curve_table(points, reference, problem.objective)))
     where = "other text" if asked.eval_trace is not None else "held-out blocks of the same text"
     print(f"\nheld out: {other.num_tokens:,} tokens, {where}")
     print("saved: share of what contiguous costs")
