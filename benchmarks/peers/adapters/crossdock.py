@@ -147,7 +147,8 @@ def hot_experts(moe: MoELayer, case: Case, plan: Plan) -> tuple[int, ...]:
     """The experts that the cost model gathers, with the experts' speed as rank 0 measures it now."""
     load = load_RE(case)
     rows_MD = torch.randn(load.sum() // case.sizes.ranks, case.sizes.model_width, dtype=moe.bank.inner.dtype).requires_grad_()
-    count_S = torch.full((moe.layout.num_slots,), len(rows_MD) // moe.layout.num_slots)
+    num_slots = len(moe.layout.local_experts)
+    count_S = torch.full((num_slots,), len(rows_MD) // num_slots)
     count_S[0] += len(rows_MD) - int(count_S.sum())
     seconds = []
     for _ in range(3):

@@ -37,7 +37,7 @@ class Variant:
 @dataclass(frozen=True)
 class Row:
     """One answer. Seconds of a step and of the gradients of copies in it; moved: copies that leave their device, as a fraction of (token,
-    expert) pairs; load: busiest device over the mean, mean over layers; memory: experts with optimizer state on each rank.
+    expert) pairs; load: busiest device over the mean, mean over layers; memory: experts with optimizer state on the rank with most of them.
     `refused` says why there is no plan; the numbers are then None."""
 
     topology: str
@@ -95,7 +95,7 @@ def answer(variant: Variant, trace: Trace, workload: Workload, load_cap: float |
         kept=found.kept,
         load_max_over_mean=found.load_max_over_mean,
         copies=int((plan.slots_LRS >= 0).sum()) - plan.num_layers * plan.num_experts,
-        memory_bytes=memory_bytes(plan, workload),
+        memory_bytes=float(memory_bytes(plan, workload).max()),
         solve_s=solve_s,
     )
 

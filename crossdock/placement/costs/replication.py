@@ -62,6 +62,6 @@ def gradient_bytes_by_class(bytes_RR: NDArray[np.int64], topology: Topology) -> 
     return first, second, third
 
 
-def memory_bytes(plan: Plan, workload: Workload) -> float:
-    """Memory of one rank for its experts with optimizer state: the runtime keeps every slot of the plan, filled or empty."""
-    return plan.num_layers * plan.slots_per_device * workload.expert_state_bytes
+def memory_bytes(plan: Plan, workload: Workload) -> Float:
+    """float64 [R]: memory of each device for its experts with optimizer state, over all layers; an empty slot takes none."""
+    return plan.held_LR.sum(axis=0) * workload.expert_state_bytes

@@ -102,7 +102,7 @@ def check(problem: Problem, trace: Trace, solution: Solution) -> None:
     if constraints.memory_fraction is not None:
         state_R = held_LR.sum(axis=0) * problem.workload.expert_state_bytes
         assert (state_R <= constraints.memory_fraction * problem.topology.memory_bytes_R * (1 + 1e-12)).all()
-        assert memory_bytes(plan, problem.workload) <= constraints.memory_fraction * problem.topology.memory_bytes_R.max() * (1 + 1e-12)
+        np.testing.assert_allclose(memory_bytes(plan, problem.workload), state_R)
     if constraints.load_cap is not None:
         assert max(load_peaks(problem, solution)) <= constraints.load_cap + 1e-9
     assert (plan.mode, plan.objective) == (problem.mode, problem.objective)
