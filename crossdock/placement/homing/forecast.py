@@ -230,7 +230,10 @@ class Forecast:
     def load(cls, path: Path | str) -> "Forecast":
         """Read a forecast. Raises `MissingInput` where it cannot be read, `BadData` where it is none or its hash does not fit."""
         path = Path(path)
-        found = {name: read_array(path, name) for name in (*_ARRAYS, *_FACTS)}
+        try:
+            found = {name: read_array(path, name) for name in (*_ARRAYS, *_FACTS)}
+        except BadData as error:
+            raise BadData(f"{error}; a forecast is what `crossdock plan solve --homing` writes beside its plan") from error
         try:
             return cls._checked(found)
         except BadData as error:
