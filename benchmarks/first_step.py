@@ -26,8 +26,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.first_step_rank import RANKS
 from benchmarks.command_line import one_line_errors
+from benchmarks.first_step_rank import RANKS
 from benchmarks.measure import Spread, in_turns, markdown_table, publish
 from benchmarks.ray_head import Head, ray_head
 from crossdock.atomic import write_text
