@@ -362,7 +362,7 @@ def test_a_topology_with_other_nodes_is_refused(ranks: Pool) -> None:
 
 
 def test_a_solver_that_fails_fails_every_rank(ranks: Pool, folder: str) -> None:
-    options = {"replan": ReplanConfig(at_step=6, method="nosuch", capture_steps=2)}
+    options = {"replan": ReplanConfig(at_step=6, method="ilp", objective="hops", capture_steps=2)}
     for result, _ in ranks.run(2, run_with, folder, tiny.random_plan(2, 1), options, {}):
         assert result["error"] == "UsageError"
-        assert "method is 'nosuch'" in result["message"]
+        assert "method ilp solves objectives seconds, devices and nodes" in result["message"]
