@@ -193,7 +193,7 @@ def _hugging_face_tensors() -> dict[str, np.ndarray]:
     ones = {f"{expert}.experts.{number}.w{part}.weight": np.ones((8, 8), np.float32) for number in range(2) for part in (1, 2, 3)}
     heads = {f"{layer}.self_attn.{name}_proj.weight": np.ones((4 if name in "kv" else 8, 8), np.float32) for name in "qkvo"}
     norms = {f"{layer}.{name}_layernorm.weight": np.ones(8, np.float32) for name in ("input", "post_attention")}
-    ends = {"model.embed_tokens.weight": np.ones((256, 8), np.float32), "lm_head.weight": np.ones((256, 8), np.float32)}
+    ends = {"model.embed_tokens.weight": np.ones((16, 8), np.float32), "lm_head.weight": np.ones((16, 8), np.float32)}
     return {
         **ones,
         **heads,

@@ -88,7 +88,7 @@ HUGGING_FACE: dict[str, Any] = {
     "num_key_value_heads": 1,
     "num_local_experts": 2,
     "num_experts_per_tok": 1,
-    "vocab_size": 256,
+    "vocab_size": 16,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "max_position_embeddings": 32,

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from crossdock.launch.cli import run
 from crossdock.runtime.checkpoints import checkpoint
+from crossdock.runtime.data import write_bin
 
 MOE = [
     "tiny",
@@ -88,6 +90,25 @@ def test_the_life_of_a_checkpoint(run_dir: Path, said: Said) -> None:
     assert abs(first["loss"] - last["loss"]) < 0.2
     untrained = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] < untrained["loss"]
+
+
+@pytest.mark.parametrize("vocab_size", [17, 300])
+def test_a_model_of_any_vocabulary_is_imported_and_asks_for_its_own_tokens(vocab_size: int, tmp_path: Path, said: Said) -> None:
+    tokens, run_dir, exported, back = (tmp_path / name for name in ("small.bin", "run", "hf", "back"))
+    write_bin(tokens, np.random.default_rng(0).integers(0, 17, 4000), vocab_size=vocab_size)
+    data = ["data.kind=bin", f"data.path={tokens}"]
+    options = [item for item in MOE if item != "data.kind=text"]
+    code, _, err = said("train", *options, *data, f"model.vocab_size={vocab_size}", f"run.dir={run_dir}")
+    assert code == 0, err
+    assert said("checkpoint", "export-hf", str(run_dir), str(exported), "--json")[0] == 0
+    code, facts, err = said("checkpoint", "import-hf", str(exported), str(back), "--json")
+    assert (code, facts["data"]) == (0, str(back / "tokens.bin")), err
+    train = ["train", str(back / "config.resolved.yaml"), *[item for item in options[1:] if not item.startswith("model.")]]
+    code, _, err = said(*train)
+    assert (code, err.count("Traceback")) == (66, 0)
+    assert str(back / "tokens.bin") in err
+    code, result, err = said(*train, f"data.path={tokens}")
+    assert (code, result["status"]) == (0, "done"), err
 
 
 def test_what_is_refused(run_dir: Path, said: Said) -> None:

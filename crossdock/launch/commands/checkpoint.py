@@ -116,19 +116,25 @@ def import_hf(
     out: Out,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run directory of a Mixtral or Qwen3-MoE: its configuration, and a checkpoint before the first step. Training goes on from it.
+    """Make a run directory of a Mixtral or Qwen3-MoE: its configuration, and a checkpoint before the first step.
 
-    Example: crossdock checkpoint import-hf Qwen3-30B-A3B runs/qwen && crossdock train runs/qwen/config.resolved.yaml parallel.expert=8
+    Training goes on from it, on text in the model's own tokens: OUT/tokens.bin, or what data.kind and data.path name. Only a vocabulary
+    of 256 is taken for bytes, and so for text as it is.
+
+    Example: crossdock checkpoint import-hf Qwen3-30B-A3B runs/qwen && crossdock train runs/qwen/config.resolved.yaml data.path=tokens.bin
     """
     from crossdock import atomic, strict_yaml
     from crossdock.launch.config import RunConfig, save_resolved
     from crossdock.models.hugging_face_files import HuggingFaceFolder
+    from crossdock.runtime.data import BYTE_VOCABULARY
     from crossdock.runtime.training.metrics import RunDirectory
     from crossdock.strict_yaml import Document
 
     model = HuggingFaceFolder(source)
     precision = {"compute": "bf16" if model.is_bf16 else "fp32"}
     document = {"run": {"dir": str(out.absolute())}, "model": model.config.model_dump(mode="json"), "precision": precision}
+    if model.config.vocab_size != BYTE_VOCABULARY:
+        document["data"] = {"kind": "bin", "path": str(out.absolute() / "tokens.bin")}
     run = strict_yaml.validated(RunConfig, Document(document, str(source), {}))
     with atomic.new_folder(out) as aside:
         directory = RunDirectory(aside)
@@ -136,7 +142,8 @@ def import_hf(
         folder.mkdir(parents=True)
         manifest = model.write_checkpoint(folder)
         save_resolved(run, directory.config)
-    _say({"path": str(out), "from": str(source), "tensors": len(manifest.tensors), "bytes": manifest.num_bytes}, as_json)
+    facts = {"path": str(out), "from": str(source), "tensors": len(manifest.tensors), "bytes": manifest.num_bytes}
+    _say({**facts, "data": run.data.path or run.data.kind}, as_json)
 
 
 def folders_in(path: Path) -> list[Path]:
