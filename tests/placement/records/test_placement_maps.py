@@ -162,7 +162,7 @@ def test_many_slots_on_one_device_take_no_memory_in_their_square() -> None:
 
 def test_the_first_of_several_copies_stays() -> None:
     plan = plan_of([[2, 0, 2, 1, 0, 2], [1, 1, 0, 2, 2, 0]], num_devices=2)
-    assert plan.slots_LRS.tolist() == [[[2, 0, EMPTY], [1, 0, 2]], [[1, EMPTY, 0], [2, EMPTY, 0]]]
+    assert plan.slots_LRS.tolist() == [[[2, 0, EMPTY], [1, 0, 2]], [[1, 0, EMPTY], [2, 0, EMPTY]]]
 
 
 def test_maps_beyond_reason_are_refused_with_their_numbers() -> None:
