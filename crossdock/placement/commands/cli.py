@@ -125,8 +125,8 @@ def compare_command(
     names = method_names(methods or "") if methods is not None else default_methods(DEFAULT_METHODS, problem.mode, problem.objective)
     asked = problem.read(also_trace, load_pieces)
     from_files = [Candidate(path.name, Plan.load(path)) for path in plan or ()]
-    for candidate in from_files:
-        candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices)
+    for path, candidate in zip(plan or (), from_files, strict=True):
+        candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices, path)
     _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
     candidates, refusals = solved(asked.problem, names, seconds, seed)
     candidates += from_files
@@ -150,7 +150,7 @@ def show_command(plan: PlanArgument, as_json: AsJson = False) -> None:
 
     Example: crossdock plan show plan.json
     """
-    from crossdock.placement.commands.planning import plan_facts, wrapped
+    from crossdock.placement.commands.planning import UNITS, plan_facts, wrapped
     from crossdock.placement.records.plan import EMPTY, Plan
 
     shown = Plan.load(plan)
@@ -160,7 +160,8 @@ def show_command(plan: PlanArgument, as_json: AsJson = False) -> None:
         return
     for name, value in facts.items():
         shown_value = "-" if value is None else value[:12] if name in ("digest", "topology_hash", "trace_hash") else value
-        print(f"{name.replace('_', ' '):>18}  {shown_value}")
+        unit = f" {UNITS[shown.objective]}" if name in ("cost", "bound") and value is not None and shown.objective in UNITS else ""
+        print(f"{name.replace('_', ' '):>18}  {shown_value}{unit}")
     for layer, slots_RS in enumerate(shown.slots_LRS):
         print(f"\nlayer {layer}")
         for device, slots_S in enumerate(slots_RS):

@@ -32,6 +32,14 @@ from crossdock.placement.records.trace import Trace, concatenate, in_pieces
 from crossdock.placement.solvers import HOME_ALONE, SOLVERS
 from crossdock.placement.solvers.problem import Constraints, Pin, Problem, Solution
 
+UNITS = {
+    "seconds": "s a step",
+    "devices": "devices per token and layer",
+    "nodes": "nodes per token and layer",
+    "hops": "hops per token and step between layers",
+}
+"""Of a plan's cost and bound, by its objective."""
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:

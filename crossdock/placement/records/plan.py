@@ -195,14 +195,14 @@ class Plan:
             moves.append(Move(layer, expert, int(sources[turn % len(sources)]), target))
         return tuple(moves)
 
-    def check_model(self, num_layers: int, num_experts: int, num_devices: int) -> None:
-        """Raise `BadData`, naming both shapes, unless this plan is for such a model on so many devices."""
+    def check_model(self, num_layers: int, num_experts: int, num_devices: int, name: Path | str = "the plan") -> None:
+        """Raise `BadData`, with both shapes and the `name` of a file, unless this plan is for such a model on so many devices."""
         mine = (self.num_layers, self.num_experts, self.num_devices)
         asked = (num_layers, num_experts, num_devices)
         if mine != asked:
             raise BadData(
-                "the plan is for {} MoE layers x {} experts on {} devices, and it is asked to serve {} layers x {} experts on {} devices; "
-                "solve a plan for the latter".format(*mine, *asked)
+                "{} is for {} MoE layers x {} experts on {} devices, and it is asked to serve {} layers x {} experts on {} devices; "
+                "solve a plan for the latter".format(name, *mine, *asked)
             )
 
     @classmethod

@@ -286,8 +286,8 @@ def _scored(
     modes = sorted({plan.mode for plan in plans.values()})
     if len(modes) > 1:
         raise UsageError(f"the plans are of modes {' and '.join(modes)}, whose traffic is not the same; give plans of one mode")
-    for plan in plans.values():
-        plan.check_model(trace.num_layers, trace.num_experts, topology.num_devices)
+    for name, plan in plans.items():
+        plan.check_model(trace.num_layers, trace.num_experts, topology.num_devices, name)
     problem = Problem(Affinity.from_trace(trace), topology, workload, mode=modes[0], context=context)
     contiguous = Plan.contiguous(trace.num_layers, trace.num_experts, topology.num_devices)
     candidates = [Candidate("contiguous", contiguous), *(Candidate(name, plan) for name, plan in plans.items())]

@@ -16,13 +16,14 @@ from crossdock.errors import BadConfig, BadData, CrossdockError, InfeasiblePlan,
 from crossdock.launch.config import RunConfig
 from crossdock.placement.commands.cli import plan_app
 from crossdock.placement.commands.options import DEFAULT_METHODS, METHODS
+from crossdock.placement.commands.planning import UNITS
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.costs.workload_file import load_shape, load_workload
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import MAX_DEVICES, Topology
 from crossdock.placement.records.trace import Trace, in_pieces
 from crossdock.placement.solvers import SOLVERS
-from crossdock.placement.solvers.problem import Problem, Solution
+from crossdock.placement.solvers.problem import OBJECTIVES, Problem, Solution
 from tests.placement.conftest import random_plan, random_trace
 
 ROW_KEYS = {
@@ -180,6 +181,7 @@ def test_show_diff_and_check(tmp_path: Path) -> None:
     Plan.contiguous(2, 4, 2).save(old)
     Plan.from_devices(np.array([[0, 0, 1, 1], [0, 1, 0, 1]]), 2, method="mine").save(new)
     assert "device   0: 0 2" in run("show", str(new))
+    assert "cost  -\n" in run("show", str(new))
     assert run_json("show", str(new))["slots"] == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
     value = run_json("diff", str(old), str(new))
     assert value["moves"] == [{"layer": 1, "expert": 1, "source": 0, "target": 1}, {"layer": 1, "expert": 2, "source": 1, "target": 0}]
@@ -187,6 +189,27 @@ def test_show_diff_and_check(tmp_path: Path) -> None:
     assert "1:0>1 2:1>0" in run("diff", str(old), str(new))
     assert "same devices" in run("diff", str(old), str(old))
     assert run_json("check", str(new), "--topology", "1x2-local")["ok"]
+
+
+@pytest.mark.parametrize(("objective", "unit"), UNITS.items())
+def test_a_shown_cost_has_its_unit(objective: str, unit: str, traces: tuple[str, str], tmp_path: Path) -> None:
+    assert set(UNITS) == set(OBJECTIVES)
+    plan = str(tmp_path / "plan.json")
+    run("solve", "--trace", traces[0], "--topology", "2x2-local", "--method", "balance", "--objective", objective, "--out", plan)
+    solved = Plan.load(plan)
+    shown = run("show", plan)
+    assert f"cost  {solved.cost} {unit}\n" in shown
+    assert f"bound  {solved.bound} {unit}\n" in shown
+
+
+def test_compare_and_report_name_the_file_of_a_plan_that_does_not_fit(traces: tuple[str, str], tmp_path: Path) -> None:
+    good, wrong = tmp_path / "good.json", tmp_path / "wrong.json"
+    Plan.contiguous(3, 8, 4).save(good)
+    Plan.contiguous(3, 8, 2).save(wrong)
+    asked = ["--trace", traces[0], "--topology", "2x2-local", "--plan", str(good), "--plan", str(wrong)]
+    for command in ("compare", "report"):
+        with pytest.raises(BadData, match=r"wrong\.json is for 3 MoE layers x 8 experts on 2 devices"):
+            run(command, *asked)
 
 
 def test_check_refuses_what_does_not_fit(traces: tuple[str, str], tmp_path: Path) -> None:
