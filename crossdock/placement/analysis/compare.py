@@ -138,7 +138,7 @@ def row_of(
     plan, solution = candidate.plan, candidate.solution if fitted else None
     evaluation = evaluate(trace, plan, problem.topology, problem.workload)
     fits = bool((np.count_nonzero(plan.slots_LRS >= 0, axis=2) <= problem.slots_R).all())
-    cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
+    cost = _cost(problem, plan, solution)
     least_cost = gap_cost = gap_moved = gap_kept = None
     if fits and cost is not None and _keeps_to(problem, plan):
         least_cost = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
@@ -181,7 +181,7 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
     """
     plan, solution = candidate.plan, candidate.solution if fitted else None
     found = evaluate_coherent(with_homes_in_turn(trace, problem.num_devices), plan, problem.topology, problem.workload, problem.context)
-    cost = None if plan.has_replicas else cost_of(problem, plan.device_of_LE().astype(np.int64))
+    cost = _cost(problem, plan, solution)
     least_cost = gap_cost = None
     if cost is not None and _keeps_to(problem, plan):
         least_cost = min(max(bound, solution.bound if solution and solution.bound is not None else -np.inf), cost)
@@ -210,6 +210,13 @@ def coherent_row_of(candidate: Candidate, problem: Problem, trace: Trace, *, fit
         plan=plan.digest,
     )
     return row, found
+
+
+def _cost(problem: Problem, plan: Plan, solution: Solution | None) -> float | None:
+    """The objective's value, which a solution of this very problem has already; None for a plan with replicas."""
+    if plan.has_replicas:
+        return None
+    return cost_of(problem, plan.device_of_LE().astype(np.int64)) if solution is None else solution.cost
 
 
 def with_homes_in_turn(trace: Trace, num_devices: int) -> Trace:

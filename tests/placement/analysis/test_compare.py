@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from crossdock.placement.analysis import compare
 from crossdock.placement.analysis.compare import Candidate, Row, proven, row_of
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.records.affinity import Affinity
@@ -46,3 +47,16 @@ def test_time_tightens_the_gap_of_moved_traffic(objective: Objective) -> None:
     assert slow.gap_moved is not None
     assert quick.gap_moved is not None
     assert slow.gap_moved < quick.gap_moved
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_cost_of_a_solution_is_not_counted_again(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(3, num_tokens=150)
+    problem = Problem(Affinity.from_trace(trace), TOPOLOGY, Workload(), objective=objective)
+    solution = solve(problem, "balance")
+    counted = row(problem, trace, solution.plan, 0.0)
+    monkeypatch.setattr(compare, "cost_of", lambda *arguments: pytest.fail("counted again"))
+    told, _ = row_of(Candidate("plan", solution.plan, solution), problem, trace, fitted=True, bound=0.0)
+    assert told.cost == counted.cost is not None
+    with pytest.raises(pytest.fail.Exception):
+        row(problem, trace, solution.plan, 0.0)
