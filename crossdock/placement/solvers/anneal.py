@@ -13,7 +13,7 @@ import numpy as np
 from crossdock.errors import InfeasiblePlan
 from crossdock.placement.solvers.problem import Problem, Solution
 from crossdock.placement.solvers.search import chain, chain_search, starts
-from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed, anneal_layer, descend
+from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed, anneal_layer, descend, placed_at
 from crossdock.placement.solvers.search.price import Layer, Price, layer_of, price_of
 from crossdock.placement.solvers.search.swaps import TokenSets
 from crossdock.placement.solvers.solution import solution_of
@@ -57,6 +57,8 @@ def search_layers(problem: Problem, seed: int, deadline: Deadline, begun: Sequen
     start_LXE = np.stack(own, axis=1)
     best_L = best_of(problem, [*own, starts.evened(problem), *begun])
     quiet_L = [0] * problem.num_layers
+    if deadline.passed:
+        return best_L, "seconds"
     for number in range(MAX_ROUNDS):
         awake = [layer for layer in range(problem.num_layers) if quiet_L[layer] < PATIENCE]
         for turn, layer in enumerate(awake):
@@ -103,15 +105,16 @@ def _round(
     hot, cold = (share * max(begun.value, 1e-300) / layer.num_items for share in TEMPERATURES[round_number // 2 % len(TEMPERATURES)])
     proposals, most_swaps = PROPOSALS_PER_PAIR * max(search.num_pairs, 1), MOST_SWAPS << (round_number // 2)
     found = anneal_layer(search, rng, hot, cold, proposals, most_swaps, deadline)
+    if deadline.passed:
+        return min(begun, found, key=Placed.key)
     again = _searching(problem, layer, price, search.copies.sets, found.device_I)
     descend(again, rng, deadline)
     return min(begun, found, again.placed(), key=Placed.key)
 
 
 def _best_start(problem: Problem, price: Price, number: int, start_XE: starts.IntArray) -> Placed:
-    layer = layer_of(problem, number)
-    sets = TokenSets(layer.member_UK, layer.count_U, layer.num_items)
-    placed = [_searching(problem, layer, price, sets, starts.with_vacancies(device_E, problem.slots_R)).placed() for device_E in start_XE]
+    layer, node_R = layer_of(problem, number), np.array(problem.topology.node_of_R)
+    placed = [placed_at(layer, price, node_R, starts.with_vacancies(device_E, problem.slots_R)) for device_E in start_XE]
     return min(placed, key=Placed.key)
 
 

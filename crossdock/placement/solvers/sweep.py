@@ -14,7 +14,7 @@ from crossdock.placement.solvers import anneal
 from crossdock.placement.solvers.problem import Problem, Solution
 from crossdock.placement.solvers.search import starts
 from crossdock.placement.solvers.search.chain import Chain, check_load_cap, greedy
-from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed
+from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, Placed, placed_at
 from crossdock.placement.solvers.search.price import layer_of, price_of
 from crossdock.placement.solvers.search.recombine import interchangeable, recombined
 from crossdock.placement.solvers.search.swaps import TokenSets
@@ -68,13 +68,15 @@ def _chain(problem: Problem, seed: int, deadline: Deadline) -> tuple[Chain, str]
 def _exchanged(problem: Problem, number: int, start_XE: IntArray, seed: int, deadline: Deadline) -> Placed:
     """The best assignment of one layer: its starts as they are, and all but the first after exchanges."""
     layer, price, node_R = layer_of(problem, number), price_of(problem), np.array(problem.topology.node_of_R)
-    sets = TokenSets(layer.member_UK, layer.count_U, layer.num_items)
     share = deadline.share(problem.num_layers - number)
     rng = np.random.default_rng([seed, number])
-    begun = [LayerSearch(layer, sets, price, node_R, starts.with_vacancies(device_E, problem.slots_R)) for device_E in start_XE]
-    best = min((search.placed() for search in begun), key=Placed.key)
-    for search in begun[1:]:
-        quiet = 0
+    begun_XI = [starts.with_vacancies(device_E, problem.slots_R) for device_E in start_XE]
+    best = min((placed_at(layer, price, node_R, device_I) for device_I in begun_XI), key=Placed.key)
+    sets = TokenSets(layer.member_UK, layer.count_U, layer.num_items)
+    for device_I in begun_XI[1:]:
+        if share.passed:
+            break
+        search, quiet = LayerSearch(layer, sets, price, node_R, device_I), 0
         for _ in range(EXCHANGES):
             if share.passed or quiet >= QUIET:
                 break

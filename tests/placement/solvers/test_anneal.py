@@ -1,5 +1,7 @@
 """The swap search: its tables and prices against recounting, its promises, and its strength where the optimum is known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,10 +10,11 @@ from crossdock.placement.costs.cost import Window, Workload, block_cost
 from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.solvers import load_peaks, solve
+from crossdock.placement.solvers import anneal, load_peaks, solve, sweep
 from crossdock.placement.solvers.problem import OBJECTIVES, Constraints, Objective, Pin, Problem
+from crossdock.placement.solvers.search import starts
 from crossdock.placement.solvers.search.chain import Chain
-from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, descend
+from crossdock.placement.solvers.search.layer_search import Deadline, LayerSearch, descend, placed_at
 from crossdock.placement.solvers.search.price import BlockSeconds, layer_of, price_of
 from crossdock.placement.solvers.search.swaps import CopyState, TokenSets
 from crossdock.placement.solvers.solution import cost_of
@@ -117,6 +120,37 @@ def test_never_worse_than_the_simple_methods(objective: Objective) -> None:
         assert annealed.bound <= annealed.cost
         for method in ("contiguous", "random", "balance"):
             assert annealed.cost <= solve(problem, method).cost
+
+
+@pytest.mark.parametrize("objective", ["seconds", "devices", "nodes"])
+@pytest.mark.parametrize("dispatch", ["deduplicated", "hierarchical"])
+def test_a_start_is_priced_without_tables_as_with_them(objective: Objective, dispatch: str) -> None:
+    workload = Workload(dispatch=dispatch)  # type: ignore[arg-type]
+    trace = random_trace(9, num_tokens=300, num_experts=10, top_k=4, drop=0.2)
+    constraints = Constraints(load_cap=1.1)
+    problem = Problem(Affinity.from_trace(trace), TWO_NODES, workload, objective=objective, constraints=constraints)
+    price, rng = price_of(problem), np.random.default_rng(0)
+    for number in range(problem.num_layers):
+        layer = layer_of(problem, number)
+        device_I = rng.permutation(np.repeat(np.arange(4), problem.slots_R))
+        sets = TokenSets(layer.member_UK, layer.count_U, layer.num_items)
+        with_tables = LayerSearch(layer, sets, price, np.array(TWO_NODES.node_of_R), device_I).placed()
+        without = placed_at(layer, price, np.array(TWO_NODES.node_of_R), device_I)
+        assert dataclasses.astuple(without)[1:] == dataclasses.astuple(with_tables)[1:]
+        np.testing.assert_array_equal(without.device_I, with_tables.device_I)
+
+
+def test_without_time_no_tables_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of every pair of items takes a tenth of a second for 128 devices, and there are nine starts for every layer."""
+    problem = problem_of(random_trace(5, num_tokens=300, num_experts=16), objective="devices")
+    made, begin = [], CopyState.__init__
+    monkeypatch.setattr(CopyState, "__init__", lambda self, *given: (made.append(self), begin(self, *given))[1])
+    plans = [starts.contiguous(problem), starts.random(problem, 3)]
+    anneal.search_layers(problem, 0, Deadline(0.0), plans)
+    sweep.exchanged_layers(problem, 0, Deadline(0.0))
+    assert not made
+    sweep.exchanged_layers(problem, 0, Deadline(30.0))
+    assert len(made) == 2 * problem.num_layers  # for the starts that are exchanged
 
 
 def test_even_a_search_without_time_is_not_worse() -> None:

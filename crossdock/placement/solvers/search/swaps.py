@@ -19,6 +19,14 @@ FloatArray = NDArray[np.float64]
 _CHUNK = 1 << 16  # sets whose K x K pairs are held in memory at once
 
 
+def copies_per_place(member_UK: IntArray, count_U: FloatArray, place_I: IntArray, num_places: int) -> FloatArray:
+    """[P]: token copies sent to each place, one for every distinct place of a token's items; padding is nowhere. Needs no tables."""
+    place_UK = np.sort(np.append(place_I, num_places)[member_UK], axis=1)
+    is_first_UK = np.diff(place_UK, axis=1, prepend=-1) != 0
+    copies_P = np.bincount(place_UK.ravel(), (is_first_UK * count_U[:, None]).ravel(), num_places + 1)[:num_places]
+    return np.asarray(copies_P, dtype=np.float64)
+
+
 class TokenSets:
     """The distinct expert sets of one layer's tokens, with an index from item to sets; never changed after construction.
 
