@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from crossdock import atomic, strict_yaml
-from crossdock.errors import BadData, IoFailure, Occupied
+from crossdock.errors import BadData, IoFailure
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome, Starter, run_ranks
 from crossdock.launch.local.nursery import Nursery
-from crossdock.launch.ranks.worker import check_gpus, explain, run_job, usable_gpus
+from crossdock.launch.ranks.worker import check_gpus, ending_recorded, run_job, usable_gpus
 from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.launch.request import (
     Request,
     check_data,
     check_world,
-    is_finished,
     prepare_directory,
     read_inputs,
     record_failure,
@@ -102,25 +101,11 @@ def run(request: Request, nursery: Nursery | None = None) -> Result:
         return result
     if request.job != "train":
         return _run_alone(request, nursery)
-    with _ending_recorded(request.config):
+    with ending_recorded(request.config, request.config.parallel.local_ranks):
         request = Request(request.job, request.config, {**request.arguments, "resume": prepare_directory(request.config)})
         check_inputs(request.config, "local")
         check_host(request.config)
         return _run_alone(request, nursery)
-
-
-@contextlib.contextmanager
-def _ending_recorded(config: RunConfig) -> Iterator[None]:
-    """Whatever ends a training run before its ranks do, or between two starts of them, leaves `result.json` as well.
-
-    One that says that a run is done stands: it is an earlier run's, which could not be moved aside, or the ranks have done their work.
-    """
-    try:
-        yield
-    except BaseException as failure:
-        if not isinstance(failure, Occupied) and not is_finished(config):
-            record_failure(config, *explain(failure), 0, config.parallel.local_ranks)
-        raise
 
 
 def _run_alone(request: Request, nursery: Nursery | None) -> Result:

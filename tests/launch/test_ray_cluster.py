@@ -2,13 +2,14 @@
 
 import http.server
 import json
+import socketserver
 import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from crossdock.errors import BadConfig, CrossdockError, PeerLost, Preempted, Unavailable
+from crossdock.errors import BadConfig, CrossdockError, MissingInput, PeerLost, Preempted, Unavailable
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
 from crossdock.launch.ray import connection, incarnation
@@ -17,6 +18,7 @@ from crossdock.launch.ray.cluster import Node, Place, able, check_places, chosen
 from crossdock.launch.ray.connection import open_to_strangers
 from crossdock.launch.ray.launcher import Policy, launch
 from crossdock.launch.ray.metrics import GAUGES, last_row
+from crossdock.launch.ray.nodes import held_by_driver
 from crossdock.launch.scripts.allocation import Shape
 from crossdock.placement.records.topology import Topology
 
@@ -196,6 +198,41 @@ def test_a_dashboard_that_strangers_can_use_is_named(monkeypatch: pytest.MonkeyP
         server.shutdown()
     assert open_to_strangers(f"127.0.0.1:{port}") is None  # nobody answers
     assert open_to_strangers(None) is None
+
+
+class _Stranger(socketserver.StreamRequestHandler):
+    """Speaks no HTTP."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+
+
+def test_what_answers_in_the_place_of_a_dashboard_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_is_loopback", lambda host: False)
+    with socketserver.TCPServer(("127.0.0.1", 0), _Stranger) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert open_to_strangers(f"127.0.0.1:{server.server_address[1]}") is None
+
+
+def test_what_the_driver_holds_may_stay_unknown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dashboard alone knows it; a run goes on without, and finds the node busy if it is."""
+    state = pytest.importorskip("ray.util.state", reason="ray is not installed")
+    from ray.util.state.exception import ServerUnavailable
+
+    def list_actors(**asked: object) -> list[object]:
+        raise ServerUnavailable("no dashboard\nand so on")
+
+    monkeypatch.setattr(state, "list_actors", list_actors)
+    ray = mock.MagicMock()
+    ray.cluster_resources.return_value, ray.available_resources.return_value = {"CPU": 4.0}, {"CPU": 1.0}
+    assert held_by_driver(ray, "raysubmit_x") == {}
+    assert "what the driver of this job holds is not known (no dashboard)" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_begin_leaves_its_result(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="holds no checkpoint"):
+        launch(tiny(f"run.dir={tmp_path / 'run'}", "run.resume=always"), None, Policy(), Ahead(None, None))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exit_code"] == 66
 
 
 def test_last_row(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from crossdock.launch.ranks.carried import carried
 from crossdock.launch.ranks.jobs import JOBS
 from crossdock.launch.ranks.rendezvous import control_of, exchange, network_interface, open_store, stay_away
 from crossdock.launch.ranks.roll_call import Cause, Crew, Lost
-from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
+from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stopping_in_order
 from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
 from crossdock.launch.request import (
     Request,
@@ -137,6 +137,20 @@ def explain(failure: BaseException) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
+def ending_recorded(config: RunConfig, num_ranks: int) -> Iterator[None]:
+    """Whatever ends a training run before its ranks do, or between two starts of them, leaves `result.json` as well.
+
+    One that says that a run is done stands: it is an earlier run's, which could not be moved aside, or the ranks have done their work.
+    """
+    try:
+        yield
+    except BaseException as failure:
+        if not isinstance(failure, Occupied) and not is_finished(config):
+            record_failure(config, *explain(failure), 0, num_ranks)
+        raise
+
+
+@contextlib.contextmanager
 def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | None" = None) -> Iterator[Mesh]:
     """The mesh of this world, left again when the block ends."""
     if trains:
@@ -149,7 +163,8 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
     started = tuple(int(node) for node in exchange(store, env, "node", str(env.node)))
     if env.world_size == 1:
         try:
-            yield Mesh.single(device)
+            with stopping_in_order():
+                yield Mesh.single(device)
         finally:
             shutdown()  # an engine may have made a world of this one rank
         return
@@ -167,16 +182,14 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
             ) from failure
     assert store is not None, "a world of several ranks has met somewhere"
     crew = Crew.gather(store, env, RunDirectory(run_directory(config)).stacks if trains else None)
-    stop_in_order()
-    patience_s = SHUTDOWN_S
     try:
-        with crew.watching(explain), carried(mesh, config, env) as mesh_of_run:
+        with crew.watching(explain), stopping_in_order(), carried(mesh, config, env) as mesh_of_run:
             yield mesh_of_run
-    except Lost:
-        patience_s = _LOST_S
+    except BaseException as failure:
+        shutdown(_LOST_S if isinstance(failure, Lost) else SHUTDOWN_S)
+        crew.stay_until_heard()
         raise
-    finally:
-        shutdown(patience_s)
+    shutdown(SHUTDOWN_S)
 
 
 def nodes_of_ranks(started: tuple[int, ...], declared: "Topology | None", expert_parallel: int) -> tuple[int, ...]:

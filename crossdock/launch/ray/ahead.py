@@ -29,8 +29,7 @@ class Driver:
         """Ask for the actors of start 1, where the cluster can hold them; where it cannot, that is said when their turn comes."""
         nodes = ray_cluster.able(living_nodes(self.ray), shape)
         if len(nodes) >= shape.nodes:
-            self._ahead = Incarnation(self.ray, 1, shape, ray_cluster.chosen(nodes, shape.nodes, frozenset()))
-            self._ahead.request(self.monitor)
+            self._ahead = self._requested(1, shape, ray_cluster.chosen(nodes, shape.nodes, frozenset()))
 
     def incarnation(self, number: int, shape: Shape, nodes: Sequence[ray_cluster.Node]) -> Incarnation:
         """The actors of a start on these nodes, asked for now unless they have been before."""
@@ -39,6 +38,9 @@ class Driver:
             if (ahead.number, ahead.shape, [node.node_id for node in ahead.nodes]) == (number, shape, [node.node_id for node in nodes]):
                 return ahead
             ahead.end()
+        return self._requested(number, shape, nodes)
+
+    def _requested(self, number: int, shape: Shape, nodes: Sequence[ray_cluster.Node]) -> Incarnation:
         found = Incarnation(self.ray, number, shape, nodes)
         try:
             found.request(self.monitor)
@@ -65,8 +67,8 @@ class Ahead:
 def ranks_ahead(path: Path, overrides: Sequence[str], shape: Shape | None, address: str | None) -> Iterator[Ahead]:
     """A driver, connected until the block ends, on whose cluster the ranks of the run have begun to import.
 
-    Raises nothing of what is wrong with the configuration or the cluster: the first to say so is whoever reads the configuration, then
-    `Ahead.driver`.
+    Raises nothing of what is wrong with the configuration or with reaching the cluster: the first to say so is whoever reads the
+    configuration, then `Ahead.driver`. Raises `PeerLost` where Ray fails inside the block.
     """
     with contextlib.ExitStack() as connection:
         try:

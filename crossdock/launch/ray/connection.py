@@ -1,11 +1,11 @@
 """A driver's connection to its Ray cluster, and a word to whoever owns it where strangers could use it as well."""
 
 import contextlib
+import http.client
 import ipaddress
 import os
 import socket
 import sys
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def open_to_strangers(dashboard: str | None) -> str | None:
         return None
     try:
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://{dashboard}/api/version", timeout=_DASHBOARD_S).close()
-    except (urllib.error.URLError, OSError):  # it asks for a token, or this host does not reach it
+    except (OSError, http.client.HTTPException):  # it asks for a token, this host does not reach it, or something else answers there
         return None
     return (
         f"the dashboard of this Ray cluster listens on {dashboard} and asks for no token: whoever reaches it can run code as you. Start "

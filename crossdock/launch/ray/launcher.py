@@ -18,7 +18,7 @@ from crossdock.errors import BadConfig, PeerLost, Preempted, Unavailable
 from crossdock.launch.config import RunConfig, resolved
 from crossdock.launch.ending import Result
 from crossdock.launch.local.children import Outcome
-from crossdock.launch.ranks.worker import explain, nodes_of_ranks
+from crossdock.launch.ranks.worker import ending_recorded, nodes_of_ranks
 from crossdock.launch.ranks.worker_env import in_ray_job
 from crossdock.launch.ray import cluster as ray_cluster
 from crossdock.launch.ray.ahead import Ahead, Driver
@@ -28,7 +28,7 @@ from crossdock.launch.ray.incarnation import POLL_S, Incarnation
 from crossdock.launch.ray.metrics import told_to_ray
 from crossdock.launch.ray.nodes import living_nodes
 from crossdock.launch.ray.watch import Ending, Loss, Watch
-from crossdock.launch.request import Request, check_world, is_finished, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
 from crossdock.launch.restarts import Endurance, newest_checkpoint, resuming
 from crossdock.launch.scripts.allocation import Shape
 from crossdock.launch.transport import check_transport
@@ -60,13 +60,9 @@ def launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead)
     before there was anything to save, and what reading the configuration raises. However it ends, `result.json` says so.
     """
     config = _with_reachable_directory(config)
-    prepare_directory(config)  # an earlier run that has finished moves aside before anything is written of this one
-    try:
+    with ending_recorded(config, config.parallel.local_ranks if shape is None else shape.world_size):
+        prepare_directory(config)  # an earlier run that has finished moves aside before anything is written of this one
         return _launch(config, shape, policy, ahead)
-    except BaseException as failure:
-        if not is_finished(config):  # interrupted after its end
-            record_failure(config, *explain(failure), 0, config.parallel.local_ranks if shape is None else shape.world_size)
-        raise
 
 
 def _launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead) -> Result:
