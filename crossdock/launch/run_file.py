@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from crossdock import strict_yaml
-from crossdock.errors import BadConfig, UsageError
+from crossdock.errors import BadConfig, MissingInput, UsageError
 from crossdock.strict_yaml import Document
 
 
@@ -20,13 +20,23 @@ def run_document(path: Path, overrides: Sequence[str] = ()) -> tuple[Document, s
 
     Raises `MissingInput`, `BadConfig`, and `UsageError` for an override that is none.
     """
-    shipped = shipped_configs() / f"{path.name.removesuffix('.yaml')}.yaml"
-    if not path.exists() and path.parent == Path() and shipped.is_file():
-        path = shipped
+    if not path.exists() and path.parent == Path():
+        path = _shipped(path)
     document = strict_yaml.load(path)
     if document.value is None:  # an empty file, or comments alone: all defaults
         document = Document({}, document.name, document.line_of)
     return with_overrides(document, overrides), path.stem
+
+
+def _shipped(path: Path) -> Path:
+    """The file of the shipped run called `path`. Raises `MissingInput` where there is none, with the name that is most alike."""
+    known = {found.stem: found for found in sorted(shipped_configs().glob("*.yaml"))}
+    name = path.name.removesuffix(".yaml")
+    if name not in known:
+        alike = strict_yaml.nearest(name, list(known))
+        guess = f" (did you mean {alike}?)" if alike else ""
+        raise MissingInput(f"{path} is no file here and no shipped run{guess}; give the path of a YAML file, or one of {', '.join(known)}")
+    return known[name]
 
 
 def with_overrides(document: Document, overrides: Sequence[str]) -> Document:

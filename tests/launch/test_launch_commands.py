@@ -58,7 +58,11 @@ def test_out_writes_the_same(tmp_path: Path) -> None:
         (["kubernetes", "tiny", "--ranks-per-node", "2"], 2, "run.dir=/runs/tiny"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--kind", "pod"], 2, "jobset or rayjob"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", ""], 2, "--claim"),
-        (["slurm", "nothing.yaml"], 66, "nothing.yaml"),
+        (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", "Bad_Name"], 2, "--claim 'Bad_Name' is no name"),
+        (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--image", ""], 2, "--image '' is no reference"),
+        (["slurm", "nothing.yaml"], 66, "nothing.yaml is no file here and no shipped run; give the path of a YAML file, or one of demo,"),
+        (["slurm", "there/nothing.yaml"], 66, "there/nothing.yaml does not exist"),
+        (["slurm", "tinny"], 66, "did you mean tiny?"),
     ],
 )
 def test_what_cannot_run_is_refused(arguments: list[str], exit_code: int, piece: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +76,24 @@ def test_what_cannot_run_is_refused(arguments: list[str], exit_code: int, piece:
 def test_every_exit_code_is_final_or_retried_but_not_both() -> None:
     assert cluster.final_codes() == (2, 3, 65, 66, 67, 69, 74, 78, 79, 80)
     assert cluster.RETRY_CODES == (75, 76)
+
+
+@pytest.mark.parametrize("claim", ["runs", "team.runs-2", "0", "a" * 253])
+@pytest.mark.parametrize("image", ["x", "crossdock:latest", "host:5000/team/cross_dock:V1.0-a", "ghcr.io/a/b-c@sha256:" + "0a" * 32])
+def test_names_that_kubernetes_takes(claim: str, image: str) -> None:
+    kubernetes.check_names(image, claim)
+
+
+@pytest.mark.parametrize("claim", ["Runs", "a_b", "-a", "a-", "a..b", ".a", "a b", "a\n", "a" * 254])
+def test_claims_that_kubernetes_refuses(claim: str) -> None:
+    with pytest.raises(cluster.UsageError, match="--claim"):
+        kubernetes.check_names("x", claim)
+
+
+@pytest.mark.parametrize("image", ["", " x", "Crossdock", "a:", "a:b:c", "a/", "/a", "a//b", "x@sha256:12", "a:" + "t" * 129])
+def test_images_that_kubernetes_refuses(image: str) -> None:
+    with pytest.raises(cluster.UsageError, match="--image"):
+        kubernetes.check_names(image, "runs")
 
 
 def test_names_are_labels() -> None:

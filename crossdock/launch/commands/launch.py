@@ -151,8 +151,9 @@ def print_kubernetes(
     """
     from crossdock import strict_yaml
     from crossdock.authentication import Secret
-    from crossdock.launch.scripts.kubernetes import MOUNT, job_set, ray_job, with_secret
+    from crossdock.launch.scripts.kubernetes import MOUNT, check_names, job_set, ray_job, with_secret
 
+    check_names(image, claim)
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
     run = _run(config, overrides, shape.world_size, nodes, "ray" if kind == "rayjob" else "torchrun")
     if not run.directory.is_relative_to(MOUNT):

@@ -1,5 +1,6 @@
 """Manifests of a run on Kubernetes: a JobSet (torchrun in every pod) or a RayJob of KubeRay. Plain mappings; the caller writes YAML."""
 
+import re
 from typing import Any
 
 from crossdock.authentication import Secret
@@ -10,6 +11,14 @@ _PORT = 29_500
 MOUNT = "/runs"
 """Where pods find the shared volume."""
 _GRACE_S = 120
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+_MAX_NAME = 253
+_IMAGE = re.compile(
+    r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:\d+)?/)?"  # a registry and its port
+    r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(:\w[\w.-]{0,127})?(@[a-z0-9]+([+._-][a-z0-9]+)*:[0-9a-f]{32,})?",  # a tag, a digest
+    re.ASCII,
+)
 
 # sh is process 1 of the pod and passes SIGTERM on; torchrun ends with 1 whatever happened, so the run's own code is asked for, unless what
 # stands there is an earlier run's: rank 0 could not begin
@@ -20,6 +29,19 @@ earlier=$(stat -c %i.%y {result} 2> /dev/null)
 wait "$child" || {{ wait "$child"; test -n "$earlier" -a "$(stat -c %i.%y {result} 2> /dev/null)" = "$earlier" && exit 1
 exec crossdock status {directory} --otherwise 76; }}
 """
+
+
+def check_names(image: str, claim: str) -> None:
+    """Raise `UsageError` where `claim` is no DNS subdomain (RFC 1123), as the names of claims are, or `image` refers to no image."""
+    if not claim:
+        raise UsageError("pods forget their files: name a claim of a volume that every node can write (--claim), for runs and checkpoints")
+    if len(claim) > _MAX_NAME or not _NAME.fullmatch(claim):
+        raise UsageError(
+            f"--claim {claim!r} is no name of Kubernetes'; it has at most {_MAX_NAME} small letters, digits, '-' and '.', and a letter or "
+            "digit at both ends"
+        )
+    if not _IMAGE.fullmatch(image):
+        raise UsageError(f"--image {image!r} is no reference of an image; write it like registry.example/team/crossdock:1.0")
 
 
 def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> dict[str, Any]:
@@ -34,7 +56,7 @@ def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> di
         directory=shell((str(run.directory),)),
         result=shell((str(run.result),)),
     )
-    container = _container(shape, image, claim) | {
+    container = _container(shape, image) | {
         "command": ["sh", "-c", script],
         "ports": [{"containerPort": _PORT}],
         "env": [_secret(run)],
@@ -80,8 +102,8 @@ def ray_job(shape: Shape, run: Run, image: str, claim: str, restarts: int, ray_v
     command = ("crossdock", "launch", "ray", run.config, *run.overrides)
     sizes = ("--nodes", str(shape.nodes), "--ranks-per-node", str(shape.ranks_per_node), "--cores-per-rank", str(shape.cores_per_rank))
     no_reports = {"env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]}
-    head = {"name": "ray-head", "image": image, "resources": {"limits": {"cpu": "2", "memory": "4Gi"}}, **no_reports, **_mounts(claim)}
-    worker = _container(shape, image, claim) | {"name": "ray-worker", **no_reports}
+    head = {"name": "ray-head", "image": image, "resources": {"limits": {"cpu": "2", "memory": "4Gi"}}, **no_reports, **_mounts()}
+    worker = _container(shape, image) | {"name": "ray-worker", **no_reports}
     group = {"groupName": "workers", "replicas": shape.nodes, "minReplicas": shape.nodes, "maxReplicas": shape.nodes}
     return {
         "apiVersion": "ray.io/v1",
@@ -108,16 +130,14 @@ def _secret(run: Run) -> dict[str, Any]:
     return {"name": "CROSSDOCK_SECRET", "valueFrom": {"secretKeyRef": reference}}
 
 
-def _container(shape: Shape, image: str, claim: str) -> dict[str, Any]:
+def _container(shape: Shape, image: str) -> dict[str, Any]:
     limits: dict[str, str] = {"cpu": str(shape.cores_per_rank * shape.ranks_per_node)}
     if shape.gpus:
         limits["nvidia.com/gpu"] = str(shape.ranks_per_node)
-    return {"name": "crossdock", "image": image, "resources": {"limits": limits}, **_mounts(claim)}
+    return {"name": "crossdock", "image": image, "resources": {"limits": limits}, **_mounts()}
 
 
-def _mounts(claim: str) -> dict[str, Any]:
-    if not claim:
-        raise UsageError("pods forget their files: name a claim of a volume that every node can write (--claim), for runs and checkpoints")
+def _mounts() -> dict[str, Any]:
     shared = {"name": "runs", "mountPath": MOUNT}
     return {"volumeMounts": [shared, {"name": "shm", "mountPath": "/dev/shm"}]}
 
