@@ -35,7 +35,9 @@ def _shipped(path: Path) -> Path:
     if name not in known:
         alike = strict_yaml.nearest(name, list(known))
         guess = f" (did you mean {alike}?)" if alike else ""
-        raise MissingInput(f"{path} is no file here and no shipped run{guess}; give the path of a YAML file, or one of {', '.join(known)}")
+        raise MissingInput(
+            f"{path} does not exist, and is no shipped run{guess}; give the path of a YAML file, or one of {', '.join(known)}"
+        )
     return known[name]
 
 

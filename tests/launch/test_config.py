@@ -82,7 +82,7 @@ def test_a_shipped_config_is_found_by_name_and_reads_back_equal_once_resolved(na
 
 def test_a_name_that_is_not_shipped_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingInput, match=r"tinny\.yaml does not exist"):
+    with pytest.raises(MissingInput, match=r"tinny\.yaml does not exist, .*did you mean tiny\?"):
         read_config(Path("tinny.yaml"))
 
 

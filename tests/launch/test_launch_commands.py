@@ -60,7 +60,11 @@ def test_out_writes_the_same(tmp_path: Path) -> None:
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", ""], 2, "--claim"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", "Bad_Name"], 2, "--claim 'Bad_Name' is no name"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--image", ""], 2, "--image '' is no reference"),
-        (["slurm", "nothing.yaml"], 66, "nothing.yaml is no file here and no shipped run; give the path of a YAML file, or one of demo,"),
+        (
+            ["slurm", "nothing.yaml"],
+            66,
+            "nothing.yaml does not exist, and is no shipped run; give the path of a YAML file, or one of demo,",
+        ),
         (["slurm", "there/nothing.yaml"], 66, "there/nothing.yaml does not exist"),
         (["slurm", "tinny"], 66, "did you mean tiny?"),
     ],
