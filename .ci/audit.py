@@ -43,14 +43,14 @@ LINKED_BY_EXCEPTION = ("gcc-exception", "linking-exception")
 """GPL with one of these may be linked with anything: the Fortran run-time library that numpy and scipy bring."""
 
 MENDED_IN = {
-    "aiohttp": ("3.12.14", "CVE-2025-53643"),
+    "aiohttp": ("3.13.3", "CVE-2025-69223"),
     "deepspeed": ("0.15.1", "CVE-2024-43497"),
     "jinja2": ("3.1.6", "CVE-2025-27516"),
     "pyyaml": ("5.4", "CVE-2020-14343"),
     "ray": ("2.52.0", "CVE-2025-62593"),
     "requests": ("2.32.4", "CVE-2024-47081"),
     "torch": ("2.6.0", "CVE-2025-32434"),
-    "urllib3": ("2.5.0", "CVE-2025-50181"),
+    "urllib3": ("2.6.3", "CVE-2026-21441"),
 }
 """The version that mended the newest of these known to us, for when nobody can be asked: a floor, and no substitute for pip-audit."""
 

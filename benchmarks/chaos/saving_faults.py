@@ -51,6 +51,8 @@ def _one_run(workshop: Workshop, draw: random.Random, blows: int) -> list[Trial]
         code = ended(process)
     survived = code == 0 and result_of(directory).get("status") == "done"
     bitwise = survived and workshop.is_undisturbed(directory)
+    if not struck:  # a row of trials that never strike would never be full
+        return [Trial(False, note=f"ended with {code} before there was a save to strike: {errors_of(directory)}")]
     return [_trial(directory, rank, blow_s, torn, survived, bitwise) for rank, blow_s, torn in struck]
 
 
