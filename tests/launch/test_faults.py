@@ -27,7 +27,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def check(rows: list[Row]) -> None:
     assert rows
     broken = {row.fault: [trial for trial in row.trials if trial.note] or row.trials for row in rows if not row.is_kept}
-    assert not broken, broken
+    assert not broken, str(broken)  # whole: pytest shortens all but strings
 
 
 @pytest.mark.timeout(600)
