@@ -220,6 +220,30 @@ def test_the_reason_of_an_error_of_this_rank_is_left_for_the_others(tmp_path: Pa
     assert json.loads(mine.store.get("roll/0")) == {"exit_code": 79, "message": "step 3"}
 
 
+@pytest.mark.usefixtures("patient")
+def test_rank_0_stays_until_all_that_are_there_have_heard_why_it_leaves(tmp_path: Path, peers: list[Peer]) -> None:
+    peers += [Peer(tmp_path, 1, "waits"), Peer(tmp_path, 2, "waits")]
+    mine = crew(tmp_path, peers)
+    other = crew(tmp_path, peers, rank=1, store=mine.store)
+    with pytest.raises(NonFiniteLoss), mine.watching(lambda failure: (79, str(failure))):
+        raise NonFiniteLoss("step 3")
+    other.stay_until_heard()  # the store is not its
+    staying = threading.Thread(target=mine.stay_until_heard)
+    staying.start()
+    peers[1].process.kill()
+    staying.join(0.3)
+    assert staying.is_alive()
+    assert blamed(other).cause.exit_code == 79
+    staying.join(60)
+    assert not staying.is_alive()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_rank_0_does_not_stay_for_ever(tmp_path: Path, peers: list[Peer]) -> None:
+    peers.append(Peer(tmp_path, 1, "waits"))
+    crew(tmp_path, peers).stay_until_heard()
+
+
 def on_hosts(folder: Path, rank: int, store: Any, pulses: list[str]) -> Crew:
     """This process as `rank` of four on two hosts, the other ones felt at `pulses`."""
     here = Address.here()

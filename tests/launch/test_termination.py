@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from crossdock.errors import PeerLost, Preempted
-from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stop_in_order
+from crossdock.launch.ranks.termination import be_deaf, sigterm_restored, stopping_in_order
 
 
 def terminate() -> None:
@@ -15,10 +15,20 @@ def terminate() -> None:
 
 
 def test_before_training_it_stops_the_rank_in_order() -> None:
-    with sigterm_restored():
-        stop_in_order()
-        with pytest.raises(Preempted, match="before there was anything to save"):
-            terminate()
+    with sigterm_restored(), pytest.raises(Preempted, match="before there was anything to save"), stopping_in_order():
+        terminate()
+
+
+def test_a_rank_that_waited_for_one_that_was_asked_too_has_lost_nobody() -> None:
+    def wait() -> None:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as failure:
+            terminate()  # a signal that came while native code waited is heard when that has failed
+            raise PeerLost("a collective failed") from failure
+
+    with sigterm_restored(), pytest.raises(Preempted, match="before there was anything to save"), stopping_in_order():
+        wait()
 
 
 def test_a_rank_that_is_failing_says_first_who_was_lost() -> None:
@@ -26,7 +36,8 @@ def test_a_rank_that_is_failing_says_first_who_was_lost() -> None:
 
     def fail() -> None:
         try:
-            raise PeerLost("a collective failed")
+            with stopping_in_order():
+                raise PeerLost("a collective failed")
         except PeerLost:
             terminate()
             said.append("rank 1 was killed")
@@ -35,10 +46,8 @@ def test_a_rank_that_is_failing_says_first_who_was_lost() -> None:
             terminate()
             said.append("left")
 
-    with sigterm_restored():
-        stop_in_order()
-        with pytest.raises(PeerLost):
-            fail()
+    with sigterm_restored(), pytest.raises(PeerLost):
+        fail()
     assert said == ["rank 1 was killed", "left"]
 
 
@@ -52,10 +61,10 @@ def test_what_was_set_before_comes_back_and_other_threads_set_nothing() -> None:
     heard: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        with sigterm_restored():
-            stop_in_order()
+        with sigterm_restored(), stopping_in_order():
+            pass
         terminate()
-        thread = threading.Thread(target=stop_in_order)
+        thread = threading.Thread(target=stopping_in_order().__enter__)
         thread.start()
         thread.join()
         terminate()

@@ -175,6 +175,27 @@ def test_sigterm_saves_the_state_and_the_same_command_goes_on(run_dir: Path) -> 
     assert [row["step"] for row in read_lines(run_dir / "metrics.jsonl")] == list(range(1, steps + 3))
 
 
+@pytest.mark.parametrize(
+    ("launcher", "overrides"),
+    [
+        ([], ["parallel.expert=1"]),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], ["parallel.dense_sharding=fsdp2"]),
+    ],
+    ids=["one rank", "torchrun, while rank 0 imports and rank 1 waits"],
+)
+def test_sigterm_before_the_first_step_ends_a_run_in_order(launcher: list[str], overrides: list[str], run_dir: Path) -> None:
+    arguments = [sys.executable, *launcher, "-m", "crossdock", *command(run_dir, *ENDLESS, *overrides)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    while not (run_dir / "env.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("preempted", 75), err
+    assert "asked to stop" in result["message"]
+
+
 def test_a_killed_rank_is_named_and_ends_the_others(run_dir: Path) -> None:
     process = alone(run_dir, *ENDLESS)
     ranks = ranks_of(run_dir)

@@ -103,15 +103,39 @@ class Crew:
                 raise Lost(self._found(failure)) from failure
             except BaseException as failure:
                 code, message = explain(failure)
-                self._asked(partial(self.store.set, self._key(self.env.rank), json.dumps({"exit_code": code, "message": message})))
+                self._asked(partial(self._leave_word, json.dumps({"exit_code": code, "message": message})))
                 raise
 
     def _found(self, failure: PeerLost) -> Cause:
         self._keep_own_stacks(failure)
-        cause = self._asked(partial(self.cause_of, failure), PATIENCE_S + DUMP_S, in_vain=self._is_store_stopped)
+        cause = self._asked(partial(self._heard_cause, failure), PATIENCE_S + DUMP_S, in_vain=self._is_store_stopped)
         cause = cause or self._without_store(failure)
         for thread in self.unanswered:  # one that came back while the interpreter ends would abort it
             thread.join(_STORE_S)
+        return cause
+
+    def stay_until_heard(self) -> None:
+        """Called when the world is left over an error: rank 0 holds the store in which the others read why, and goes last.
+
+        It stays until all ranks that are there have read what they need, or for `PATIENCE_S`. A store in a file needs nobody.
+        """
+        if self.env.rank != 0 or self._is_store_in_file():
+            return
+        others, deadline_s = range(1, self.env.world_size), time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline_s:
+            waiting = [rank for rank in others if not self.store.check([self._heard_key(rank)])]
+            signs = self._signs(waiting)
+            if all(self._certain_fate(rank, signs) for rank in waiting):
+                return
+            time.sleep(_POLL_S)
+
+    def _leave_word(self, word: str) -> None:
+        self.store.set(self._key(self.env.rank), word)
+        self.store.set(self._heard_key(self.env.rank), "")
+
+    def _heard_cause(self, failure: PeerLost) -> Cause:
+        cause = self.cause_of(failure)
+        self.store.set(self._heard_key(self.env.rank), "")
         return cause
 
     def cause_of(self, failure: PeerLost) -> Cause:
@@ -190,8 +214,11 @@ class Crew:
 
     def _is_store_stopped(self) -> bool:
         """Whether no question to the store will be answered: rank 0 holds that of ranks that do not share a file."""
+        return not self._is_store_in_file() and self.address_R[0].is_here and self.address_R[0].state() == "stopped"
+
+    def _is_store_in_file(self) -> bool:
         assert self.env.meeting is not None
-        return self.env.meeting.kind != "file" and self.address_R[0].is_here and self.address_R[0].state() == "stopped"
+        return self.env.meeting.kind == "file"
 
     def _without_store(self, failure: PeerLost) -> Cause:
         """The store went with rank 0, who held it; and with its whole host, where nobody of that is left."""
@@ -199,7 +226,8 @@ class Crew:
         if others and not self.address_R[0].is_here:
             time.sleep(_SETTLE_S)
         signs = self._signs([0, *others])
-        fate = self._certain_fate(0, signs) or (_SILENT if signs.get(0) == "there" else _CUT_OFF)
+        is_there = signs.get(0) == "there" or self.address_R[0].is_here
+        fate = self._certain_fate(0, signs) or (_SILENT if is_there else _CUT_OFF)
         self._end(0, fate, is_told=False)
         is_host_lost = signs.get(0) in ("gone", "unreachable") and all(signs.get(rank) == signs[0] for rank in others)
         lost = [0, *others] if is_host_lost else [0]
@@ -272,6 +300,9 @@ class Crew:
 
     def _key(self, rank: int) -> str:
         return f"roll/{rank}"
+
+    def _heard_key(self, rank: int) -> str:
+        return f"heard/{rank}"
 
     def _fate_key(self, rank: int) -> str:
         return f"fate/{rank}"

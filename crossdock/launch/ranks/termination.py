@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from crossdock.errors import Preempted
+from crossdock.errors import PeerLost, Preempted
+
+_EARLY = "asked to stop before there was anything to save; start it again"
 
 
 @contextlib.contextmanager
@@ -25,24 +27,35 @@ def sigterm_restored() -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def stop_in_order() -> None:
-    """From now on SIGTERM raises `Preempted`, unless another exception is on its way already.
+@contextlib.contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """From the beginning of the block SIGTERM raises `Preempted`, unless another exception is on its way already.
 
-    Not before ranks have met: one that waits for others in native code would hear it only when that is over.
+    A rank that waits in a collective hears it only when that is over. Where it ends because another rank was asked too, and has gone, the
+    loss of that one is raised as `Preempted` as well. Not before ranks have met: there such a wait may be long.
     """
+    is_asked = False
+
+    def take(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
+        is_asked = True
+        if sys.exc_info()[1] is None:
+            raise Preempted(_EARLY)
+
     if _is_main():
-        signal.signal(signal.SIGTERM, _take)
+        signal.signal(signal.SIGTERM, take)
+    try:
+        yield
+    except PeerLost as failure:
+        if is_asked:
+            raise Preempted(_EARLY) from failure
+        raise
 
 
 def be_deaf() -> None:
     """From now on SIGTERM is ignored: there is nothing left to stop."""
     if _is_main():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _take(number: int, frame: FrameType | None) -> None:
-    if sys.exc_info()[1] is None:
-        raise Preempted("asked to stop before there was anything to save; start it again")
 
 
 def _is_main() -> bool:
