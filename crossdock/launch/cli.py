@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands: `crossdock --help` and `crossd
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,8 +41,10 @@ app.add_typer(launch_app, name="launch")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-Config = Annotated[Path, typer.Argument(help="A run's YAML file, or the name of a shipped one (tiny, small, demo).", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set, after YAML's rules.", show_default=False)]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A run's YAML file, or the name of a shipped one (tiny, small, demo).", show_default=False)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="A.B=C", help="Keys to set, after YAML's rules.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", callback=lambda value: _checked_device(value))]
 OnRay = Annotated[bool, typer.Option("--ray", help="On --ranks actors of a Ray cluster; in a Ray job this is so by itself.")]
 
@@ -294,7 +297,7 @@ def run(arguments: Sequence[str]) -> int:
         if (text := _help(arguments)) is not None:
             print(text, flush=True)
             return 0
-        returned = app(args=list(arguments), standalone_mode=False, prog_name="crossdock")
+        returned = _commands()(args=list(arguments), standalone_mode=False, prog_name="crossdock")
         sys.stdout.flush()
         return returned if isinstance(returned, int) else 0
     except _ClickException as failure:
@@ -323,7 +326,7 @@ def _help(arguments: Sequence[str]) -> str | None:
     """
     if not arguments or arguments[-1] != "--help":
         return None
-    command: Any = typer.main.get_command(app)
+    command = _commands()
     context = typer.Context(command, info_name="crossdock")
     for name in arguments[:-1]:
         command = getattr(command, "commands", {}).get(name)
@@ -331,6 +334,21 @@ def _help(arguments: Sequence[str]) -> str | None:
             return None
         context = typer.Context(command, info_name=name, parent=context)
     return str(command.get_help(context))
+
+
+def _commands() -> Any:
+    """The tree of all commands: lists show the first sentence of each in full, arguments are capitals, a number within bounds is an N."""
+    waiting: list[Any] = [tree := typer.main.get_command(app)]
+    while waiting:
+        command = waiting.pop()
+        waiting.extend(getattr(command, "commands", {}).values())
+        command.short_help = re.split(r"(?<=\.)\s", command.help, maxsplit=1)[0].replace("\n", " ")
+        for parameter in command.params:
+            if parameter.metavar is None and parameter.param_type_name == "argument":
+                parameter.metavar = parameter.name.upper()
+            elif parameter.metavar is None and (getattr(parameter, "min", None), getattr(parameter, "max", None)) != (None, None):
+                parameter.metavar = "N"
+    return tree
 
 
 def _complain(message: str, exit_code: int) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,20 @@ def test_every_command_has_an_example_and_json() -> None:
     for path, command in listed.items():
         assert f"Example: crossdock {' '.join(path)}" in command.help, path
         assert path == ("config", "schema") or "--json" in {option for parameter in command.params for option in parameter.opts}, path
+
+
+def test_lists_of_commands_are_not_cut_and_placeholders_are_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = [("plan",), ("trace",), ("launch",), ("config",), ("checkpoint",), ()]
+    every = [path for path, _ in commands(typer.main.get_command(app))]
+    for path in (*groups, *every):
+        assert run([*path, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert not re.search(r"\w\.\.\.$", shown, re.MULTILINE), path
+        assert max(map(len, shown.splitlines())) <= 80, path
+        usage = " ".join(shown.partition("\n\n")[0].split()).partition("[OPTIONS]")[2]
+        assert usage == usage.upper(), path
+        assert "range>" not in shown, path
+        assert "[[" not in shown, path
 
 
 def test_a_bug_shows_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ launch_app = typer.Typer(
     name="launch", help="Start a run on a cluster, or print what starts it.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Config = Annotated[str, typer.Argument(help="A run's YAML file, or the name of a shipped one.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set, after YAML's rules.", show_default=False)]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file, or the name of a shipped one.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="A.B=C", help="Keys to set, after YAML's rules.", show_default=False)]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")]
 RanksPerNode = Annotated[int, typer.Option("--ranks-per-node", min=1, help="Ranks of one host: one per GPU.")]
 CoresPerRank = Annotated[int, typer.Option("--cores-per-rank", min=1, help="Cores for each rank.")]

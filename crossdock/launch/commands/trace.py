@@ -24,7 +24,7 @@ NumExperts = Annotated[int | None, typer.Option("--num-experts", min=1, help="Ex
 @trace_app.command("capture")
 def capture(
     config: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT", help="A run's YAML file, or a checkpoint.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Keys to set.", show_default=False)] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="A.B=C", help="Keys to set.", show_default=False)] = None,
     out: Annotated[Path, typer.Option("--out", help="Where the trace goes.")] = Path("trace.npz"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Batches of held-out data to route.")] = 8,
     as_json: AsJson = False,

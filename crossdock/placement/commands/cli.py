@@ -241,7 +241,7 @@ def check_command(
 
 @plan_app.command("report")
 def report_command(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run directory.", show_default=False)] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN_DIR", help="A run directory.", show_default=False)] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Without a run: the routing to show plans on.")] = None,
     topology: Annotated[str | None, typer.Option("--topology", help="Without a run: a topology.yaml or preset.")] = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="Without a run: a plan.json; the last one is shown in full.")] = None,
