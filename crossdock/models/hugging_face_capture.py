@@ -193,11 +193,13 @@ def sequences(token_T: NDArray[Any], seq_len: int, most: int) -> NDArray[np.int6
 
 def _transformers() -> Any:
     try:
+        import huggingface_hub
         import transformers
     except ImportError as failure:
         raise Unavailable("transformers is not installed; pip install 'crossdock[hf]'") from failure
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # of a hub that is not reached it tells every attempt; our own message says it once
     return transformers
 
 
@@ -210,7 +212,7 @@ def _check_name(name: str) -> None:
 
 
 def _first_line(failure: BaseException) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200].rstrip(".")
 
 
 def _widened(array_TK: NDArray[Any], top_k: int, fill: int) -> NDArray[Any]:

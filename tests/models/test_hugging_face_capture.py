@@ -1,5 +1,8 @@
 """Routing captured from the real classes of transformers, with tiny random weights, against choices worked out from the router's input."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +247,19 @@ def test_bad_input_of_the_command_ends_in_one_line(tmp_path: Path, capsys):
     assert "no tokenizer" in refused(capsys, 66, "trace", "capture-hf", tmp_path / "model", "--text", Path(__file__))
     assert "less than one sequence" in refused(capsys, 65, "trace", "capture-hf", tmp_path / "model", *tokens, "--seq-len", 64)
     assert "dtype is 'x'" in refused(capsys, 2, "trace", "capture-hf", tmp_path / "model", *tokens, "--dtype", "x")
+
+
+def test_a_hub_that_is_not_reached_is_told_in_one_line(tmp_path: Path):
+    """In a process of its own: where the hub is, is read when its library is loaded."""
+    np.save(tmp_path / "tokens.npy", np.arange(1, 20))
+    slow = "import huggingface_hub.utils._http as http; http.time.sleep = lambda seconds: None"
+    code = f"{slow}; import sys; from crossdock.launch.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = ["trace", "capture-hf", "nobody/nothing", "--token-ids", str(tmp_path / "tokens.npy"), "--out", str(tmp_path / "t.npz")]
+    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    ended = subprocess.run([sys.executable, "-c", code, *command], env=nowhere, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 66
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("crossdock: error: nobody/nothing: no such model, or not whole: ")
 
 
 def test_loading_refuses_what_is_no_model(tmp_path: Path):
