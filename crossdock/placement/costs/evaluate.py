@@ -97,7 +97,8 @@ def evaluate(trace: Trace, plan: Plan, topology: Topology, workload: Workload, t
     )
     exact = trace.home_T is not None
     unit_bytes = NUM_DIRECTIONS * workload.copy_bytes
-    sent = [hops_HLRR[..., topology.link_class_RR == link_class].sum() * unit_bytes for link_class in range(len(LINK_CLASSES))]
+    hops_RR = hops_HLRR.sum(axis=(0, 1))
+    sent = [hops_RR[topology.link_class_RR == link_class].sum() * unit_bytes for link_class in range(len(LINK_CLASSES))]
     same_device, same_node, other_node = (int(size) if exact else float(size) for size in sent)
     gradient_bytes_RR = gradient_bytes(trained or plan, workload)
     gradient_s = float(gradient_seconds(gradient_bytes_RR, topology))

@@ -384,13 +384,18 @@ def test_a_method_that_gives_no_plan_leaves_the_others_their_rows(traces: tuple[
 
 
 @pytest.mark.slow
-def test_as_many_devices_as_a_topology_may_have(traces: tuple[str, str], tmp_path: Path) -> None:
-    """A table of all links for every device would take 512 GiB, one of all ports several."""
-    topology = tmp_path / "many.yaml"
-    Topology.uniform(MAX_DEVICES, 1, shared_by_node=True).save(topology)
+@pytest.mark.parametrize(("dispatch", "per_node", "most_gib"), [("deduplicated", 1, 2), ("hierarchical", 8, 3)])
+def test_as_many_devices_as_a_topology_may_have(
+    dispatch: str, per_node: int, most_gib: int, traces: tuple[str, str], tmp_path: Path
+) -> None:
+    """A table of all links for every device would take 512 GiB, one of all ports several; the evaluator keeps one for every hop."""
+    topology, workload = tmp_path / "many.yaml", tmp_path / "workload.yaml"
+    Topology.uniform(MAX_DEVICES // per_node, per_node, shared_by_node=True).save(topology)
+    workload.write_text(f"dispatch: {dispatch}\n")
+    asked = ["--trace", traces[0], "--topology", str(topology), "--workload", str(workload)]
     tracemalloc.start()
     try:
-        run("solve", "--trace", traces[0], "--topology", str(topology), "--method", "contiguous", "--out", str(tmp_path / "p.json"))
-        assert tracemalloc.get_traced_memory()[1] < 2 * 2**30
+        run("solve", *asked, "--method", "contiguous", "--out", str(tmp_path / "p.json"))
+        assert tracemalloc.get_traced_memory()[1] < most_gib * 2**30
     finally:
         tracemalloc.stop()

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossdock.placement.costs.cost import pass_seconds, sum_by_node
-from crossdock.placement.costs.hops import check_nodes, two_hops
+from crossdock.placement.costs.hops import check_nodes
 from crossdock.placement.records.kept import kept_with_first
 from crossdock.placement.records.plan import EMPTY
 from crossdock.placement.records.topology import LINK_CLASSES, OTHER_NODE, Topology
@@ -33,7 +33,8 @@ class Ports:
     """Every port of one all-to-all, as a function of X counts of copies sent (or returned).
 
     `seconds_JX` float [J, X] for each count, plus `latency_J`, are ports that many counts share; `own_s_CX` [C, X] and `own_latency_C` are
-    C ports for every count that it has to itself. A table of all would be mostly zeros, and gigabytes for thousands of devices.
+    C ports for every count that it has to itself, none where the seconds are 0. A table of all would be mostly zeros, and gigabytes for
+    thousands of devices.
     """
 
     seconds_JX: FloatArray
@@ -45,7 +46,7 @@ class Ports:
     def num_entries(self) -> int:
         """Entries of `table`."""
         J, X = self.seconds_JX.shape
-        return (J + self.own_s_CX.size) * X
+        return (J + np.count_nonzero(self.own_s_CX)) * X
 
     def busiest(self, count_PX: FloatArray) -> FloatArray:
         """Seconds of the all-to-all, [P], for counts of one micro-batch [P, X]."""
@@ -55,55 +56,62 @@ class Ports:
         return np.asarray(shared_P)
 
     def table(self) -> tuple[FloatArray, FloatArray]:
-        """Seconds of all ports for each count [J + C X, X] and their latencies, for linear programs."""
-        own = [np.diag(own_s_X) for own_s_X in self.own_s_CX]
-        return np.concatenate([self.seconds_JX, *own]), np.append(self.latency_J, np.repeat(self.own_latency_C, self.own_s_CX.shape[1]))
+        """Seconds of all ports for each count [J + those of single counts, X] and their latencies, for linear programs."""
+        own = [np.diag(own_s_X)[own_s_X > 0] for own_s_X in self.own_s_CX]
+        return np.concatenate([self.seconds_JX, *own]), np.append(self.latency_J, np.repeat(self.own_latency_C, list(map(len, own))))
 
 
 @kept_with_first
 def direct_ports(topology: Topology, copy_bytes: float, combine: bool) -> Ports:
-    """The ports that `cost.transfer_seconds` takes the maximum over where counts are of copies to each device, from all homes alike."""
+    """The ports that `cost.transfer_seconds` takes the maximum over where counts are of copies to each device, from all homes alike.
+
+    With combine, device d sends its answers to all homes, and home r receives those of every d: the dispatch on turned links.
+    """
     if combine and topology.is_symmetric:
         return direct_ports(topology, copy_bytes, False)
     each = copy_bytes / topology.num_devices
 
-    def by_port(per_byte_RR: FloatArray) -> tuple[list[FloatArray], FloatArray]:
-        if combine:  # device d sends its answers to all homes; home r receives those of every d
-            return [each * per_byte_RR.T], each * per_byte_RR.sum(axis=1)
-        return [each * per_byte_RR], each * per_byte_RR.sum(axis=0)
+    def by_device(per_byte_RR: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return each * per_byte_RR, each * per_byte_RR.sum(axis=0)
 
-    return _ports(topology, by_port)
+    return _ports(topology, by_device, np.arange(topology.num_devices), combine)
 
 
 @kept_with_first
-def hierarchical_ports(topology: Topology, copy_bytes: float, combine: bool) -> tuple[Ports, ...]:
-    """The same for each of the two hops of hierarchical dispatch: counts of copies to each device, and behind those to each node."""
+def hierarchical_ports(topology: Topology, copy_bytes: float, combine: bool) -> tuple[Ports, Ports]:
+    """The same for each of the two hops of hierarchical dispatch (`hops.two_hops`): counts of copies to each device, and behind those to
+    each node, X = R + N."""
+    if combine and topology.is_symmetric:
+        return hierarchical_ports(topology, copy_bytes, False)
+    R, N, node_R = topology.num_devices, topology.num_nodes, np.array(topology.node_of_R)
+    rank_R, node_RN = np.arange(R), np.arange(N)[None, :]
+    device_NG = np.argsort(node_R, kind="stable").reshape(N, -1)
+    rail_RN = device_NG[:, rank_R % (R // N)].T  # the device of each node that stands on the rail of device r
+    elsewhere_RN = node_RN != node_R[:, None]
+    each = copy_bytes / R
 
-    def hop_ports(unit_XRR: FloatArray) -> Ports:
-        bytes_XRR = np.swapaxes(unit_XRR, 1, 2) if combine else unit_XRR
+    def between_nodes(per_byte_RR: FloatArray) -> tuple[FloatArray, FloatArray]:
+        sent_RX = np.zeros((R, R + N))
+        sent_RX[:, R:] = np.where(elsewhere_RN, each * per_byte_RR[rank_R[:, None], rail_RN], 0.0)
+        return sent_RX, np.where(elsewhere_RN, each * per_byte_RR[rail_RN, rank_R[:, None]], 0.0).sum(axis=1)
 
-        def by_port(per_byte_RR: FloatArray) -> tuple[list[FloatArray], None]:
-            return [(bytes_XRR * per_byte_RR).sum(axis=2).T, (bytes_XRR * per_byte_RR).sum(axis=1).T], None
+    def within_nodes(per_byte_RR: FloatArray) -> tuple[FloatArray, FloatArray]:
+        sent_RX = np.zeros((R, R + N))
+        for device_G in device_NG:  # each passes on what came over its rail from the homes of all nodes, and to itself only its own
+            inside = np.ix_(device_G, device_G)
+            sent_RX[inside] = N * each * per_byte_RR[inside]
+        sent_RX[rank_R, rank_R] = each * per_byte_RR[rank_R, rank_R]
+        return sent_RX, sent_RX[:, :R].sum(axis=0)
 
-        return _ports(topology, by_port)
-
-    return tuple(hop_ports(unit_XRR) for unit_XRR in _units(topology, copy_bytes))
-
-
-def _units(topology: Topology, copy_bytes: float) -> list[FloatArray]:
-    """For each of the two hops, [X, R, R]: the bytes on every link for one count, homes anywhere alike: a copy to each device, and behind
-    those a copy to each node."""
-    R, N = topology.num_devices, topology.num_nodes
-    to_device_RRR = np.broadcast_to(np.eye(R)[:, None, :], (R, R, R)) / R
-    to_node_NRN = np.broadcast_to(np.eye(N)[:, None, :], (N, R, N)) / R
-    copies = np.concatenate([to_device_RRR, np.zeros((N, R, R))])
-    node_copies = np.concatenate([np.zeros((R, R, N)), to_node_NRN])
-    return list(two_hops(copies, node_copies, topology.node_of_R) * copy_bytes)
+    return _ports(topology, between_nodes, R + node_R, combine), _ports(topology, within_nodes, rank_R, combine)
 
 
-def _ports(topology: Topology, by_port: Callable[[FloatArray], tuple[list[FloatArray], FloatArray | None]]) -> Ports:
-    """All ports, from what those of each device take where a byte on a link takes so many seconds [R, R]: ports [R, X] that counts share,
-    and those [X] that counts have to themselves."""
+def _ports(
+    topology: Topology, by_device: Callable[[FloatArray], tuple[FloatArray, FloatArray]], own_count_R: IntArray, combine: bool
+) -> Ports:
+    """All ports. Given the seconds that a byte takes on every link [R, R], `by_device` says what the port by which each device sends takes
+    for every count [R, X], and that by which it receives for the count `own_count_R` [R], on which alone that depends."""
+    node_R = np.array(topology.node_of_R)
     port_of: dict[bytes, tuple[FloatArray, float]] = {}  # equal ones once, by digest: np.unique would sort them, which takes long
     own: list[tuple[FloatArray, float]] = []
     for link_class in range(len(LINK_CLASSES)):
@@ -111,20 +119,26 @@ def _ports(topology: Topology, by_port: Callable[[FloatArray], tuple[list[FloatA
         if not of_class_RR.any():
             continue
         latency_s = float(topology.latency_s_RR[of_class_RR].max())
-        shared, own_X = by_port(np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0))
+        per_byte_RR = np.where(of_class_RR, 1.0 / topology.bytes_per_s_RR, 0.0)
+        sent_RX, received_R = by_device(per_byte_RR.T if combine else per_byte_RR)
+        shared, own_X = [sent_RX], np.zeros(sent_RX.shape[1])
+        np.maximum.at(own_X, own_count_R, received_R)
         owns = [own_X]
         if link_class == OTHER_NODE and topology.node_bytes_per_s is not None:
-            shared_by_card, card_own_X = by_port(np.where(of_class_RR, 1.0 / topology.node_bytes_per_s, 0.0))
-            shared += [sum_by_node(part, topology, axis=0) for part in shared_by_card]
-            if card_own_X is not None and topology.num_nodes < topology.num_devices:
-                of_node_NX = np.zeros((topology.num_nodes, topology.num_devices))
-                of_node_NX[topology.node_of_R, np.arange(topology.num_devices)] = card_own_X
-                shared.append(of_node_NX)
+            sent_RX, received_R = by_device(np.where(of_class_RR, 1.0 / topology.node_bytes_per_s, 0.0))
+            received_NX = np.zeros((topology.num_nodes, sent_RX.shape[1]))
+            np.add.at(received_NX, (node_R, own_count_R), received_R)
+            shared.append(sum_by_node(sent_RX, topology, axis=0))
+            # Where nodes are devices, or a node's devices receive for one count, cards are ports of single counts as well.
+            if (np.count_nonzero(received_NX, axis=1) <= 1).all() and (np.count_nonzero(received_NX, axis=0) <= 1).all():
+                owns.append(received_NX.sum(axis=0))
             else:
-                owns.append(card_own_X)
+                shared.append(received_NX)
         for port_X in (port_X for part in shared for port_X in np.ascontiguousarray(part)):
-            port_of[hashlib.blake2b(port_X, digest_size=16, salt=struct.pack("d", latency_s)).digest()] = port_X, latency_s
-        own += [(own_X, latency_s) for own_X in owns if own_X is not None and own_X.any()]
+            digest = hashlib.blake2b(port_X, digest_size=16, salt=struct.pack("d", latency_s)).digest()
+            if digest not in port_of:
+                port_of[digest] = port_X.copy(), latency_s
+        own += [(own_X, latency_s) for own_X in owns if own_X.any()]
     rows, latencies = zip(*port_of.values(), strict=True)
     own_s_CX = np.array([own_X for own_X, _ in own]).reshape(len(own), len(rows[0]))
     return Ports(np.array(rows), np.array(latencies), own_s_CX, np.array([latency_s for _, latency_s in own]))
