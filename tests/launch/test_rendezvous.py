@@ -17,6 +17,7 @@ from crossdock.errors import BadConfig, CrossdockError, PeerLost, Unavailable, U
 from crossdock.launch.ranks import rendezvous
 from crossdock.launch.ranks.rendezvous import exchange, host_secret, listen, open_store, signed
 from crossdock.launch.ranks.worker_env import Meeting, WorkerEnv, first_host, local_environment, tasks_per_node, worker_env
+from tests.launch.starts import free_port
 
 TORCHRUN = {
     "RANK": "3",
@@ -192,12 +193,6 @@ def test_a_world_of_one_needs_no_store() -> None:
 
 
 # ---- who may join
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("kind", ["file", "listen", "shared"])

@@ -11,6 +11,7 @@ import typer
 
 from crossdock.errors import MissingInput, UsageError
 from crossdock.launch.scripts import allocation as cluster
+from crossdock.placement.commands.output import print_facts
 
 launch_app = typer.Typer(
     name="launch", help="Start a run on a cluster, or print what starts it.", no_args_is_help=True, rich_markup_mode=None
@@ -239,7 +240,7 @@ def _ask_for_secret(run: cluster.Run, further: str = "") -> None:
 
 
 def _print_command(command: Sequence[str], as_json: bool) -> None:
-    print(json.dumps({"command": list(command)}) if as_json else cluster.shell(command))
+    print_facts({"command": list(command)}, cluster.shell(command), as_json)
 
 
 def _write(text: str, out: Path | None) -> None:
