@@ -39,7 +39,7 @@ class ProfileConfig(StrictModel):
     first: int | None = pydantic.Field(default=None, ge=1)
     """First profiled step, counted from 1 as in metrics.jsonl."""
     last: int | None = pydantic.Field(default=None, ge=1)
-    """Last profiled step; the first alone where left out."""
+    """Last profiled step; the first alone where left out. Where it comes after the end of the run, the profile ends with that."""
 
     @pydantic.model_validator(mode="after")
     def _cross_check(self) -> Self:
@@ -51,6 +51,10 @@ class ProfileConfig(StrictModel):
     def last_step(self) -> int | None:
         """The last profiled step, or None."""
         return self.first if self.last is None else self.last
+
+    def until(self, step: int) -> "ProfileConfig":
+        """The same steps, as far as `step`, the last that there is."""
+        return self if self.last_step is None or self.last_step <= step else self.model_copy(update={"last": step})
 
 
 def is_profiling() -> bool:
@@ -127,7 +131,7 @@ class Profiler:
         return self.close() if step == self.config.last_step else None
 
     def close(self) -> Path | None:
-        """End a profile that is under way and write what there is; also for a run that ends early."""
+        """End a profile that is under way and write what there is; also for a run that is stopped early. Raises `IoFailure`."""
         if self._torch is None:
             return None
         running, self._torch = self._torch, None

@@ -1,7 +1,9 @@
-"""Ranks that hold different numbers of experts, some none: they equal one rank, count predicted bytes and keep their own experts alone."""
+"""Ranks that hold different numbers of experts, some none: they equal one rank, count predicted bytes, keep their own experts alone, and
+equal ones read their checkpoints."""
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,10 @@ from crossdock.placement.solvers import solve
 from crossdock.placement.solvers.problem import Constraints, Problem
 from crossdock.runtime.adaptation import migrate as migration
 from crossdock.runtime.adaptation.capture import Capture
+from crossdock.runtime.checkpoints import checkpoint
+from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig, RunState
+from crossdock.runtime.checkpoints.saver import Saver
+from crossdock.runtime.data import DataState
 from crossdock.runtime.training.context import StepContext
 from crossdock.runtime.transport.ledger import bytes_by_class
 from tests.models.step import Case, check_equal, run_step
@@ -133,6 +139,47 @@ def test_a_solved_plan_fits_the_memory_that_it_was_solved_for(ranks: Pool, folde
     for (parameters, gradients, _, *moments), memory_bytes in zip(found, memory_R, strict=True):
         assert 8 * (parameters + gradients + sum(moments)) * workload.expert_parameters <= memory_bytes
     assert found[1][0] < found[0][0]
+
+
+def saved_behind(
+    rank: int, world_size: int, folder: str, plan: Plan, read: str, name: str, dtype: str
+) -> tuple[dict[str, np.ndarray], int]:
+    """The state read from checkpoint `read` (or made by two steps), saved as `name` while a further step is made; experts held here."""
+    run = tiny.stepper(rank, world_size, folder, plan, dtype=getattr(torch, dtype))
+    tiny.run_steps(run, 0, 2)
+    if read:
+        found, manifest, passed_over = checkpoint.latest(Path(folder) / read, run.mesh)
+        assert checkpoint.restore(found, manifest, run.engine, passed_over).plan is not None
+    saver = Saver(Path(folder) / name, run.engine, run.mesh, CheckpointConfig(asynchronous=True))
+    state = tiny.census(run.engine)
+    assert saver.save(RunState(2, DataState(0, 16), 0, "d")) is None
+    tiny.run_steps(run, 2, 3)
+    assert saver.finish() is not None
+    return state, sum(len(moe.bank.inner) for moe in run.model.moe_layers)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoints_of_unequal_ranks_are_read_by_equal_ones_and_back(ranks: Pool, folder: str, dtype: str) -> None:
+    empty = tiny.lopsided_plan(2).slots_LRS.copy()
+    empty[:] = -1
+    empty[:, 0] = np.arange(8)
+    worlds = [
+        (4, tiny.lopsided_plan(2, copies=True)),
+        (2, Plan.contiguous(2, 8, 2)),
+        (4, tiny.lopsided_plan(4)),
+        (1, Plan.contiguous(2, 8, 1)),
+        (2, Plan(empty, 8)),
+        (4, Plan.contiguous(2, 8, 4)),
+    ]
+    first, read = None, ""
+    for number, (world_size, plan) in enumerate(worlds):
+        found = ranks.run(world_size, saved_behind, folder, plan, read, f"saved {number}", dtype)
+        assert [held for _, held in found] == [int(plan.held_LR[:, rank % plan.num_devices].sum()) for rank in range(world_size)]
+        state = tiny.merged([census for census, _ in found])
+        first, read = first or state, f"saved {number}"
+        tiny.assert_close(state, first, 0.0)
+    assert first is not None
+    assert {key.split("/")[-1] for key in first if key.startswith("expert/")} == {"weight", "exp_avg", "exp_avg_sq"}
 
 
 def peak(rank: int, world_size: int, folder: str, before: Plan, after: Plan) -> tuple[int, int, int]:

@@ -58,7 +58,9 @@ def sentence(event: str, details: Mapping[str, Any]) -> str | None:
             changed = sum(layer["changed"] for layer in layers)
             return f"-- strategies chosen after step {details['step']} ({details['why']}), new for {changed} of {len(layers)} layers"
         case "profiled":
-            return f"-- profile written to {details['path']}"
+            step, asked = details["step"], details["asked_step"]
+            early = f"; it ends with step {step}, the run's last, and not with {asked}" if step < asked else ""
+            return f"-- profile written to {details['path']}{early}"
         case "resumed":
             return f"-- resumed after step {details['step']} from {details['path']}"
     return None

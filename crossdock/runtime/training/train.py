@@ -17,7 +17,7 @@ from crossdock import atomic
 from crossdock.errors import BadConfig, BadData, CrossdockError, Preempted
 from crossdock.placement.costs.cost import Workload
 from crossdock.placement.records.plan import Plan
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
 from crossdock.runtime.adaptation.calibrate import Calibrated, calibrate
 from crossdock.runtime.adaptation.capture import Capture
@@ -83,7 +83,7 @@ class _Run:
         self.loss: float | None = None
         self.eval_loss: float | None = None
         self.moves: int | None = None
-        self.profiler = Profiler(training.profile, mesh, self.directory.path)
+        self.profiler = Profiler(training.profile.until(config.steps), mesh, self.directory.path)
         self.adaptation: Adaptation | None = None
         if self.topology is not None and training.adapt.mode_asked != "off":
             model, tokens = cast(Adaptable, training.model), self.stepper.tokens_per_rank
@@ -117,6 +117,7 @@ class _Run:
                 self._tell_saved(self.saver.poll())
                 if stop and self.step < self.config.steps:
                     folder = self._save(at_once=True)
+                    self._tell_profiled(self.profiler.close())
                     raise Preempted(f"asked to stop after step {self.step} of {self.config.steps}; the state is saved in {folder}")
                 if self._due(self.training.checkpoint.every) and self.step < self.config.steps:
                     self._save()
@@ -189,10 +190,9 @@ class _Run:
         looking = None if self.adaptation is None else self.adaptation.window
         windows = [window for window in (self.window, looking) if window is not None]
         step = self.stepper.run(self.step, self.state, [window.capture for window in windows], self.stop_asked)
-        if (written := self.profiler.after(self.step + 1, step.flights)) is not None:
-            self.event("profiled", step=self.step + 1, path=str(written))
         self.state = self.stepper.after(self.state)
         self.step += 1
+        self._tell_profiled(self.profiler.after(self.step, step.flights))
         self.loss = step.loss
         self.speeds.tokens_per_s.append(step.metrics["tokens_per_s"])
         self.speeds.step_s.append(step.step_s)
@@ -209,6 +209,10 @@ class _Run:
             self.directory.write_metrics(row)
             self.training.progress.step(row, console_line(row, config.steps))
         return step.stop
+
+    def _tell_profiled(self, written: Path | None) -> None:
+        if written is not None:
+            self.event("profiled", step=self.step, path=str(written), asked_step=self.training.profile.last_step)
 
     # ---- windows and re-planning ---------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.replan import ReplanConfig, WindowSteps, topology_of, window_steps
 from crossdock.runtime.checkpoints.checkpoint import CheckpointConfig
 from crossdock.runtime.phases import Phase, forget, listen
+from crossdock.runtime.profiler import ProfileConfig
 from crossdock.runtime.training.metrics import METRICS, RunDirectory
 from crossdock.runtime.training.steps import TrainConfig
 from crossdock.runtime.training.train import train
@@ -89,6 +90,22 @@ def files(folder: str, name: str = "run") -> tuple[dict[str, Any], list[dict[str
     paths = [path for path in (directory.metrics, directory.events) if path.exists()]
     lines = {path: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
     return json.loads(directory.result.read_text()), lines.get(directory.metrics, []), lines[directory.events]
+
+
+# ---- profiles ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "asked_at", "ended"),
+    [(11, 200, 0, 12), (4, 9, 5, 6), (3, 4, 0, 4)],
+    ids=["beyond the end", "a run that is stopped", "all of it"],
+)
+def test_a_profile_is_written_wherever_the_run_ends(folder: str, first: int, last: int, asked_at: int, ended: int) -> None:
+    options = {"profile": ProfileConfig(first=first, last=last)}
+    run(0, 1, folder, tiny.random_plan(1, 1), options, actions={asked_at: "SIGTERM"})
+    (event,) = [event for event in files(folder)[2] if event["event"] == "profiled"]
+    assert (event["step"], event["asked_step"]) == (ended, last)
+    assert json.loads(Path(event["path"]).read_text())["traceEvents"]
 
 
 # ---- predicted and counted -----------------------------------------------------------------------------------
