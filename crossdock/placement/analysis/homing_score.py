@@ -127,7 +127,7 @@ class Setting:
 
 
 def solve_with_homes(setting: Setting, begun: Sequence[Solution], forecast: Forecast | None, seconds: float, seed: int) -> Solution:
-    """Experts and homes planned together from other methods' plans, and the best of all of these with homes as they will be found.
+    """Experts and homes planned together from other methods' plans, if any, and the best of all of these with homes as they will be found.
 
     The search knows the routing; which of the plans is the best is decided by the evaluator, with the forecast's homes where there is one.
     It searches plans with one copy of each expert; a plan with replicas to begin from is held against what it finds. Plans that break a
@@ -138,7 +138,8 @@ def solve_with_homes(setting: Setting, begun: Sequence[Solution], forecast: Fore
     devices = [starts.balanced(problem), starts.clustered(problem), *devices]
     found = homed.improve(problem, setting.trace, setting.sequence_T, setting.costs, devices, seconds, seed)
     names: dict[str, Any] = {"mode": problem.mode, "objective": problem.objective, "seed": seed, "topology_hash": problem.topology.digest}
-    names |= {"method": f"{begun[-1].plan.method}+homing", "trace_hash": problem.affinity.trace_digest}
+    named_after = [solution.plan.method for solution in begun[-1:]]
+    names |= {"method": "+".join([*named_after, "homing"]), "trace_hash": problem.affinity.trace_digest}
     joint = Plan.from_devices(found.device_LE, problem.num_devices, problem.constraints.slots, **names)
     met = [Solution(joint, found.value, None, seconds, found.stopped_by), *begun]
     plans = [solution.plan for solution in met if broken_constraint(problem, solution) is None]

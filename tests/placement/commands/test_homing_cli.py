@@ -80,6 +80,20 @@ def test_what_cannot_be_is_refused(
     assert not out.exists()
 
 
+def test_homes_are_planned_beside_plans_from_files_where_no_method_gave_one(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "mine.json"
+    shape = Trace.load(trace)
+    Plan.contiguous(shape.num_layers, shape.num_experts, 2).save(plan)
+    options = ["--methods", "columns", "--homing", "--plan", str(plan), "--json"]
+    code, stdout, err = asked(capsys, "plan", "compare", "--trace", str(trace), *QUICK, *options)
+    assert (code, "method columns gave no plan" in err) == (2, True)
+    value = json.loads(stdout)
+    assert [row["method"] for row in value["rows"]] == ["mine.json", "homing"]
+    assert [row["method"] for row in value["homing"]["rows"]] == ["mine.json", "homing"]
+
+
 def test_a_trace_without_tokens_makes_no_forecast(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Trace(Trace.load(trace).experts_TLK, 8).save(tmp_path / "bare.npz")
     options = ["--homing", "--sequence-tokens", "10", "--out", str(tmp_path / "p.json")]
