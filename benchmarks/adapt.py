@@ -42,7 +42,8 @@ from benchmarks.on_ranks import meeting, set_rate, slowest, started, tell
 from crossdock.models.config import ModelConfig
 from crossdock.models.transformer import Transformer
 from crossdock.placement.records.plan import Plan
-from crossdock.placement.strategies.choice import Strategy, describe, price
+from crossdock.placement.strategies.choice import price
+from crossdock.placement.strategies.strategy import Strategy, describe
 from crossdock.runtime.adaptation import choice
 from crossdock.runtime.adaptation.adaptation import Adaptation, StepNumbers
 from crossdock.runtime.adaptation.choice import AdaptConfig

@@ -29,7 +29,7 @@ from crossdock.placement.records.topology import LINK_CLASSES, OTHER_NODE, Topol
 from crossdock.placement.records.trace import Trace
 from crossdock.placement.solvers import solve
 from crossdock.placement.solvers.problem import Constraints, Problem
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated, calibrate
 from crossdock.runtime.adaptation.probe import probe

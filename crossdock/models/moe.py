@@ -12,7 +12,7 @@ from crossdock.models.gates.noisy_topk import NoisyTopKConfig
 from crossdock.models.gates.table import AnyGateConfig, build_gate
 from crossdock.models.initial import named_fill
 from crossdock.placement.records.plan import Plan
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.runtime.dispatch.assignment import Assignment
 from crossdock.runtime.dispatch.dispatcher import DISPATCHERS, Dispatched, Dispatcher, Handle, Pending, Prepared
 from crossdock.runtime.dispatch.layout import ExpertLayout

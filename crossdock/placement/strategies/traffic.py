@@ -10,8 +10,9 @@ from crossdock.placement.costs.evaluate import Evaluation, evaluate
 from crossdock.placement.records.plan import Plan, choose_replica
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.strategies.choice import Strategy, Traffic
+from crossdock.placement.strategies.choice import Traffic
 from crossdock.placement.strategies.gather import gathered_plan, weight_hops
+from crossdock.placement.strategies.strategy import Strategy
 
 Gathered = tuple[int, ...]
 

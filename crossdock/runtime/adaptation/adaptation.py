@@ -13,8 +13,9 @@ from crossdock import atomic
 from crossdock.errors import CrossdockError
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
-from crossdock.placement.strategies.choice import Choices, LayerProblem, Strategy, explain
+from crossdock.placement.strategies.choice import LayerProblem
 from crossdock.placement.strategies.overlap_rule import Interference
+from crossdock.placement.strategies.strategy import Choices, Strategy, explain
 from crossdock.runtime.adaptation import choice
 from crossdock.runtime.adaptation.capture import Capture
 from crossdock.runtime.adaptation.choice import Adaptable, AdaptConfig, RankTimes, Watch

@@ -13,7 +13,7 @@ from crossdock.placement.costs.cost import Workload, transfer_seconds
 from crossdock.placement.costs.evaluate import Evaluation
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.windows import Measured, RankRecord, transfer_seconds_of
 

@@ -21,9 +21,10 @@ from crossdock.errors import BadData, CrossdockError
 from crossdock.placement.costs.cost import Dispatch, Workload
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
-from crossdock.placement.strategies.choice import Choice, Choices, LayerProblem, LayerTimes, Priced, Strategy, choose
+from crossdock.placement.strategies.choice import LayerProblem, LayerTimes, choose
 from crossdock.placement.strategies.gather import GatherCost, choose_gathered
 from crossdock.placement.strategies.overlap_rule import Interference
+from crossdock.placement.strategies.strategy import Choice, Choices, Priced, Strategy
 from crossdock.placement.strategies.traffic import load_RE, traffic_of
 from crossdock.runtime.adaptation.calibrate import calibrate
 from crossdock.runtime.adaptation.migrate import RoutedLayer

@@ -13,7 +13,7 @@ from crossdock.placement.costs.moving import Move, price_of_move, steps_to_pay_b
 from crossdock.placement.records.plan import Objective, Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.migrate import RoutedLayer

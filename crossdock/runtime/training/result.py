@@ -7,7 +7,7 @@ from typing import Any
 
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.placement.strategies.traffic import evaluate_strategies
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.replan import predicted_bytes

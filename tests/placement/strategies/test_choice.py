@@ -12,19 +12,9 @@ from crossdock.placement.costs.cost import Window, Workload, block_cost, transfe
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.strategies.choice import (
-    Choices,
-    LayerProblem,
-    LayerTimes,
-    Priced,
-    Strategy,
-    Traffic,
-    choose,
-    describe,
-    explain,
-    price,
-)
+from crossdock.placement.strategies.choice import LayerProblem, LayerTimes, Traffic, choose, price
 from crossdock.placement.strategies.overlap_rule import Interference
+from crossdock.placement.strategies.strategy import Choices, Priced, Strategy, describe, explain
 from crossdock.placement.strategies.traffic import evaluate_strategies, load_RE, traffic_of
 
 WORKLOAD = Workload(tokens_per_rank=512, model_width=256, expert_width=512, wire="fp32", expert_overhead_s=1e-4)

@@ -12,7 +12,7 @@ from crossdock.placement.costs.evaluate import Evaluation, evaluate
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.records.trace import Trace
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.runtime.adaptation.calibrate import calibrate
 from crossdock.runtime.adaptation.windows import Measured, RankRecord, Transfer, record_of, transfer_seconds_of
 from crossdock.runtime.transport.ledger import Flight, LayerProfile

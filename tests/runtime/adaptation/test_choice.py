@@ -14,8 +14,8 @@ import torch
 from crossdock.errors import BadData, CrossdockError, Preempted
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
-from crossdock.placement.strategies.choice import Choice, Choices, Priced, Strategy
 from crossdock.placement.strategies.overlap_rule import Interference
+from crossdock.placement.strategies.strategy import Choice, Choices, Priced, Strategy
 from crossdock.runtime.adaptation import choice
 from crossdock.runtime.adaptation.capture import CaptureConfig
 from crossdock.runtime.adaptation.choice import AdaptConfig, Watch

@@ -12,7 +12,7 @@ from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import Topology
 from crossdock.placement.solvers import solve
 from crossdock.placement.solvers.problem import Problem, Solution
-from crossdock.placement.strategies.choice import Strategy
+from crossdock.placement.strategies.strategy import Strategy
 from crossdock.runtime.adaptation.calibrate import Calibrated
 from crossdock.runtime.adaptation.replan import weigh
 from tests.placement.conftest import random_trace
