@@ -10,6 +10,7 @@ from benchmarks.chaos.__main__ import impossible
 from benchmarks.chaos.runs import Row, Workshop, answers, result_of
 from benchmarks.netlab import Lab
 from crossdock.errors import BadData
+from crossdock.launch import cli
 from crossdock.launch.local.children import Outcome
 from crossdock.launch.ranks.faults import Fault, Script
 from crossdock.launch.restarts import Endurance, is_worth_another
@@ -58,7 +59,10 @@ def test_ranks_that_stop_hang_and_crash_in_one_run_are_named_with_the_stacks_of_
 
 
 @pytest.mark.timeout(300)
-def test_one_run_through_everything_that_ends_a_run_says_so_each_time_and_loses_no_bit(workshop: Workshop) -> None:
+def test_one_run_through_everything_that_ends_a_run_says_so_each_time_and_loses_no_bit(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in the undisturbed run
     disasters = [
         (Fault("poison", 1, "loss", 6), 79, "not finite on rank 1"),
         (Fault("exhaust_device", 0, "backward", 10), 80, "rank 0"),
@@ -69,13 +73,13 @@ def test_one_run_through_everything_that_ends_a_run_says_so_each_time_and_loses_
     directory = workshop.directory()
     script = workshop.script(directory, [fault for fault, _, _ in disasters])
     for fault, exit_code, words in disasters:
-        code, result = workshop.run(directory, script, "fault.max_restarts=1"), result_of(directory)
+        code, result = cli.run(workshop.arguments(directory, script, "fault.max_restarts=1")), result_of(directory)
         assert (code, result["exit_code"]) == (exit_code, exit_code), (fault, result)
         assert result["status"] == ("preempted" if exit_code == 75 else "failed")
         assert words in result["message"] or f"rank {result['rank']}" == words, (fault, result)
         assert result["reached_step"] in (fault.step, fault.step + 1) if exit_code == 75 else result["reached_step"] <= fault.step
     assert "given up after 1 restarts" in result["message"]
-    assert workshop.run(directory, script) == 0
+    assert cli.run(workshop.arguments(directory, script)) == 0
     assert workshop.is_undisturbed(directory)
 
 
