@@ -15,6 +15,7 @@ from crossdock.placement.solvers import coherent
 from crossdock.placement.solvers.certificates.bounds import lower_bound
 from crossdock.placement.solvers.problem import Problem, Solution
 from crossdock.placement.solvers.search.price import has_two_hops
+from crossdock.placement.solvers.search.swaps import copies_per_place
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -134,9 +135,9 @@ def copies_to(problem: Problem, place_LE: IntArray, num_places: int) -> IntArray
     """[L, places]: copies of the whole trace to each place, one for every token and distinct place of its experts."""
     copies = []
     for sets, place_E in zip(problem.affinity.sets, place_LE, strict=True):
-        place_UK = np.append(place_E, num_places)[np.where(sets.experts_UK == NO_EXPERT, problem.num_experts, sets.experts_UK)]
-        copies.append([int(sets.count_U[(place_UK == place).any(axis=1)].sum()) for place in range(num_places)])
-    return np.array(copies, dtype=np.int64)
+        member_UK = np.where(sets.experts_UK == NO_EXPERT, problem.num_experts, sets.experts_UK)
+        copies.append(copies_per_place(member_UK, sets.count_U, place_E, num_places))
+    return np.array(copies).astype(np.int64)
 
 
 def hops_of(problem: Problem, device_LE: IntArray) -> float:

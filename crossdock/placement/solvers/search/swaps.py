@@ -11,6 +11,8 @@ so that two tables give the change of every swap at once, and a swap changes onl
 Where the homes of tokens are known (sequence homing), a copy counts what the way from its home to its place costs: 0 on the home itself.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ FloatArray = NDArray[np.float64]
 _CHUNK = 1 << 16  # sets whose K x K pairs are held in memory at once
 
 
-def copies_per_place(member_UK: IntArray, count_U: FloatArray, place_I: IntArray, num_places: int) -> FloatArray:
+def copies_per_place(member_UK: IntArray, count_U: NDArray[np.number[Any]], place_I: IntArray, num_places: int) -> FloatArray:
     """[P]: token copies sent to each place, one for every distinct place of a token's items; padding is nowhere. Needs no tables."""
     place_UK = np.sort(np.append(place_I, num_places)[member_UK], axis=1)
     is_first_UK = np.diff(place_UK, axis=1, prepend=-1) != 0
