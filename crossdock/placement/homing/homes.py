@@ -21,7 +21,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 MAX_PART = 512
-"""Sequences that are given homes together: the exact solution takes about 3 ms for them, and the square of that for twice as many."""
+"""Sequences that are given homes together: the exact solution takes about 3 ms for them, and grows with their square."""
 _CHUNK_TOKENS = 1 << 14  # tokens whose presence on devices is held in memory at once
 
 

@@ -7,7 +7,6 @@ raised where the device is too full and lowered where it is not; what is left of
 (arXiv 2401.08383). In mode home it saves no bytes.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from crossdock.errors import InfeasiblePlan
 from crossdock.placement.records.affinity import Affinity
+from crossdock.placement.records.kept import kept_with_first
 from crossdock.placement.records.plan import EMPTY
 from crossdock.placement.solvers.problem import Problem
 from crossdock.placement.solvers.search import starts
@@ -49,7 +49,7 @@ class _Flow:
         return float(self.tokens_V @ weight_RR[before_E[self.from_V], after_E[self.to_V]])
 
 
-@functools.lru_cache(maxsize=1)
+@kept_with_first
 def _flows(affinity: Affinity) -> list[_Flow]:
     """Of every pair of layers; a search makes many chains of one problem."""
     flows = []
