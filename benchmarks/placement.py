@@ -19,6 +19,7 @@ two-level costs under load cap 1.05. Without a folder only these. One row is one
 import argparse
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import placement_transfer
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import publish
 from benchmarks.placement_instances import drifting_trace, joined_pairs
 from benchmarks.placement_transfer import transfer_rows
@@ -222,20 +224,21 @@ def load_traces(short: bool) -> dict[str, Trace]:
     return {name: Trace(trace.experts_TLK[:, ::4], trace.num_experts) for name, trace in traces.items()} if short else traces
 
 
-def main() -> None:
+@one_line_errors
+def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0, help="cap on one search on real routing")
-    parser.add_argument("--bound-seconds", type=float, default=60.0, help="cap on one bound; twice as much for 256 experts")
+    parser.add_argument("--seconds", type=float, default=5.0, help="most seconds of one search on real routing")
+    parser.add_argument("--bound-seconds", type=float, default=60.0, help="most seconds of one bound; twice as many for 256 experts")
     parser.add_argument("--only", default="", help="only instances and problems whose name holds this word")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="also write the JSON document here")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--short", action="store_true", help="every fourth layer, few tokens, 2 s for everything")
     options = parser.parse_args()
     seconds, bound_seconds = (2.0, 2.0) if options.short else (options.seconds, options.bound_seconds)
     if options.only == "transfer":
         _publish_transfer(load_traces(options.short), seconds, options)
-        return
+        return 0
     rows = []
     traces = load_traces(options.short)
     for cases in (
@@ -249,7 +252,8 @@ def main() -> None:
     publish(
         rows, f"placement methods, {seconds:g} s a search on real routing, {bound_seconds:g} s a bound", options.out, options.json, COLUMNS
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import one_line_errors
 from benchmarks.measure import markdown_table, publish
 from benchmarks.placement_instances import drifting_trace
 from crossdock.atomic import write_text
@@ -107,14 +108,15 @@ def _without_files(words: Sequence[str]) -> Iterator[str]:
             yield word
 
 
+@one_line_errors
 def main() -> int:
     """The command line; `--one` is what a size's own process is asked. A size that fails costs its own rows alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="8,32,128,512,2048", help="numbers of devices, multiples of 8")
-    parser.add_argument("--seconds", default="2,10", help="budgets of a search")
-    parser.add_argument("--bound-seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", default="2,10", help="budgets of a search, in seconds")
+    parser.add_argument("--bound-seconds", type=float, default=10.0, help="most seconds of one bound")
     parser.add_argument("--short", action="store_true", help="2 layers, 5,000 tokens, 1 s for everything, up to 32 devices")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="also write the JSON document here")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--page", type=Path, help="a page in Markdown, beside the JSON of --out")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "PROBLEM"), help=argparse.SUPPRESS)
