@@ -1,5 +1,6 @@
 """SIGTERM before training, while a rank is failing, and when it is done."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,6 +18,36 @@ def terminate() -> None:
 def test_before_training_it_stops_the_rank_in_order() -> None:
     with sigterm_restored(), pytest.raises(Preempted, match="before there was anything to save"), stopping_in_order():
         terminate()
+
+
+def test_a_library_that_goes_on_whatever_has_failed_does_not_keep_a_rank_from_stopping() -> None:
+    swallowed = []
+
+    def go_on() -> None:
+        try:
+            terminate()
+        except Exception as failure:
+            swallowed.append(failure)
+            terminate()  # and one that comes meanwhile raises nothing
+        while True:
+            pass
+
+    with sigterm_restored(), pytest.raises(Preempted, match="before there was anything to save"), stopping_in_order():
+        go_on()
+    assert len(swallowed) == 1
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+
+
+def test_a_signal_that_was_swallowed_reaches_who_takes_it_next() -> None:
+    heard: list[int] = []
+    with sigterm_restored(), stopping_in_order():
+        with contextlib.suppress(Preempted):
+            terminate()
+        signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+        while not heard:
+            pass
+    assert heard == [signal.SIGTERM]
 
 
 def test_a_rank_that_waited_for_one_that_was_asked_too_has_lost_nobody() -> None:

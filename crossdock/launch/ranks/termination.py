@@ -14,6 +14,7 @@ from types import FrameType
 from crossdock.errors import PeerLost, Preempted
 
 _EARLY = "asked to stop before there was anything to save; start it again"
+_AGAIN_S = 0.1
 
 
 @contextlib.contextmanager
@@ -31,25 +32,36 @@ def sigterm_restored() -> Iterator[None]:
 def stopping_in_order() -> Iterator[None]:
     """From the beginning of the block SIGTERM raises `Preempted`, unless another exception is on its way already.
 
+    It is raised wherever the program is, also where libraries try what they import and go on without it, whatever has failed. So within the
+    block SIGTERM comes again, as long as the program computes and nobody else takes it.
     A rank that waits in a collective hears it only when that is over. Where it ends because another rank was asked too, and has gone, the
     loss of that one is raised as `Preempted` as well. Not before ranks have met: there such a wait may be long.
     """
-    is_asked = False
+    if not _is_main():
+        yield
+        return
+    is_asked, is_within = False, True
 
     def take(number: int, frame: FrameType | None) -> None:
         nonlocal is_asked
         is_asked = True
+        if is_within:
+            signal.setitimer(signal.ITIMER_VIRTUAL, _AGAIN_S)
         if sys.exc_info()[1] is None:
             raise Preempted(_EARLY)
 
-    if _is_main():
-        signal.signal(signal.SIGTERM, take)
+    previous = signal.signal(signal.SIGVTALRM, lambda _number, _frame: signal.raise_signal(signal.SIGTERM))
+    signal.signal(signal.SIGTERM, take)
     try:
         yield
     except PeerLost as failure:
         if is_asked:
             raise Preempted(_EARLY) from failure
         raise
+    finally:
+        is_within = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 def be_deaf() -> None:
