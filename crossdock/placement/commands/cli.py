@@ -1,7 +1,5 @@
 """`crossdock plan`: solve, compare, show, diff, check and report. Everything heavy is imported inside the commands."""
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +24,7 @@ from crossdock.placement.commands.options import (
     WorkloadOption,
     with_problem_options,
 )
-from crossdock.placement.commands.output import AsJson, print_json
+from crossdock.placement.commands.output import AsJson, print_json, say
 
 plan_app = typer.Typer(
     name="plan", help="Decide where experts live, and say what a plan is worth.", no_args_is_help=True, rich_markup_mode=None
@@ -69,7 +67,7 @@ def solve_command(
     asked = problem.read(also_trace, load_pieces)
     if homing:
         check_tokens_known(asked.trace)  # before the search, for the forecast afterwards
-    _say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
+    say(asked.heading(f"method {method}, at most {seconds:g} s, seed {seed}"), as_json)
     solution = solve(asked.problem, method, seconds, seed)
     moves: dict[str, int] = {}
     if old is not None:
@@ -119,15 +117,14 @@ def compare_command(
     Example: crossdock plan compare --trace trace.npz --topology 2x4-nvlink-ib --methods contiguous,anneal --eval-trace held-out.npz
     """
     from crossdock.placement.analysis.compare import Candidate, solved
-    from crossdock.placement.commands.planning import default_methods, method_names
-    from crossdock.placement.records.plan import Plan
+    from crossdock.placement.commands.planning import default_methods, method_names, plans_in
 
     names = method_names(methods or "") if methods is not None else default_methods(DEFAULT_METHODS, problem.mode, problem.objective)
     asked = problem.read(also_trace, load_pieces)
-    from_files = [Candidate(path.name, Plan.load(path)) for path in plan or ()]
-    for path, candidate in zip(plan or (), from_files, strict=True):
-        candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices, path)
-    _say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
+    from_files = [Candidate(name, loaded) for name, loaded in plans_in(plan or ()).items()]
+    for candidate in from_files:
+        candidate.plan.check_model(asked.trace.num_layers, asked.trace.num_experts, asked.topology.num_devices, candidate.label)
+    say(asked.heading(f"methods {', '.join(names)}, at most {seconds:g} s each, seed {seed}"), as_json)
     candidates, refusals = solved(asked.problem, names, seconds, seed)
     candidates += from_files
     if not candidates:
@@ -258,8 +255,7 @@ def report_command(
     Example: crossdock plan report --trace trace.npz --topology 2x8-nvlink-ib --plan plan.json --out report.html
     """
     from crossdock import atomic
-    from crossdock.placement.commands.planning import Asked
-    from crossdock.placement.records.plan import Plan
+    from crossdock.placement.commands.planning import Asked, plans_in
     from crossdock.placement.reports.report import render_plan_report, render_run_report
 
     if run is not None:
@@ -270,21 +266,16 @@ def report_command(
         page, target = render_run_report(run, bound_seconds=bound_seconds), out or run / "report.html"
     elif trace and topology and plan:
         asked = Asked.read(trace, topology, workload_path=workload, num_experts=num_experts)
-        plans = {path.name: Plan.load(path) for path in plan}
         title = f"Plans for {trace.name}"
         context = asked.problem.context
         page = render_plan_report(
-            asked.trace, asked.topology, asked.workload, plans, context=context, title=title, bound_seconds=bound_seconds
+            asked.trace, asked.topology, asked.workload, plans_in(plan), context=context, title=title, bound_seconds=bound_seconds
         )
         target = out or Path("report.html")
     else:
         raise UsageError("nothing to report on; give a run directory, or --trace, --topology and --plan")
     atomic.write_text(target, page)
     print_json({"out": str(target), "bytes": len(page)}) if as_json else print(f"{target}: {len(page) / 1024:,.0f} KiB")
-
-
-def _say(lines: Sequence[str], as_json: bool) -> None:
-    print("\n".join(lines), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def _print_tables(value: dict[str, Any]) -> None:

@@ -1,12 +1,18 @@
-"""What every command answers a program with: one JSON object on stdout, alone."""
+"""What commands answer programs with, one JSON object on stdout, alone; and what they tell people beside it."""
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def say(lines: Iterable[str], as_json: bool) -> None:
+    """What people are told at once: on stderr where stdout is for a program."""
+    print("\n".join(lines), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def print_json(value: Any, indent: int | None = None) -> None:

@@ -29,7 +29,7 @@ from crossdock.placement.records.affinity import Affinity
 from crossdock.placement.records.plan import Plan
 from crossdock.placement.records.topology import LINK_CLASSES, Topology
 from crossdock.placement.records.trace import Trace, concatenate, in_pieces
-from crossdock.placement.solvers import HOME_ALONE, SOLVERS
+from crossdock.placement.solvers import HOME_ALONE, SOLVERS, check_known
 from crossdock.placement.solvers.problem import Constraints, Pin, Problem, Solution
 
 UNITS = {
@@ -203,8 +203,7 @@ def method_names(methods: str) -> list[str]:
     """The methods of a comma-separated list, each once. Raises `UsageError` for unknown ones."""
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:
-        if name not in SOLVERS:
-            raise UsageError(f"method is {name!r}; choose from {', '.join(SOLVERS)}")
+        check_known(name)
     if not names:
         raise UsageError(f"--methods is empty; choose from {', '.join(SOLVERS)}")
     return names
@@ -214,6 +213,12 @@ def default_methods(methods: str, mode: str, objective: str) -> list[str]:
     """Those of a comma-separated list that price the mode and the objective."""
     names = method_names(methods)
     return [name for name in names if name not in HOME_ALONE] if (mode, objective) == ("coherent", "seconds") else names
+
+
+def plans_in(paths: Sequence[Path]) -> dict[str, Plan]:
+    """The plans by the names of their files, and by their paths where two files have one name."""
+    names = [path.name for path in paths]
+    return {path.name if names.count(path.name) == 1 else str(path): Plan.load(path) for path in paths}
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

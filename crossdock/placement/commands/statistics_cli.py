@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crossdock.errors import BadData, UsageError
-from crossdock.placement.commands.cli import _say, plan_app
+from crossdock.placement.commands.cli import plan_app
 from crossdock.placement.commands.options import (
     METHODS,
     NumExpertsOption,
     ProblemOptions,
     with_problem_options,
 )
-from crossdock.placement.commands.output import AsJson, print_json
+from crossdock.placement.commands.output import AsJson, print_json, say
 
 if TYPE_CHECKING:
     from crossdock.placement.analysis.statistics import CurvePoint, Drift
@@ -48,7 +48,7 @@ def tokens_command(
     asked = problem.read()
     fit, other = (asked.trace, asked.eval_trace) if asked.eval_trace is not None else _split(asked.trace)
     counts = _sizes(sizes, fit.num_tokens)
-    _say(asked.heading(f"method {method}, at most {seconds:g} s for each of {len(counts)} sizes"), as_json)
+    say(asked.heading(f"method {method}, at most {seconds:g} s for each of {len(counts)} sizes"), as_json)
     elsewhere = Affinity.from_trace(other)
     points = enough_tokens(asked.problem, fit, elsewhere, counts, method, seconds)
     contiguous = Plan.contiguous(fit.num_layers, fit.num_experts, asked.topology.num_devices)

@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from crossdock.errors import UsageError
-from crossdock.placement.commands.cli import _say
 from crossdock.placement.commands.options import (
     METHODS,
     LoadCapOption,
@@ -14,7 +13,7 @@ from crossdock.placement.commands.options import (
     TraceOption,
     WorkloadOption,
 )
-from crossdock.placement.commands.output import AsJson, print_json
+from crossdock.placement.commands.output import AsJson, print_json, say
 from crossdock.placement.commands.statistics_cli import plan_app
 
 __all__ = ["plan_app"]
@@ -59,7 +58,7 @@ def whatif_command(
     topologies, routing, sizes = [Topology.load(name) for name in topology], Trace.load(trace, num_experts), read_workload(workload)
     asked = [name for name in all_dispatches() if name in (dispatch or all_dispatches())]
     questions = variants(topologies, asked, spare_slots or (), method)
-    _say([f"{len(questions)} rows of at most {seconds:g} s each; {sizes.tokens_per_rank:,} tokens per rank in each"], as_json)
+    say([f"{len(questions)} rows of at most {seconds:g} s each; {sizes.tokens_per_rank:,} tokens per rank in each"], as_json)
     rows = [answer(question, routing, sizes, load_cap, seconds, seed) for question in questions]
     if as_json:
         found = {"path": str(trace), "digest": routing.digest, "tokens": routing.num_tokens, "experts": routing.num_experts}

@@ -22,7 +22,18 @@ from crossdock.placement.solvers import (
 from crossdock.placement.solvers.constraints import check_constraints, load_peaks
 from crossdock.placement.solvers.problem import Problem, Solution
 
-__all__ = ["HOME_ALONE", "SOLVERS", "Solver", "check_constraints", "check_method", "check_mode", "load_peaks", "solve"]
+__all__ = [
+    "HOME_ALONE",
+    "SOLVERS",
+    "Solver",
+    "check_constraints",
+    "check_known",
+    "check_method",
+    "check_mode",
+    "check_seconds",
+    "load_peaks",
+    "solve",
+]
 
 Solver = Callable[[Problem, float, int], Solution]
 
@@ -58,10 +69,15 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
 """What a method cannot take, told before the search by the methods that are not for every problem; they ask it themselves as well."""
 
 
-def check_method(problem: Problem, method: str) -> None:
-    """Raise `UsageError` for an unknown method, and where `method` refuses the problem for its objective, its mode or its size."""
+def check_known(method: str) -> None:
+    """Raise `UsageError` for a method that is not in the table."""
     if method not in SOLVERS:
         raise UsageError(f"method is {method!r}; choose from {', '.join(SOLVERS)}")
+
+
+def check_method(problem: Problem, method: str) -> None:
+    """Raise `UsageError` for an unknown method, and where `method` refuses the problem for its objective, its mode or its size."""
+    check_known(method)
     check_mode(problem, method)
     if method in CHECKS:
         CHECKS[method](problem)
@@ -84,8 +100,7 @@ def solve(problem: Problem, method: str, seconds: float = 10.0, seed: int = 0) -
 
     Raises `UsageError` for an unknown method and `InfeasiblePlan` where the method's plan breaks the load cap.
     """
-    if method not in SOLVERS:
-        raise UsageError(f"method is {method!r}; choose from {', '.join(SOLVERS)}")
+    check_known(method)
     check_seconds(seconds)
     check_mode(problem, method)
     solution = SOLVERS[method](problem, seconds, seed)

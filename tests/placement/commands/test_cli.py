@@ -212,6 +212,19 @@ def test_compare_and_report_name_the_file_of_a_plan_that_does_not_fit(traces: tu
             run(command, *asked)
 
 
+def test_plans_of_one_name_in_two_folders_are_told_apart(traces: tuple[str, str], tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "plan.json" for folder in ("a", "b")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        random_plan(number).save(path)
+    asked = ["--trace", traces[0], "--topology", "2x2-local", "--plan", str(paths[0]), "--plan", str(paths[1]), "--bound-seconds", "0"]
+    rows = run_json("compare", *asked, "--methods", "balance")["rows"]
+    assert [row["method"] for row in rows] == ["balance", *map(str, paths)]
+    assert rows[1]["plan"] != rows[2]["plan"]
+    run("report", *asked, "--out", str(tmp_path / "r.html"))
+    assert all(str(path) in (tmp_path / "r.html").read_text() for path in paths)
+
+
 def test_check_refuses_what_does_not_fit(traces: tuple[str, str], tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     Plan.contiguous(3, 8, 4).save(plan)
