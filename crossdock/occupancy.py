@@ -26,15 +26,10 @@ def occupied(directory: Path) -> Iterator[None]:
     The lock of another host does not hold for long: that host may have died, and a network's file system gives its locks back much later
     than the run goes on elsewhere. Raises `Occupied` where another one works there, and `IoFailure` where the folder cannot be written.
     """
-    path = directory / LOCK
+    path, deadline_s = directory / LOCK, time.monotonic() + PATIENCE_S
+    descriptor = _opened(path)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as failure:
-        raise IoFailure(f"cannot write {path}: {failure.strerror}; set run.dir to a place that is writable") from failure
-    try:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not _is_taken(descriptor):
+        while not (_is_taken(descriptor) and _is_at(path, descriptor)):
             if time.monotonic() > deadline_s:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace")
                 if holder.endswith(f" on {platform.node()}"):
@@ -42,12 +37,30 @@ def occupied(directory: Path) -> Iterator[None]:
                 print(f"crossdock: warning: {directory} is locked by {holder or 'another run'}, which is taken for lost", file=sys.stderr)
                 break
             time.sleep(_POLL_S)
+            earlier, descriptor = descriptor, _opened(path)
+            os.close(earlier)
         with contextlib.suppress(OSError):  # the disk is full: then the holder has no name
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as failure:
+        raise IoFailure(f"cannot write {path}: {failure.strerror}; set run.dir to a place that is writable") from failure
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the file is there still: who held the lock before may have moved an earlier run aside, and the lock in it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_taken(descriptor: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossdock import atomic, strict_yaml
-from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput, UsageError
+from crossdock.errors import BadConfig, BadData, CrossdockError, IoFailure, MissingInput, Occupied, UsageError
 from crossdock.launch.config import RunConfig, resolved
 from crossdock.launch.ending import Result, read_result
 from crossdock.launch.transport import check_transport
@@ -211,3 +211,14 @@ def record_failure(config: RunConfig, exit_code: int, message: str, rank: int, w
     with contextlib.suppress(CrossdockError):  # the disk may be what failed; the exit code still tells
         RunDirectory(run_directory(config)).write_result(result.as_json())
     return result
+
+
+def record_failure_of_ranks(config: RunConfig, exit_code: int, message: str, rank: int, world_size: int) -> Result:
+    """The same, by a launcher whose ranks have ended. Where another run took the directory before they could, nothing there is theirs."""
+    if exit_code == Occupied.exit_code:
+        try:
+            with occupied(run_directory(config)):
+                pass
+        except Occupied:
+            return Result(exit_code, {"message": message, "rank": rank})
+    return record_failure(config, exit_code, message, rank, world_size)

@@ -22,7 +22,7 @@ from crossdock.launch.request import (
     check_world,
     prepare_directory,
     read_inputs,
-    record_failure,
+    record_failure_of_ranks,
     run_directory,
 )
 from crossdock.launch.restarts import Endurance, is_worth_another, newest_checkpoint, resuming
@@ -144,7 +144,7 @@ def _run_in_local_ranks(request: Request, num_ranks: int, nursery: Nursery) -> R
             return Result(0, _without_ending(json.loads(answer.read_text())))
     _complain("", {"message": outcome.message, "traceback": outcome.traceback})
     if request.job == "train":
-        return record_failure(request.config, outcome.exit_code, outcome.message, outcome.rank, num_ranks)
+        return record_failure_of_ranks(request.config, outcome.exit_code, outcome.message, outcome.rank, num_ranks)
     return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
 
 

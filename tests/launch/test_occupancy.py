@@ -1,18 +1,23 @@
 """Two runs in one directory: the second is refused before it touches anything; the lock goes with its holder, however that ends."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from crossdock import occupancy
 from crossdock.errors import Occupied
 from crossdock.launch import cli
+from crossdock.launch.config import read_config
+from crossdock.launch.request import record_failure_of_ranks
 from crossdock.occupancy import occupied
 
 HOLD = """
@@ -54,6 +59,43 @@ def test_the_lock_of_another_host_which_may_have_died_is_no_hindrance(tmp_path: 
         with occupied(tmp_path):
             pass
     assert "locked by process 7 on elsewhere, which is taken for lost" in capsys.readouterr().err
+
+
+def test_who_waited_while_the_run_was_moved_aside_takes_the_lock_of_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, waits, may_look, is_in = tmp_path / "run", threading.Event(), threading.Event(), threading.Event()
+
+    def sleep(_seconds: float) -> None:
+        waits.set()
+        may_look.wait()
+
+    def enter() -> None:
+        with occupied(folder):
+            is_in.set()
+
+    monkeypatch.setattr(occupancy, "PATIENCE_S", 600.0)
+    monkeypatch.setattr(occupancy, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    waiting = threading.Thread(target=enter)
+    with contextlib.ExitStack() as next_run:
+        with occupied(folder):
+            waiting.start()
+            waits.wait()
+            folder.rename(tmp_path / "run.1")
+            next_run.enter_context(occupied(folder))
+        may_look.set()
+        assert not is_in.wait(0.3)
+    waiting.join(60)
+    assert is_in.is_set()
+
+
+def test_a_launcher_leaves_the_result_of_another_run_alone(tmp_path: Path) -> None:
+    config = read_config(Path("configs/tiny.yaml"), [f"run.dir={tmp_path}"])
+    process = holder(tmp_path)
+    assert record_failure_of_ranks(config, 69, "is in use", 0, 2).exit_code == 69
+    assert not (tmp_path / "result.json").exists()
+    process.kill()
+    process.communicate()
+    record_failure_of_ranks(config, 69, "no GPU", 0, 2)
+    assert json.loads((tmp_path / "result.json").read_text())["message"] == "no GPU"
 
 
 def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,9 @@ where each actor really runs is checked before a process group forms. One rank i
 incarnation goes, and the next one resumes from the newest checkpoint, on fewer nodes where that is allowed.
 """
 
-import contextlib
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from crossdock.errors import BadConfig, PeerLost, Preempted, Unavailable
 from crossdock.launch.config import RunConfig, resolved
@@ -28,7 +24,7 @@ from crossdock.launch.ray.incarnation import POLL_S, Incarnation
 from crossdock.launch.ray.metrics import told_to_ray
 from crossdock.launch.ray.nodes import living_nodes
 from crossdock.launch.ray.watch import Ending, Loss, Watch
-from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure, run_directory
+from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure_of_ranks, run_directory
 from crossdock.launch.restarts import Endurance, newest_checkpoint, resuming
 from crossdock.launch.scripts.allocation import Shape
 from crossdock.launch.transport import check_transport
@@ -89,21 +85,20 @@ class _Supervisor:
     def __init__(self, driver: Driver, request: Request, shape: Shape, policy: Policy) -> None:
         self.driver, self.ray = driver, driver.ray
         self.request, self.config, self.shape, self.policy = request, request.config, shape, policy
-        self.stopping = False
         self.suspects: frozenset[str] = frozenset()
 
     def run(self) -> Result:
-        """Start incarnations until the run has ended, for good or bad."""
+        """Start incarnations until the run has ended, for good or bad. SIGTERM asks the ranks to save and to end with 75."""
         checkpoints = RunDirectory(run_directory(self.config)).checkpoints
         number, endurance = 0, Endurance(self.policy.restarts, newest_checkpoint(checkpoints))
         failing_since_s = float("inf")
-        with self._stopped_by_sigterm(), told_to_ray(run_directory(self.config)):
+        with told_to_ray(run_directory(self.config)):
             while True:
                 number += 1
                 ending = self._incarnation(number)
                 if not isinstance(ending, Loss):
                     return self._ended(ending)
-                if self.stopping:
+                if self.driver.is_stopping:
                     return self._failed(ending.outcome)
                 self.suspects = ending.suspects
                 now_s = time.monotonic()
@@ -141,7 +136,7 @@ class _Supervisor:
                 return Loss(Outcome(0, PeerLost.exit_code, f"the ranks could not be started ({why})"), False, self.suspects)
             except PeerLost as failure:
                 return Loss(Outcome(0, PeerLost.exit_code, str(failure)), False, self.suspects)
-            return Watch(self.ray, self.driver.monitor, incarnation, self.policy.silence_s).until_it_ends(lambda: self.stopping)
+            return Watch(self.ray, self.driver.monitor, incarnation, self.policy.silence_s).until_it_ends(lambda: self.driver.is_stopping)
         finally:
             incarnation.end()
 
@@ -153,7 +148,7 @@ class _Supervisor:
             nodes = ray_cluster.able(living_nodes(self.ray), self.shape)
             if len(nodes) >= self.shape.nodes:
                 return resuming(self.config, number), self.shape, ray_cluster.chosen(nodes, self.shape.nodes, self.suspects)
-            if self.stopping:
+            if self.driver.is_stopping:
                 raise Preempted("asked to stop while nodes were missing; start it again, and it resumes from its newest checkpoint")
             if time.monotonic() > deadline_s:
                 break
@@ -167,7 +162,7 @@ class _Supervisor:
 
     def _start(self, incarnation: Incarnation, config: RunConfig) -> None:
         patience_s = self.policy.wait_s if incarnation.number == 1 else max(self.policy.wait_s, _DEATH_S)
-        incarnation.settle(patience_s, lambda: self.stopping)
+        incarnation.settle(patience_s, lambda: self.driver.is_stopping)
         arguments = dict(self.request.arguments)
         if self.request.job == "train":
             arguments["resume"] = prepare_directory(config)
@@ -182,20 +177,7 @@ class _Supervisor:
         say(f"error: {outcome.message}")
         if self.request.job != "train":
             return Result(outcome.exit_code, {"message": outcome.message, "rank": outcome.rank})
-        return record_failure(self.config, outcome.exit_code, outcome.message, outcome.rank, self.shape.world_size)
-
-    @contextlib.contextmanager
-    def _stopped_by_sigterm(self) -> Iterator[None]:
-        """Within the block, SIGTERM (`ray job stop`) asks the ranks to save and to end with 75."""
-
-        def ask(number: int, frame: Any) -> None:
-            self.stopping = True
-
-        previous = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        return record_failure_of_ranks(self.config, outcome.exit_code, outcome.message, outcome.rank, self.shape.world_size)
 
 
 def _with_reachable_directory(config: RunConfig) -> RunConfig:
