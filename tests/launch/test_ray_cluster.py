@@ -1,7 +1,9 @@
 """How a run is laid out on a Ray cluster: pure decisions on facts about nodes."""
 
+import contextlib
 import http.server
 import json
+import signal
 import socketserver
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from crossdock.errors import BadConfig, CrossdockError, MissingInput, PeerLost, Preempted, Unavailable
 from crossdock.launch.config import RunConfig, read_config
 from crossdock.launch.ranks.worker_env import in_ray_job, ray_submission_id
-from crossdock.launch.ray import connection, incarnation
+from crossdock.launch.ray import ahead, connection, incarnation
 from crossdock.launch.ray.ahead import Ahead
 from crossdock.launch.ray.cluster import Node, Place, able, check_places, chosen, shape_of, shrunk, too_small
 from crossdock.launch.ray.connection import open_to_strangers
@@ -143,6 +145,19 @@ def test_a_start_that_does_not_come_about(
     monkeypatch.setattr(start, "_asked", [object()] * 4)
     with pytest.raises(kind, match=told):
         start.settle(60.0 if is_stopping else 0.0, lambda: is_stopping)
+
+
+def test_a_driver_that_is_asked_to_stop_while_it_reads_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in order as soon as it comes to wait for ranks; Ray's own handler would end it with another code and no result."""
+    monkeypatch.setattr(ahead, "connected", lambda address: contextlib.nullcontext(mock.MagicMock()))
+    monkeypatch.setattr(ahead, "new_monitor", lambda ray: None)
+    monkeypatch.setattr(ahead, "living_nodes", lambda ray: [])
+    before = signal.getsignal(signal.SIGTERM)
+    with ahead.ranks_ahead(Path("tiny"), (), None, None) as found:
+        assert not found.driver().is_stopping
+        signal.raise_signal(signal.SIGTERM)
+        assert found.driver().is_stopping
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_rank_goes_on_beating_while_its_monitor_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ plain in the YAML (`parallel.ranks`, `parallel.expert`, `topology`), which needs
 """
 
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,25 @@ from crossdock.launch.scripts.allocation import Shape
 
 
 class Driver:
-    """A connection to a cluster, its monitor, and the first incarnation where that has been asked for already."""
+    """A connection to a cluster, its monitor, the first incarnation where that has been asked for already; whether the run is to stop."""
 
     def __init__(self, ray: Any) -> None:
         self.ray, self.monitor = ray, new_monitor(ray)
+        self.is_stopping = False
         self._ahead: Incarnation | None = None
+
+    @contextlib.contextmanager
+    def stopped_by_sigterm(self) -> Iterator[None]:
+        """Within the block, SIGTERM (`ray job stop`) is a wish to stop: Ray's own handler would end the process, and tell nobody."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.is_stopping = True
+
+        previous = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def ask_ahead(self, shape: Shape) -> None:
         """Ask for the actors of start 1, where the cluster can hold them; where it cannot, that is said when their turn comes."""
@@ -76,6 +91,7 @@ def ranks_ahead(path: Path, overrides: Sequence[str], shape: Shape | None, addre
         except CrossdockError as failure:
             yield Ahead(None, failure)
             return
+        connection.enter_context(driver.stopped_by_sigterm())
         with contextlib.suppress(CrossdockError):  # said again, and better, by `read_config` and `launch`
             driver.ask_ahead(shape or _shape_in(path, overrides, driver.ray))
         yield Ahead(driver, None)
