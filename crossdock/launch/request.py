@@ -217,7 +217,7 @@ def record_failure_of_ranks(config: RunConfig, exit_code: int, message: str, ran
     """The same, by a launcher whose ranks have ended. Where another run took the directory before they could, nothing there is theirs."""
     if exit_code == Occupied.exit_code:
         try:
-            with occupied(run_directory(config)):
+            with contextlib.suppress(IoFailure), occupied(run_directory(config)):
                 pass
         except Occupied:
             return Result(exit_code, {"message": message, "rank": rank})

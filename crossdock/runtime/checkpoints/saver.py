@@ -102,7 +102,7 @@ class Saver:
             aside = writing.path.parent
             Manifest(**writing.frame, shards=shards, tensors=tensors).write(aside)
             reached("checkpoint_rename")
-            if final.exists():  # a damaged one, or that of the very step at which this run resumed
+            if final.exists():  # one that is damaged: a run does not come to the step of a whole one again
                 _discard(final)
             aside.rename(final)
             fsync(self.directory)
