@@ -36,7 +36,10 @@ def case_of(name: str, traffic: str = "home", **changes: Any) -> Case:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("world", "plan"), [((1, 1), "contiguous"), ((2, 2), "random"), ((4, 4), "copies"), ((4, 2), "uneven")])
+@pytest.mark.parametrize(
+    ("world", "plan"),
+    [((1, 1), "contiguous"), ((2, 2), "random"), ((4, 4), "copies"), ((4, 2), "uneven"), ((4, 4), "lopsided"), ((4, 2), "lopsided_copies")],
+)
 def test_n_ranks_equal_one_at_home(ranks: Pool, name: str, world: tuple[int, int], plan: str) -> None:
     alone = run_step(0, 1, case_of(name, num_steps=2, micro_batches=2))
     coherent = case_of(name, "coherent", expert_parallel=world[1], plan=plan, num_steps=2, micro_batches=2)

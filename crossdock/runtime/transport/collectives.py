@@ -53,7 +53,8 @@ def all_reduce(value: Tensor, group: Group) -> Tensor:
 
 def all_reduce_start(value: Tensor, group: Group) -> Pending[Tensor]:
     """Start summing `value` over the group, in place; `wait()` gives it back."""
-    return _PendingReduction(value, None if group is None else dist.all_reduce(value, group=group, async_op=True))
+    with naming_lost_peers():
+        return _PendingReduction(value, None if group is None else dist.all_reduce(value, group=group, async_op=True))
 
 
 class _PendingReduction:
