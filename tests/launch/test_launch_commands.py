@@ -61,6 +61,13 @@ def test_out_writes_the_same(tmp_path: Path) -> None:
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--claim", "Bad_Name"], 2, "--claim 'Bad_Name' is no name"),
         (["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--image", ""], 2, "--image '' is no reference"),
         (
+            ["kubernetes", "tiny", "run.dir=/runs/tiny", "--ranks-per-node", "2", "--ray-version", "new"],
+            2,
+            "--ray-version 'new' is no version",
+        ),
+        (["kubernetes", "tiny", "run.dir=/runs", "--ranks-per-node", "2"], 2, "set run.dir=/runs/NAME"),
+        (["kubernetes", "tiny", "run.dir=/runs/../tiny", "--ranks-per-node", "2"], 2, "set run.dir=/runs/tiny"),
+        (
             ["slurm", "nothing.yaml"],
             66,
             "nothing.yaml does not exist, and is no shipped run; give the path of a YAML file, or one of demo,",
@@ -85,19 +92,19 @@ def test_every_exit_code_is_final_or_retried_but_not_both() -> None:
 @pytest.mark.parametrize("claim", ["runs", "team.runs-2", "0", "a" * 253])
 @pytest.mark.parametrize("image", ["x", "crossdock:latest", "host:5000/team/cross_dock:V1.0-a", "ghcr.io/a/b-c@sha256:" + "0a" * 32])
 def test_names_that_kubernetes_takes(claim: str, image: str) -> None:
-    kubernetes.check_names(image, claim)
+    kubernetes.check_names(image, claim, "2.60.0")
 
 
 @pytest.mark.parametrize("claim", ["Runs", "a_b", "-a", "a-", "a..b", ".a", "a b", "a\n", "a" * 254])
 def test_claims_that_kubernetes_refuses(claim: str) -> None:
     with pytest.raises(cluster.UsageError, match="--claim"):
-        kubernetes.check_names("x", claim)
+        kubernetes.check_names("x", claim, "2.60.0")
 
 
 @pytest.mark.parametrize("image", ["", " x", "Crossdock", "a:", "a:b:c", "a/", "/a", "a//b", "x@sha256:12", "a:" + "t" * 129])
 def test_images_that_kubernetes_refuses(image: str) -> None:
     with pytest.raises(cluster.UsageError, match="--image"):
-        kubernetes.check_names(image, "runs")
+        kubernetes.check_names(image, "runs", "2.60.0")
 
 
 def test_names_are_labels() -> None:

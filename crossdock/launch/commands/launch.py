@@ -1,6 +1,7 @@
 """`crossdock launch`: the same run under every launcher. Scripts and manifests are printed to be read first; Ray is driven from here."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,13 +155,12 @@ def print_kubernetes(
     from crossdock.authentication import Secret
     from crossdock.launch.scripts.kubernetes import MOUNT, check_names, job_set, ray_job, with_secret
 
-    check_names(image, claim)
+    check_names(image, claim, ray_version)
     shape = cluster.Shape(nodes, ranks_per_node, gpus, cores_per_rank)
     run = _run(config, overrides, shape.world_size, nodes, "ray" if kind == "rayjob" else "torchrun")
-    if not run.directory.is_relative_to(MOUNT):
-        raise UsageError(
-            f"run.dir is {run.directory}, which a pod forgets; set run.dir={MOUNT}/{run.name}: the claim is mounted at {MOUNT}"
-        )
+    if Path(MOUNT) not in Path(os.path.normpath(run.directory)).parents:  # the mount itself neither: a finished run is moved aside
+        name = run.name if run.directory != Path(MOUNT) else "NAME"
+        raise UsageError(f"run.dir is {run.directory}, which a pod forgets; set run.dir={MOUNT}/{name}: the claim is mounted at {MOUNT}")
     if kind == "jobset":
         manifest = job_set(shape, run, image, claim, restarts)
         manifest = with_secret(manifest, run, Secret.fresh()) if secret else manifest

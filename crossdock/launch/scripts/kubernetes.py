@@ -13,6 +13,7 @@ MOUNT = "/runs"
 _GRACE_S = 120
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 _MAX_NAME = 253
+_VERSION = re.compile(r"\d+\.\d+\.\d+\w*", re.ASCII)
 _IMAGE = re.compile(
     r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:\d+)?/)?"  # a registry and its port
     r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
@@ -31,8 +32,9 @@ exec crossdock status {directory} --otherwise 76; }}
 """
 
 
-def check_names(image: str, claim: str) -> None:
-    """Raise `UsageError` where `claim` is no DNS subdomain (RFC 1123), as the names of claims are, or `image` refers to no image."""
+def check_names(image: str, claim: str, ray_version: str) -> None:
+    """Raise `UsageError` where `claim` is no DNS subdomain (RFC 1123), as the names of claims are, `image` refers to no image, or
+    `ray_version` is no version."""
     if not claim:
         raise UsageError("pods forget their files: name a claim of a volume that every node can write (--claim), for runs and checkpoints")
     if len(claim) > _MAX_NAME or not _NAME.fullmatch(claim):
@@ -42,6 +44,8 @@ def check_names(image: str, claim: str) -> None:
         )
     if not _IMAGE.fullmatch(image):
         raise UsageError(f"--image {image!r} is no reference of an image; write it like registry.example/team/crossdock:1.0")
+    if not _VERSION.fullmatch(ray_version):
+        raise UsageError(f"--ray-version {ray_version!r} is no version; write it like 2.60.0")
 
 
 def job_set(shape: Shape, run: Run, image: str, claim: str, restarts: int) -> dict[str, Any]:
