@@ -13,8 +13,11 @@ from pathlib import Path
 from crossdock.errors import IoFailure, Occupied
 
 LOCK = ".lock"
-PATIENCE_S = 5.0
-"""How long a start waits for the end of the one before: what a lost rank 0 leaves may take a moment to go."""
+PATIENCE_S = 20.0
+"""How long a start waits for the end of the one before: the memory of a killed rank 0 may take so long to go, then goes its lock."""
+ELSEWHERE_S = 5.0
+"""The same for a holder on another host."""
+_TELL_S = 1.0
 _POLL_S = 0.05
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
@@ -26,16 +29,22 @@ def occupied(directory: Path) -> Iterator[None]:
     The lock of another host does not hold for long: that host may have died, and a network's file system gives its locks back much later
     than the run goes on elsewhere. Raises `Occupied` where another one works there, and `IoFailure` where the folder cannot be written.
     """
-    path, deadline_s = directory / LOCK, time.monotonic() + PATIENCE_S
+    path, begin_s, is_told = directory / LOCK, time.monotonic(), False
     descriptor = _opened(path)
     try:
         while not (_is_taken(descriptor) and _is_at(path, descriptor)):
-            if time.monotonic() > deadline_s:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-                if holder.endswith(f" on {platform.node()}"):
+            waited_s, holder = time.monotonic() - begin_s, os.pread(descriptor, 200, 0).decode(errors="replace")
+            is_here = holder.endswith(f" on {platform.node()}")
+            if waited_s > (PATIENCE_S if is_here else ELSEWHERE_S):
+                if is_here:
                     raise Occupied(f"{directory} is in use by {holder}; wait for its end, or choose another run.dir")
                 print(f"crossdock: warning: {directory} is locked by {holder or 'another run'}, which is taken for lost", file=sys.stderr)
                 break
+            if is_here and waited_s > _TELL_S and not is_told:
+                is_told = True
+                print(
+                    f"crossdock: {directory} is in use by {holder}; waiting for its end for {PATIENCE_S:g} s", file=sys.stderr, flush=True
+                )
             time.sleep(_POLL_S)
             earlier, descriptor = descriptor, _opened(path)
             os.close(earlier)

@@ -33,6 +33,7 @@ with occupied(Path(sys.argv[1])):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(occupancy, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(occupancy, "ELSEWHERE_S", 0.1)
 
 
 def holder(folder: Path) -> "subprocess.Popen[str]":
@@ -51,6 +52,23 @@ def test_a_directory_in_use_is_refused_by_the_name_of_its_user_until_that_ends(t
     process.communicate()
     with occupied(tmp_path):
         pass
+
+
+def test_a_start_waits_for_the_end_of_the_one_before_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = holder(tmp_path)
+
+    def sleep(_seconds: float) -> None:
+        process.kill()
+        process.communicate()
+
+    monkeypatch.setattr(occupancy, "PATIENCE_S", 600.0)
+    monkeypatch.setattr(occupancy, "_TELL_S", -1.0)
+    monkeypatch.setattr(occupancy, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    with occupied(tmp_path):
+        pass
+    assert f"is in use by process {process.pid} on " in capsys.readouterr().err
 
 
 def test_the_lock_of_another_host_which_may_have_died_is_no_hindrance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +91,7 @@ def test_who_waited_while_the_run_was_moved_aside_takes_the_lock_of_the_new_one(
             is_in.set()
 
     monkeypatch.setattr(occupancy, "PATIENCE_S", 600.0)
+    monkeypatch.setattr(occupancy, "ELSEWHERE_S", 600.0)
     monkeypatch.setattr(occupancy, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     waiting = threading.Thread(target=enter)
     with contextlib.ExitStack() as next_run:
