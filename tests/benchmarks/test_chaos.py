@@ -2,12 +2,15 @@
 
 import json
 import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.chaos import __main__ as chaos
+from benchmarks.chaos import saving_faults
 from benchmarks.chaos.__main__ import Kind, main, portions
 from benchmarks.chaos.runs import Aftermath, Row, Trial, Workshop
 
@@ -146,3 +149,13 @@ def test_the_long_form_has_the_counts_that_are_promised_and_takes_less_than_an_h
     assert {"stop", "terminate", "partition", "slow", "disk", "write", "poison", "memory", "plan", "clock", "loop", "node", "ray"} <= set(
         chaos.FAULTS
     )
+
+
+def test_runs_that_end_before_there_is_a_save_to_strike_are_failed_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(workshop: Workshop, directory: Path, *overrides: str) -> "subprocess.Popen[str]":
+        return workshop.start_command([sys.executable, "-c", "import sys; sys.exit('no module')"], directory)
+
+    monkeypatch.setattr(Workshop, "start", start)
+    (row,) = saving_faults.kills_while_saving(Workshop(tmp_path), 2, seed=1)
+    assert [trial.survived for trial in row.trials] == [False, False]
+    assert "ended with 1 before there was a save to strike: no module" in row.trials[0].note
