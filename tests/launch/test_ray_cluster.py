@@ -57,6 +57,7 @@ def test_as_few_nodes_as_hold_the_ranks() -> None:
     assert shape_of(4, None, [node(1, 8), node(2, 8)]) == Shape(1, 4, False, 1)
     assert shape_of(4, None, [node(1, 2), node(2, 2)]) == Shape(2, 2, False, 1)
     assert shape_of(4, None, [node(1, 8), node(2, 8, gpus=4)]) == Shape(1, 4, True, 1)
+    assert shape_of(4, None, [node(1, 8), node(2, 8, gpus=2)], device="cpu") == Shape(1, 4, False, 1), "GPUs are left to others"
     with pytest.raises(Unavailable, match=r"1 nodes with 4 ranks each need 4 cores a node.*10\.0\.0\.1 1, 10\.0\.0\.2 1"):
         shape_of(4, None, [node(1, 1), node(2, 1)])
 

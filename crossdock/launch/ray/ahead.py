@@ -111,4 +111,4 @@ def _shape_in(path: Path, overrides: Sequence[str], ray: Any) -> Shape:
         from crossdock.placement.records.topology import Topology
 
         topology = Topology.load(name)
-    return ray_cluster.shape_of(num_ranks, topology, living_nodes(ray))
+    return ray_cluster.shape_of(num_ranks, topology, living_nodes(ray), str(sections.get("device")))

@@ -40,12 +40,13 @@ class Place:
     gpus: tuple[str, ...] = ()
 
 
-def shape_of(world_size: int, topology: "Topology | None", nodes: Sequence[Node]) -> Shape:
+def shape_of(world_size: int, topology: "Topology | None", nodes: Sequence[Node], device: str = "auto") -> Shape:
     """The shape of a run that says only how many ranks it has: on as few nodes as hold them, or as many as its topology declares.
 
-    A rank has a GPU where any node has some, and one core. Raises `Unavailable` where the cluster is too small, with the numbers.
+    A rank has one core, and a GPU where any node has some and `device` is not cpu. Raises `Unavailable` where the cluster is too small,
+    with the numbers.
     """
-    gpus, cores_per_rank = any(node.gpus for node in nodes), 1
+    gpus, cores_per_rank = device != "cpu" and any(node.gpus for node in nodes), 1
     declared = 0 if topology is None else topology.num_nodes * (world_size // topology.num_devices)
     counts = [declared] if declared else [count for count in range(1, world_size + 1) if world_size % count == 0]
     shapes = [Shape(count, world_size // count, gpus, cores_per_rank) for count in counts]

@@ -67,7 +67,7 @@ def _launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead
     driver = ahead.driver()
     nodes = living_nodes(driver.ray)
     if shape is None:
-        shape = ray_cluster.shape_of(config.parallel.local_ranks, topology, nodes)
+        shape = ray_cluster.shape_of(config.parallel.local_ranks, topology, nodes, config.device)
     check_world(config, shape.world_size)
     if len(ray_cluster.able(nodes, shape)) < shape.nodes:
         raise Unavailable(ray_cluster.too_small(nodes, shape))
@@ -77,7 +77,8 @@ def _launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead
 def ask(request: Request, address: str | None = None) -> Result:
     """A short job on `parallel.ranks` actors of the cluster at `address`, tried once. Raises `Unavailable`."""
     with connected(address) as ray:
-        shape = ray_cluster.shape_of(request.config.parallel.local_ranks, read_inputs(request.config).topology, living_nodes(ray))
+        config = request.config
+        shape = ray_cluster.shape_of(config.parallel.local_ranks, read_inputs(config).topology, living_nodes(ray), config.device)
         return _Supervisor(Driver(ray), request, shape, Policy(restarts=0)).once()
 
 
