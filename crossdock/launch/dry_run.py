@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from crossdock.launch.config import RunConfig
-from crossdock.launch.request import check_world, read_inputs
+from crossdock.launch.request import check_replan, check_world, read_inputs
 from crossdock.placement.records.plan import Plan
 from crossdock.runtime.data import sequences_per_rank
 from crossdock.runtime.training.metrics import readable_bytes
@@ -23,6 +23,7 @@ def describe(config: RunConfig, world_size: int, launcher: str | None = None) ->
     from crossdock.runtime.training.steps import device_shares_LER
 
     inputs, num_ranks, model = read_inputs(config), config.parallel.expert, config.model
+    check_replan(config)
     check_world(config, world_size, launcher)
     tokens = sequences_per_rank(config.train.batch_sequences, world_size, config.train.accumulate) * config.data.seq_len
     plan = inputs.plan

@@ -90,8 +90,6 @@ def read_inputs(config: RunConfig) -> Inputs:
                 f"plan {config.plan} gives expert rank {held_R.argmin()} no expert in any layer, and engine deepspeed cannot update such a "
                 "rank; solve another plan, or set engine: native"
             )
-    if config.replan.at_step is not None and config.replan.method != "auto":
-        _check_replan_method(config, topology)
     forecast = None if config.data.homing is None else Forecast.load(config.data.homing)
     if forecast is not None:
         mine, asked = (forecast.num_layers, forecast.num_experts), (config.model.num_moe_layers, config.model.num_experts)
@@ -103,8 +101,13 @@ def read_inputs(config: RunConfig) -> Inputs:
     return Inputs(topology, plan, forecast)
 
 
-def _check_replan_method(config: RunConfig, topology: "Topology | None") -> None:
-    """Raise `BadConfig` where the solver of `replan.method` would refuse the problem whatever the routing: for its objective, its size."""
+def check_replan(config: RunConfig) -> None:
+    """Raise `BadConfig` where the solver of `replan.method` would refuse the problem whatever the routing: for its objective, its size.
+
+    Asked by one process before the ranks begin, and not by each rank: solvers take most of a second to import, at every restart.
+    """
+    if config.replan.at_step is None or config.replan.method == "auto":
+        return
     import numpy as np
 
     from crossdock.placement.costs.cost import Workload
@@ -119,7 +122,7 @@ def _check_replan_method(config: RunConfig, topology: "Topology | None") -> None
     affinity = Affinity.from_trace(Trace(np.tile(expert_EK.astype(np.uint16)[:, None], (1, model.num_moe_layers, 1)), model.num_experts))
     constraints = Constraints(load_cap=replan.load_cap, spare_slots=replan.spare_slots or None)
     workload = Workload(dispatch=config.dispatch)
-    there = topology or Topology.local(config.parallel.expert)
+    there = Topology.local(config.parallel.expert) if config.topology is None else Topology.load(config.topology)
     try:
         check_method(Problem(affinity, there, workload, objective=replan.objective, constraints=constraints), replan.method)
     except UsageError as failure:

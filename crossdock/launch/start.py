@@ -19,6 +19,7 @@ from crossdock.launch.ranks.worker_env import WorkerEnv, in_ray_job, worker_env
 from crossdock.launch.request import (
     Request,
     check_data,
+    check_replan,
     check_world,
     prepare_directory,
     read_inputs,
@@ -36,6 +37,7 @@ WORKER = ("-m", "crossdock.launch.ranks.worker")
 def check_inputs(config: RunConfig, launcher: str | None = None) -> None:
     """Everything that can be said before a rank starts, by `launcher` (None: any), on any host; raises what the ranks would raise."""
     read_inputs(config)
+    check_replan(config)
     env = worker_env()
     check_world(config, config.parallel.local_ranks if env is None else env.world_size, launcher)
 

@@ -63,7 +63,11 @@ def test_status_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_a_rank_starts_without_the_solvers() -> None:
     """Half a second for each rank of each start; a re-planning loads them."""
-    code = "import sys, crossdock.launch.ranks.worker; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    code = (
+        "import sys; from pathlib import Path; from crossdock.launch.config import read_config; from crossdock.launch.ranks import worker;"
+        "worker.read_inputs(read_config(Path('tiny'), ['replan.at_step=20', 'replan.method=anneal', 'topology=2x1-local']));"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert "'torch'" in ended.stdout
     assert not {"scipy", "ray", "deepspeed", "mpi4py", "jinja2"} & set(ast.literal_eval(ended.stdout))

@@ -27,6 +27,7 @@ from crossdock.launch.ranks.worker_env import WorkerEnv, worker_env
 from crossdock.launch.request import (
     Request,
     check_reachable,
+    check_replan,
     check_world,
     is_finished,
     prepare_directory,
@@ -72,6 +73,7 @@ def _done(request: Request, env: WorkerEnv, store: "Store | None", held: context
         if trains and env.rank == 0:
             try:
                 if not is_ours:
+                    check_replan(request.config)
                     resume = prepare_directory(request.config)
                     request, is_ours = Request(request.job, request.config, {**request.arguments, "resume": resume}), True
                 held.enter_context(occupied(run_directory(request.config)))

@@ -24,7 +24,15 @@ from crossdock.launch.ray.incarnation import POLL_S, Incarnation
 from crossdock.launch.ray.metrics import told_to_ray
 from crossdock.launch.ray.nodes import living_nodes
 from crossdock.launch.ray.watch import Ending, Loss, Watch
-from crossdock.launch.request import Request, check_world, prepare_directory, read_inputs, record_failure_of_ranks, run_directory
+from crossdock.launch.request import (
+    Request,
+    check_replan,
+    check_world,
+    prepare_directory,
+    read_inputs,
+    record_failure_of_ranks,
+    run_directory,
+)
 from crossdock.launch.restarts import Endurance, newest_checkpoint, resuming
 from crossdock.launch.scripts.allocation import Shape
 from crossdock.launch.transport import check_transport
@@ -64,6 +72,7 @@ def launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead)
 def _launch(config: RunConfig, shape: Shape | None, policy: Policy, ahead: Ahead) -> Result:
     topology = read_inputs(config).topology
     check_transport(config, "ray")
+    check_replan(config)
     driver = ahead.driver()
     nodes = living_nodes(driver.ray)
     if shape is None:
