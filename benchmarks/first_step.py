@@ -131,6 +131,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             left.kill()
     process.kill()
     process.wait()
+    psutil.wait_procs(descendants, timeout=GRACE_S)  # memory takes a moment to go
 
 
 @contextlib.contextmanager
