@@ -252,6 +252,18 @@ def on_hosts(folder: Path, rank: int, store: Any, pulses: list[str]) -> Crew:
 
 
 @pytest.mark.usefixtures("patient")
+def test_rank_0_does_not_stay_for_a_host_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result would come after that of the other side of the cut, and name the wrong one."""
+    store = signed(dist.HashStore(), None)
+    store.set("heard/1", "")
+    monkeypatch.setattr(roll_call, "felt", lambda places, within_s: dict.fromkeys(places, "unreachable"))
+    staying = threading.Thread(target=on_hosts(tmp_path, 0, store, ["", "", "cut off", "cut off"]).stay_until_heard, daemon=True)
+    staying.start()
+    staying.join(30)
+    assert not staying.is_alive()
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_lost_host_is_certain_as_soon_as_its_system_refuses_for_all_its_ranks(tmp_path: Path) -> None:
     gone = Pulse("127.0.0.1")
     place = str(gone)

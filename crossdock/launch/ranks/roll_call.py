@@ -117,7 +117,7 @@ class Crew:
     def stay_until_heard(self) -> None:
         """Called when the world is left over an error: rank 0 holds the store in which the others read why, and goes last.
 
-        It stays until all ranks that are there have read what they need, or for `PATIENCE_S`. A store in a file needs nobody.
+        It stays until all ranks that can reach it have read what they need, or for `PATIENCE_S`. A store in a file needs nobody.
         """
         if self.env.rank != 0 or self._is_store_in_file():
             return
@@ -125,7 +125,7 @@ class Crew:
         while time.monotonic() < deadline_s:
             waiting = [rank for rank in others if not self.store.check([self._heard_key(rank)])]
             signs = self._signs(waiting)
-            if all(self._certain_fate(rank, signs) for rank in waiting):
+            if all(self._certain_fate(rank, signs) or signs.get(rank) == "unreachable" for rank in waiting):
                 return
             time.sleep(_POLL_S)
 
