@@ -65,9 +65,8 @@ def show(fields: Mapping[str, Any], directory: RunDirectory, console: Console) -
         f"{fields['tokens_per_s']:,.0f} tokens/s, {fields['moves']} experts moved.",
         highlight=False,
     )
-    console.print(
-        f"Files: {', '.join(sorted(path.name for path in directory.path.iterdir()))} in {directory.path}", highlight=False, soft_wrap=True
-    )
+    files = sorted(path.name for path in directory.path.iterdir() if not path.name.startswith("."))
+    console.print(f"Files: {', '.join(files)} in {directory.path}", highlight=False, soft_wrap=True)
     console.print(
         f"Next: crossdock plan compare --trace {directory.trace} --topology 2x1-local --workload {directory.config}",
         soft_wrap=True,
