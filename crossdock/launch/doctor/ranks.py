@@ -142,7 +142,7 @@ def _group(request: Request, env: WorkerEnv, store: "Store") -> Check:
 
     begin_s = time.monotonic()
     try:
-        with joined(request.config, env, trains=False, store=store) as mesh:
+        with contextlib.ExitStack() as held, joined(request.config, env, held, trains=False, store=store) as mesh:
             formed_s = time.monotonic() - begin_s
             trips_s = []
             for _ in range(10):

@@ -82,7 +82,7 @@ def _done(request: Request, env: WorkerEnv, store: "Store | None", held: context
                 raise
         if request.job in MEETING_JOBS:
             return Result(0, MEETING_JOBS[request.job](request, env, store))
-        with joined(request.config, env, trains=trains, store=store) as mesh:
+        with joined(request.config, env, held, trains=trains, store=store) as mesh:
             result = Result(0, JOBS[request.job](request, env, mesh))
             be_deaf()
         if trains and env.rank == 0:
@@ -153,8 +153,11 @@ def ending_recorded(config: RunConfig, num_ranks: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | None" = None) -> Iterator[Mesh]:
-    """The mesh of this world, left again when the block ends."""
+def joined(config: RunConfig, env: WorkerEnv, held: contextlib.ExitStack, *, trains: bool, store: "Store | None" = None) -> Iterator[Mesh]:
+    """The mesh of this world, left again when the block ends.
+
+    After an error rank 0 goes last, for the others' sake: it stays when `held` is closed, once it has written down what there is to tell.
+    """
     if trains:
         check_world(config, env.world_size, env.launcher)
         if env.spans_hosts:
@@ -189,7 +192,7 @@ def joined(config: RunConfig, env: WorkerEnv, *, trains: bool, store: "Store | N
             yield mesh_of_run
     except BaseException as failure:
         shutdown(_LOST_S if isinstance(failure, Lost) else SHUTDOWN_S)
-        crew.stay_until_heard()
+        held.callback(crew.stay_until_heard)
         raise
     shutdown(SHUTDOWN_S)
 
